@@ -1,0 +1,129 @@
+"""The operators on tensors: linear_attention, delta_rule, gated_delta_rule.
+
+    k [B,T,H,K];  v [B,T,HV,V] with HV a multiple of H
+    q [B,T,HQ,K] with HQ = H, or HQ = R·HV: then R queries read one state
+    beta, g [B,T,HV];  state [N,HV,K,V] in float32 (float64 for float64 inputs)
+    out [B,T,HV,V], or [B,T,HQ,V] when several queries read one state
+
+Keywords of all three:
+    scale               multiplies the reads; K ** -0.5 when left out
+    initial_state       the state before the first token; never modified
+    output_final_state  return the state after the last token, otherwise None
+    cu_seqlens          [N + 1] boundaries of N sequences packed in one row (B = 1); every one starts from its own state
+    mask                [B,T], 0 = padding: changes no state, reads 0, may hold NaN
+    backend             "reference" (the recurrence), "torch" (chunked, any device), "step" (one token);
+                        None = the fastest that fits
+
+The mathematics is in hf_fwp.rules, one file per rule.
+"""
+
+from torch import Tensor
+
+from .rules import RULES
+
+NormalizedState = tuple[Tensor, Tensor]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: Tensor | NormalizedState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | NormalizedState | None]:
+    """The sum rule S ← exp(g) S + k ⊗ v. With `normalize`, reads are divided by z·q (and `scale` is 1 when left out);
+    the state is then a pair (S, z), z [N,H,K]."""
+    states = None
+    if initial_state is not None:
+        if normalize != isinstance(initial_state, tuple):
+            expected = "a pair (state, norm_state)" if normalize else "one tensor"
+            raise ValueError(
+                f"initial_state is {type(initial_state).__name__}; with normalize={normalize} it must be {expected}: "
+                "pass on what an earlier call with the same normalize returned"
+            )
+        pair = initial_state if isinstance(initial_state, tuple) else (initial_state,)
+        states = dict(zip(("state", "norm_state"), pair, strict=normalize))
+    out, states = RULES["linear_attention"].apply(
+        q,
+        k,
+        v,
+        g=g,
+        states=states,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        backend=backend,
+        options={"normalize": normalize},
+    )
+    if not output_final_state:
+        return out, None
+    return out, (states["state"], states["norm_state"]) if normalize else states["state"]
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule S ← S + k ⊗ β(v - Sᵀk). Keys are expected at length 1; `use_qk_l2norm_in_kernel` sees to it."""
+    out, states = RULES["delta_net"].apply(
+        q,
+        k,
+        v,
+        beta=beta,
+        states=None if initial_state is None else {"state": initial_state},
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        backend=backend,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+    )
+    return out, states["state"] if output_final_state else None
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule S ← exp(g) S, then S ← S + k ⊗ β(v - Sᵀk). g ≤ 0 is the logarithm of the decay."""
+    out, states = RULES["gated_delta_net"].apply(
+        q,
+        k,
+        v,
+        beta=beta,
+        g=g,
+        states=None if initial_state is None else {"state": initial_state},
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        backend=backend,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+    )
+    return out, states["state"] if output_final_state else None

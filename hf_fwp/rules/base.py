@@ -1,0 +1,90 @@
+"""What an update rule is.
+
+A fast weight programmer keeps a matrix S per head and changes it at every token. A rule says how:
+
+    S_t, o_t = step(S_{t-1}; q_t, k_t, v_t, ...)
+
+`step` is the definition. `recurrence` loops over it and is what every faster form is tested against.
+
+Shape legend (suffixes of tensor names everywhere in hf_fwp):
+    B batch     T time      H key heads     K key size      V value size    N sequences (B, or those packed in one row)
+    HV, G value heads, a multiple of H; every value head has a state of its own         C chunk length
+    HQ query heads: H, or R per value head (R queries then read one state)
+A state is [N, HV, K, V]; it is written S + k ⊗ v, that is S[i, j] += k[i] v[j], and read o = Sᵀ q.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+States = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One update rule: its mathematics and what a layer must know to use it."""
+
+    name: str
+    title: str
+    equation: str
+    source: str
+    inputs: tuple[str, ...]
+    """Per-token inputs beside q, k and v, in the order of the operator's arguments."""
+    states: tuple[str, ...]
+    """Names of the tensors carried from token to token when every option has its default."""
+    step: Callable[..., tuple[States, Tensor]]
+    """step(states, *, q, k, v, ..., scale, **options): one token, nothing modified."""
+    apply: Callable[..., tuple[Tensor, States]]
+    """apply(q, k, v, *, beta, g, states, mask, cu_seqlens, scale, backend, options, qk_l2norm, in_place) ->
+    (out, states): any number of tokens. The given states stay as they are, unless `in_place` is set, T = 1 and no
+    gradient is recorded: the decode step."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the mixer's fields (feature map, convolution, gate, ...) for this rule."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What `rule_options` may contain, with the defaults."""
+
+    def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The rule's options with `given` on top; a name that the rule does not know is an error."""
+        given = dict(given or {})
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            allowed = ", ".join(self.options) or "none"
+            raise ValueError(f"unknown option {unknown[0]!r} for the rule {self.name}; its options are: {allowed}")
+        return {**self.options, **given}
+
+
+def recurrence(
+    step: Callable[..., tuple[States, Tensor]],
+    inputs: Mapping[str, Tensor],
+    states: States,
+    *,
+    mask: Tensor | None = None,
+    **constants: Any,
+) -> tuple[Tensor, States]:
+    """Run `step` over dimension 1 of every input. A position whose mask is 0 changes no state and reads 0."""
+    if mask is not None:
+        # A NaN at a masked position would still reach the gradients of its neighbours as 0 * NaN.
+        inputs = {name: keep_valid(x, mask) for name, x in inputs.items()}
+    outs = []
+    for t in range(next(iter(inputs.values())).shape[1]):
+        new_states, out = step(states, **{name: x[:, t] for name, x in inputs.items()}, **constants)
+        if mask is not None:
+            new_states = {name: keep_valid(s, mask[:, t], states[name]) for name, s in new_states.items()}
+            out = keep_valid(out, mask[:, t])
+        states = new_states
+        outs.append(out)
+    return torch.stack(outs, dim=1), states
+
+
+def keep_valid(x: Tensor, mask: Tensor, other: Tensor | None = None) -> Tensor:
+    """x where the mask (its leading dimensions) is set, elsewhere `other` or 0. Never a product: x may be NaN there."""
+    valid = mask.view(*mask.shape, *(1,) * (x.ndim - mask.ndim)).bool()
+    return torch.where(valid, x, x.new_zeros(()) if other is None else other)
+
+
+def read(state_BHKV: Tensor, q_BHxK: Tensor) -> Tensor:
+    """Sᵀ q for one query per head [B, H, K] or several [B, H, R, K]."""
+    return torch.einsum("bhkv,bh...k->bh...v", state_BHKV, q_BHxK)

@@ -1,0 +1,77 @@
+"""The gated delta rule: the state decays by a = exp(g), then the delta rule corrects what the decayed state retrieves.
+
+    S̃_t = a_t S_{t-1}
+    S_t = S̃_t + k_t ⊗ β_t (v_t - S̃_tᵀ k_t)
+    o_t = scale · S_tᵀ q_t
+
+Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .base import Rule, States, read
+from .linear_class import LinearClassCall, apply_linear_class
+
+
+def step(
+    states: States, *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float = 1.0
+) -> tuple[States, Tensor]:
+    """One token: q [B,H,K] or [B,H,R,K], k [B,H,K], v [B,H,V], g and beta [B,H]."""
+    state_BHKV = g.exp()[..., None, None] * states["state"]
+    v_old_BHV = read(state_BHKV, k)
+    state_BHKV = state_BHKV + k[..., :, None] * (beta[..., None] * (v - v_old_BHV))[..., None, :]
+    return {"state": state_BHKV}, scale * read(state_BHKV, q)
+
+
+def apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    states: States | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    qk_l2norm: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor, States]:
+    """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
+    if beta is None or g is None:
+        missing = "beta" if beta is None else "g"
+        raise ValueError(f"gated_delta_net needs g and beta [B, T, value heads]; {missing} was not given")
+    RULE.resolve_options(options)
+    call = LinearClassCall(
+        step, erase=True, mask=mask, cu_seqlens=cu_seqlens, backend=backend, qk_l2norm=qk_l2norm, in_place=in_place
+    )
+    return apply_linear_class(call, q, k, v, beta=beta, g=g, states=states, scale=scale)
+
+
+RULE = Rule(
+    name="gated_delta_net",
+    title="Gated DeltaNet",
+    equation="S ← exp(g)S;  S ← S + k ⊗ β(v - Sᵀk);  o = Sᵀq",
+    source="Yang et al. 2024, arXiv 2412.06464",
+    inputs=("g", "beta"),
+    states=("state",),
+    step=step,
+    apply=apply,
+    defaults={
+        "feature_map": "identity",
+        "qk_norm": "l2",
+        "conv_size": 4,
+        "beta_bias": False,
+        "output_gate": "silu",
+        "output_norm": True,
+        "output_scale": 1.0,
+        "scale": None,
+        "expand_v": 2.0,
+        "allow_neg_eigval": False,
+    },
+)
