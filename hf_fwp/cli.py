@@ -1,0 +1,230 @@
+"""The command `hf-fwp`: every subcommand is one public Python function with the same argument names.
+
+Exit codes: 0 done, 2 the request was wrong (one line on stderr says why), 130 interrupted.
+"""
+
+import functools
+import importlib.metadata
+import json as json_format
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_fwp.hosts import HOSTS
+from hf_fwp.rules import RULES
+
+P = ParamSpec("P")
+
+VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
+
+app = typer.Typer(
+    help="Fast weight programmers for Hugging Face Transformers: convert a pretrained model, measure it, run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Time the operators on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def main() -> None:
+    app()
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
+
+    @functools.wraps(command)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as fault:
+            sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
+            raise typer.Exit(2) from fault
+        except KeyboardInterrupt as stop:
+            sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
+            raise typer.Exit(130) from stop
+
+    return reporting
+
+
+@app.command()
+@reports_errors
+def convert(
+    teacher: Annotated[str, typer.Argument(help="A folder, a Hub id or a GGUF file.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the teacher's.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    keep: Annotated[
+        str,
+        typer.Option(help="Layers that stay softmax: a fraction (0.25), a count (7), a list (0,3,5) or uniform:0.25."),
+    ] = "0.25",
+    recipe: Annotated[str, typer.Option(help="What is done and for how long.")] = "quick",
+    budget: Annotated[
+        str | None, typer.Option(help="Limit in tokens (200k) or time (5m) instead of the recipe's.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Training text: .txt or .jsonl, either with .gz.")] = None,
+    output: Annotated[Path | None, typer.Option(help="New folder for the model, its report and its card.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Turn a pretrained softmax model into a fast-weight model."""
+    from hf_fwp.conversion.convert import convert
+
+    if output is None and not dry_run:
+        raise ValueError("convert needs --output DIR, a new folder for the model, or --dry-run to see the plan")
+    model = convert(
+        teacher,
+        tokenizer=tokenizer,
+        rule=rule,
+        keep=parse_keep(keep),
+        recipe=recipe,
+        budget=budget,
+        data=data,
+        output=output,
+        resume=resume,
+        seed=seed,
+        device=device,
+        dtype=parse_dtype(dtype),
+        dry_run=dry_run,
+    )
+    show(getattr(model, "conversion_report", {}), as_json=json, title=f"saved in {output}")
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a GGUF file.")],
+    against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Held-out text: .txt or .jsonl, either with .gz.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
+    json: AsJson = False,
+) -> None:
+    """Measure a model on held-out text, alone or against its teacher."""
+    from hf_fwp.conversion.evaluate import evaluate
+
+    show(evaluate(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
+
+
+@app.command(name="info")
+@reports_errors
+def info_command(json: AsJson = False) -> None:
+    """Show the rules, families, backends and devices found on this machine."""
+    show(info(), as_json=json, title="hf-fwp on this machine")
+
+
+def info() -> dict[str, Any]:
+    """The rules, families, backends and devices found on this machine, and the versions that matter."""
+    from hf_fwp.ops import BACKENDS
+
+    return {
+        "rules": {rule.name: rule.title for rule in RULES.values()},
+        "hosts": list(HOSTS),
+        "backends": list(BACKENDS),
+        "devices": devices(),
+        "versions": {"python": platform.python_version(), **installed_versions()},
+    }
+
+
+def devices() -> list[str]:
+    """The devices PyTorch can use here, the processor last."""
+    gpus = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    apple = ["mps"] if torch.backends.mps.is_available() else []
+    return [*gpus, *apple, f"cpu ({torch.get_num_threads()} threads)"]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what is installed; a checkout that is not installed has none of its own."""
+    found = {}
+    for name in VERSIONS_SHOWN:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@app.command()
+@reports_errors
+def demo(
+    teacher: Annotated[str | None, typer.Argument(help="Default: SmolLM2-135M-Instruct from its package.")] = None,
+    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0.5",
+    recipe: Annotated[str, typer.Option(help="What is done and for how long.")] = "closed-form",
+    output: Annotated[Path, typer.Option(help="New folder for the model and its report.")] = Path("out/demo"),
+    tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """The main job, start to end, on a real small checkpoint."""
+    from hf_fwp.conversion.demo import demo
+
+    summary = demo(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, tokens=tokens, seed=seed)
+    samples = [] if json else summary.pop("samples")
+    show(summary, as_json=json, title="hf-fwp demo")
+    for sample in samples:
+        show(sample, as_json=False)
+
+
+def parse_keep(text: str) -> float | int | list[int] | str:
+    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
+    if text.startswith("uniform:"):
+        return text
+    try:
+        if "," in text:
+            return [int(layer) for layer in text.split(",") if layer.strip()]
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as fault:
+        raise ValueError(
+            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
+        ) from fault
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype called `name`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise ValueError(f"unknown dtype {name!r}; the dtypes are {', '.join(dtypes)}")
+    return None if name is None else dtypes[name]
+
+
+def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> None:
+    """A result for a machine, or as one table for a person."""
+    if as_json:
+        sys.stdout.write(json_format.dumps(result, indent=2, default=str) + "\n")
+        return
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in flat(result):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of a nested result: names joined by dots, numbers with four digits, lists in one line."""
+    rows = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            rows.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import typer
+from typer.testing import CliRunner
+
+from hf_fwp import cli
+from hf_fwp.hosts import HOSTS
+from hf_fwp.rules import RULES
+
+ROOT = Path(__file__).parent.parent
+
+FUNCTIONS = {
+    "convert": ("hf_fwp.conversion.convert", "convert"),
+    "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
+    "info": ("hf_fwp.cli", "info"),
+    "demo": ("hf_fwp.conversion.demo", "demo"),
+    "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
+}
+
+
+def command(words: str):
+    found = typer.main.get_command(cli.app)
+    for word in words.split():
+        found = found.commands[word]
+    return found
+
+
+def function(words: str):
+    module, name = FUNCTIONS[words]
+    return getattr(importlib.import_module(module), name)
+
+
+def invoke(*words: object):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.teacher_folder(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text("\n".join(tiny.TEXTS * 8))
+    return file
+
+
+def test_every_command_is_a_function():
+    top = typer.main.get_command(cli.app).commands
+    names = [f"{name} {inner}" for name in top for inner in getattr(top[name], "commands", {})]
+    assert sorted(FUNCTIONS) == sorted([name for name in top if not hasattr(top[name], "commands")] + names)
+
+
+@pytest.mark.parametrize("words", FUNCTIONS)
+def test_a_command_has_the_argument_names_of_its_function(words):
+    given = {parameter.name for parameter in command(words).params} - {"json", "help"}
+    parameters = inspect.signature(function(words)).parameters
+    assert given <= set(parameters)
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    assert required <= given
+
+
+def test_convert_offers_every_argument():
+    given = {parameter.name for parameter in command("convert").params} - {"json", "help"}
+    assert given == set(inspect.signature(function("convert")).parameters)
+
+
+@pytest.mark.parametrize("words", ["", *FUNCTIONS])
+def test_help_is_readable(words):
+    shown = invoke(*words.split(), "--help")
+    assert shown.exit_code == 0
+    for name in [parameter.opts[-1] for parameter in command(words).params if parameter.opts[-1].startswith("--")]:
+        assert name in shown.output
+    if words:
+        assert inspect.getdoc(command(words).callback).splitlines()[0] in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.25", 0.25),
+        ("1.0", 1.0),
+        ("7", 7),
+        ("0", 0),
+        ("-1", -1),
+        ("0,3,5", [0, 3, 5]),
+        ("3,", [3]),
+        ("uniform:0.25", "uniform:0.25"),
+    ],
+)
+def test_keep_is_read_as_python_has_it(text, value):
+    read = cli.parse_keep(text)
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["", "half", "1,x", "0.1,0.2", "uniform"])
+def test_an_unreadable_keep_is_refused(text):
+    with pytest.raises(ValueError, match="give a fraction"):
+        cli.parse_keep(text)
+
+
+def test_dtype_is_read_by_name():
+    assert cli.parse_dtype("bfloat16") is torch.bfloat16
+    assert cli.parse_dtype(None) is None
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; the dtypes are float32"):
+        cli.parse_dtype("int8")
+
+
+def test_info_as_json_names_what_is_there():
+    told = json.loads(invoke("info", "--json").stdout)
+    assert list(told["rules"]) == list(RULES)
+    assert told["hosts"] == list(HOSTS)
+    assert told["versions"]["torch"] == torch.__version__
+    assert any(device.startswith("cpu") for device in told["devices"])
+    assert "reference" in told["backends"]
+
+
+def test_info_for_a_person_shows_the_same():
+    shown = invoke("info").stdout
+    assert all(name in shown for name in RULES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert", "TEACHER"), "needs --output"),
+        (("convert", "TEACHER", "--output", "OUT", "--keep", "many"), "cannot read --keep 'many'"),
+        (("convert", "TEACHER", "--output", "OUT", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("convert", "TEACHER", "--output", "OUT", "--rule", "delta_nett"), "delta_nett"),
+        (("convert", "TEACHER", "--output", "OUT", "--data", "nowhere.txt"), "nowhere.txt"),
+        (("convert", "nowhere/at/all", "--output", "OUT"), "nowhere"),
+        (("evaluate", "nowhere/at/all"), "nowhere"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(words, message, teacher, tmp_path):
+    places = {"TEACHER": teacher, "OUT": tmp_path / "out"}
+    told = invoke(*(places.get(word, word) for word in words))
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    last = told.stderr.strip().splitlines()[-1]
+    assert last.startswith("hf-fwp: ")
+    assert message in last
+
+
+def test_an_unknown_option_is_exit_code_2():
+    told = invoke("convert", "x", "--no-such-option")
+    assert told.exit_code == 2
+    assert "--no-such-option" in told.stderr
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch, teacher, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[function("convert").__module__], "convert", interrupted)
+    told = invoke("convert", teacher, "--output", tmp_path / "out")
+    assert told.exit_code == 130
+    assert "interrupted" in told.stderr
+
+
+def test_no_traceback_reaches_the_terminal():
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_fwp.cli", "convert", "x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("hf-fwp: convert needs --output")
+
+
+def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path):
+    output = tmp_path / "student"
+    words = ("convert", teacher, "--recipe", "closed-form", "--keep", "1", "--data", corpus, "--output", output)
+    converted = invoke(*words, "--budget", "4096", "--json")
+    assert converted.exit_code == 0, converted.output
+    assert json.loads(converted.stdout)
+    assert (output / "config.json").is_file()
+    measured = invoke("evaluate", output, "--against", teacher, "--data", corpus, "--tokens", "1024", "--json")
+    assert measured.exit_code == 0, measured.output
+    assert json.loads(measured.stdout)
+    again = invoke(*words)
+    assert again.exit_code == 2
+    assert str(output) in again.stderr

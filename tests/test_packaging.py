@@ -1,0 +1,130 @@
+"""Every way to install ends in the same two import names, and none leaves a top-level `conversion` behind."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_fwp", "conversion")
+
+EDITABLE = {"editable": [], "compat": ["editable_mode=compat"], "strict": ["editable_mode=strict"]}
+
+LOOK = """
+import importlib.util, json
+import hf_fwp.conversion.data, hf_fwp.conversion.families, hf_fwp.rules
+print(json.dumps({
+    "hf_fwp": hf_fwp.__file__,
+    "conversion": hf_fwp.conversion.data.__file__,
+    "top_level": importlib.util.find_spec("conversion") is not None,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy to build in, so that no build leaves its traces in the working tree."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in SHIPPED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path) -> Path:
+    """An empty environment that finds everything but hf_fwp where this one has it."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"])
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def run(*command: object, cwd: Path, python_path: Path | None = None) -> str:
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if python_path is not None:
+        surroundings["PYTHONPATH"] = str(python_path)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def seen(python: Path, *, cwd: Path, python_path: Path | None = None) -> dict:
+    import json
+
+    return json.loads(run(python, "-c", LOOK, cwd=cwd, python_path=python_path).splitlines()[-1])
+
+
+def declared_packages() -> set[str]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return set(setup["options"]["packages"].split())
+
+
+def test_the_list_of_packages_is_complete():
+    folders = {
+        path.parent.relative_to(ROOT) for name in ("hf_fwp", "conversion") for path in (ROOT / name).rglob("*.py")
+    }
+    names = {".".join(folder.parts) for folder in folders}
+    assert declared_packages() == {name if name.startswith("hf_fwp") else f"hf_fwp.{name}" for name in names}
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path, checkout)
+    run(*pip, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("hf_fwp-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"hf_fwp", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_fwp").rglob("*.py")}
+    sources |= {f"hf_fwp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conversion").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_installed_from_the_wheel(checkout, environment, tmp_path):
+    run(environment, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", checkout, cwd=tmp_path)
+    found = seen(environment, cwd=tmp_path)
+    assert Path(found["hf_fwp"]).is_relative_to(tmp_path / "venv")
+    assert Path(found["conversion"]).parent == Path(found["hf_fwp"]).parent / "conversion"
+    assert not found["top_level"]
+    assert "convert" in run(environment.parent / "hf-fwp", "--help", cwd=tmp_path)
+    inside = seen(environment, cwd=checkout)
+    assert Path(inside["conversion"]).samefile(checkout / "conversion" / "data.py")
+
+
+@pytest.mark.parametrize("mode", EDITABLE)
+def test_installed_editable(mode, checkout, environment, tmp_path):
+    settings = [word for setting in EDITABLE[mode] for word in ("--config-settings", setting)]
+    install = (
+        environment,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        *settings,
+        "-e",
+        checkout,
+    )
+    run(*install, cwd=tmp_path)
+    for folder in (tmp_path, checkout):
+        found = seen(environment, cwd=folder)
+        assert Path(found["conversion"]).samefile(checkout / "conversion" / "data.py")
+        assert Path(found["hf_fwp"]).samefile(checkout / "hf_fwp" / "__init__.py")
+
+
+def test_not_installed_at_all(checkout, environment, tmp_path):
+    found = seen(environment, cwd=tmp_path, python_path=checkout)
+    assert Path(found["conversion"]) == checkout / "conversion" / "data.py"
