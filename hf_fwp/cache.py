@@ -1,0 +1,252 @@
+"""The cache of one fast-weight layer: its named states, how many tokens it has seen, and how to take tokens back.
+
+A recurrent state cannot be cut like a list of keys. While past recording is on, the layer keeps the states at the
+last crop and the inputs since then; `crop(-n)` returns to those states and leaves all but the last n inputs to be
+replayed by the next forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionLayer,
+    QuantizedLayer,
+)
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+
+LAYER_TYPE = "fast_weight"
+
+Transform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MixerInputs:
+    """What one forward of a mixer reads: hidden states, which tokens are real, rotations. Time is dimension 1."""
+
+    hidden_BTD: Tensor
+    mask_BT: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def change(self, each: Transform) -> MixerInputs:
+        """Every tensor with a batch of its own changed by `each`; a rotation shared by the batch stays shared."""
+        batch = self.hidden_BTD.shape[0]
+        rotary = self.rotary
+        if rotary is not None and rotary[0].shape[0] == batch:
+            rotary = (each(rotary[0]), each(rotary[1]))
+        return MixerInputs(each(self.hidden_BTD), None if self.mask_BT is None else each(self.mask_BT), rotary)
+
+    def first(self, length: int) -> MixerInputs:
+        """The first `length` tokens."""
+        rotary = None if self.rotary is None else (self.rotary[0][:, :length], self.rotary[1][:, :length])
+        mask_BT = None if self.mask_BT is None else self.mask_BT[:, :length]
+        return MixerInputs(self.hidden_BTD[:, :length], mask_BT, rotary)
+
+    def __len__(self) -> int:
+        return self.hidden_BTD.shape[1]
+
+
+class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """States by name (`state`, `q_conv`, ...), each with the batch as its first dimension."""
+
+    _layer_type = LAYER_TYPE
+    is_sliding = False
+    # False gives silently wrong tokens when a static cache mixes these layers with attention layers
+    is_compileable = True
+    supports_early_init = False
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs: Any) -> None:
+        LinearAttentionLayer.__init__(self)
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.max_cache_len = max_cache_len
+        self.states: dict[str, Tensor] = {}
+        # a tensor when static: a compiled decode step must not be specialised on the number of tokens
+        self.seen: int | Tensor = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+        self._forget_past()
+
+    def _forget_past(self) -> None:
+        self._origin: dict[str, Tensor] = {}
+        self._recorded: list[MixerInputs] = []
+        self._replay: list[MixerInputs] = []
+
+    # what a mixer calls
+
+    def take_replay(self) -> list[MixerInputs]:
+        """Inputs the states have not seen since a crop; the caller runs them and hands the result to `rebase`."""
+        pending, self._replay = self._replay, []
+        return pending
+
+    def rebase(self, states: dict[str, Tensor]) -> None:
+        """States after a replay: the new point to which a crop returns."""
+        self.states = states
+
+    def advance(self, states: dict[str, Tensor], inputs: MixerInputs) -> None:
+        """Store the states after `inputs`."""
+        if self.record_past:
+            if not self._recorded:
+                self._origin = self.states
+            self._recorded.append(inputs)
+            self.states = states
+        else:
+            self._forget_past()
+            self._store(states)
+        self._count(inputs.hidden_BTD)
+
+    def _store(self, states: dict[str, Tensor]) -> None:
+        static = self.max_cache_len is not None
+        for name, state in states.items():
+            kept = self.states.get(name)
+            if kept is state:
+                continue
+            if static and kept is not None and kept.shape == state.shape and not torch.is_grad_enabled():
+                kept.copy_(state)
+                continue
+            self.states[name] = state
+            if static and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(state)
+
+    def _count(self, hidden_BTD: Tensor) -> None:
+        if not self.is_initialized:
+            self.device, self.dtype = hidden_BTD.device, hidden_BTD.dtype
+            self.is_initialized = True
+            if isinstance(self.seen, Tensor):
+                self.seen = self.seen.to(hidden_BTD.device)
+        self.has_previous_state[0] = True
+        if isinstance(self.seen, Tensor):
+            self.seen.add_(hidden_BTD.shape[1])
+        else:
+            self.seen += hidden_BTD.shape[1]
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether a decode step may overwrite the states: not while an older one may be asked for again."""
+        if self.record_past or not self.states or torch.is_grad_enabled():
+            return False
+        return torch.is_inference_mode_enabled() or not any(state.is_inference() for state in self.states.values())
+
+    # what transformers calls
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare: states take their shape from the first forward."""
+
+    def update(self, key_states: Tensor | None, value_states: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if key_states is None and value_states is None:
+            return None, None
+        raise ValueError("a fast-weight layer keeps states, not keys and values; only its own mixer can write to it")
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.seen + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        if not self.states:
+            raise AttributeError("batch_size is known after the first forward")
+        return next(iter(self.states.values())).shape[0]
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
+        if removed and not self.record_past:
+            raise RuntimeError("call `activate_past_recording` before the tokens that `crop` is to remove")
+        past = self._replay or self._recorded
+        recorded = sum(len(inputs) for inputs in past)
+        if removed > recorded:
+            raise RuntimeError(f"cannot remove {removed} tokens: {recorded} were recorded since the last crop")
+        if removed:
+            self.states = self._origin if self._recorded else self.states
+            self._replay = _keep_first(past, recorded - removed)
+            self.seen -= removed
+        self._origin, self._recorded = {}, []
+
+    def reset(self) -> None:
+        for state in self.states.values():
+            state.zero_()
+        self._forget_past()
+        self.has_previous_state[0] = False
+        if isinstance(self.seen, Tensor):
+            self.seen.zero_()
+        else:
+            self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _change(self, each: Transform) -> None:
+        self.states = {name: each(state) for name, state in self.states.items()}
+        self._origin = {name: each(state) for name, state in self._origin.items()}
+        self._recorded = [inputs.change(each) for inputs in self._recorded]
+        self._replay = [inputs.change(each) for inputs in self._replay]
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = FastWeightCacheLayer
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_mask
+
+
+def _keep_first(chunks: list[MixerInputs], length: int) -> list[MixerInputs]:
+    kept = []
+    for inputs in chunks:
+        if length > 0:
+            kept.append(inputs.first(min(length, len(inputs))))
+        length -= len(inputs)
+    return kept
+
+
+def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
+    """The cache layer of mixer `layer_idx`, put in place when the cache was made without knowledge of fast weights."""
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, FastWeightCacheLayer):
+        return layer
+    if isinstance(layer, QuantizedLayer):
+        raise ValueError(
+            "fast-weight layers cannot use a quantised cache: their state does not grow, so there is nothing to gain; "
+            "leave out cache_implementation='quantized'"
+        )
+    if layer.is_initialized and layer.get_seq_length() > 0:
+        raise ValueError(
+            f"layer {layer_idx} of the cache holds a {type(layer).__name__} already in use; start from a fresh cache"
+        )
+    installed = FastWeightCacheLayer(max_cache_len=getattr(layer, "max_cache_len", None))
+    installed.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
+    cache.layers[layer_idx] = installed
+    return installed
+
+
+def install_fast_weight_layers(cache: Cache, layer_indices: Iterable[int]) -> Cache:
+    """Give every mixer named in `layer_indices` its cache layer; needed before past recording is switched on."""
+    for layer_idx in layer_indices:
+        fast_weight_layer(cache, layer_idx)
+    return cache

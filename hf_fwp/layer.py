@@ -1,0 +1,361 @@
+"""FastWeightLayer: the token mixer. A slow network programs a fast one, and reads it.
+
+    q, k, v = W_q x, W_k x, W_v x            then short convolution, head norm, rotation, feature map, q/k norm
+    beta    = sigmoid(W_b x)                 (twice that with allow_neg_eigval)
+    g       = -exp(A) softplus(W_a x + d)    log-decay, Yang et al. 2024
+    S_t, o_t = rule(S_{t-1}; q_t, k_t, v_t, beta_t, g_t)
+    y       = W_o [gate * norm(o)] + W_skip [v_t, ..., v_{t-n+1}]
+
+Head order of everything that belongs to states: (time scale, head), the scale outermost. Shape legend: rules/base.py;
+S states (time scales x heads), R reads, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
+from .features import QK_NORMS, make_feature_map
+from .options import MixerOptions, find_rule
+from .packing import packed_segments, positions_in_segments, push_left, take, valid_tokens
+
+GATES = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "sigmoid2": lambda x: 2 * torch.sigmoid(x),
+}
+
+States = dict[str, Tensor]
+
+
+class ShortConvolution(nn.Conv1d):
+    """Depthwise causal convolution over the real tokens of each sequence: y_t = sum_j w_j x_{t-j}."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__(channels, channels, size, groups=channels, bias=False)
+
+    def forward(self, taps: list[Tensor]) -> Tensor:  # type: ignore[override]
+        y_BTC = taps[0] * self.weight[:, 0, -1]
+        for j, tap_BTC in enumerate(taps[1:], start=1):
+            y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
+        return y_BTC
+
+
+class FastWeightLayer(nn.Module):
+    """One mixer of any rule. `forward` has the signature of a transformers attention module."""
+
+    def __init__(self, options: MixerOptions, layer_idx: int) -> None:
+        super().__init__()
+        self.options = options
+        self.layer_idx = layer_idx
+        self.rule = find_rule(options.rule)
+        self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
+        query, key, value = self.heads
+        hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
+        self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
+        self.k_proj = nn.Linear(hidden, key * K, bias=options.qkv_bias)
+        self.v_proj = nn.Linear(hidden, value * V, bias=options.qkv_bias)
+        self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
+        if "beta" in self.rule.inputs:
+            self.b_proj = nn.Linear(hidden, options.num_states, bias=options.beta_bias)
+        if "g" in self.rule.inputs:
+            self.a_proj = nn.Linear(hidden, options.num_states, bias=False)
+            # float32 under any default dtype: in bf16 half-lives of many tokens all round to the same value
+            self.A_log = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
+        if options.conv_size:
+            self.q_conv1d = ShortConvolution(query * K, options.conv_size)
+            self.k_conv1d = ShortConvolution(key * K, options.conv_size)
+            self.v_conv1d = ShortConvolution(value * V, options.conv_size)
+        if options.head_norm:
+            self.q_norm = nn.RMSNorm(K, eps=options.norm_eps)
+            self.k_norm = nn.RMSNorm(K, eps=options.norm_eps)
+        self.feature_map = make_feature_map(options.feature_map, K)
+        if options.output_norm:
+            self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
+        if options.output_gate != "none":
+            self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
+        if options.value_skip:
+            self.skip_proj = nn.Linear(options.value_skip * value * V, hidden, bias=False)
+        self.reset_decay()
+
+    def reset_decay(self) -> None:
+        """Decay rates and time constants spread over heads as in Yang et al. 2024."""
+        if "g" not in self.rule.inputs:
+            return
+        rates = torch.empty_like(self.A_log, device="cpu").uniform_(0.01, 16)
+        init.copy_(self.A_log, rates.log())
+        low, high = math.log(1e-3), math.log(1e-1)
+        dt = torch.empty_like(self.dt_bias, device="cpu").uniform_(low, high).exp().clamp_min(1e-4)
+        # the inverse of softplus, so that softplus(dt_bias) = dt
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+
+    def extra_repr(self) -> str:
+        return f"rule={self.options.rule}, layer_idx={self.layer_idx}"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(output [B, T, D], None). Masked positions give 0; `kwargs` may carry `cu_seq_lens_q` or `seq_idx`."""
+        inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values)
+        reads = self._reads(inputs, past_key_values, cu_seqlens, kwargs)
+        width = self.o_proj.in_features
+        out_BTD = self.o_proj(reads[..., :width])
+        if self.options.value_skip:
+            out_BTD = out_BTD + self.skip_proj(reads[..., width:])
+        if self.options.o_bias and inputs.mask_BT is not None:
+            out_BTD = out_BTD.masked_fill(~inputs.mask_BT[..., None], 0)
+        return out_BTD, None
+
+    def mixed_reads(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The input of o_proj, [B, T, reads * V], and after it that of skip_proj, the last `value_skip` values."""
+        inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values)
+        return self._reads(inputs, past_key_values, cu_seqlens, kwargs)
+
+    def _inputs(
+        self, hidden_BTD: Tensor, attention_mask: Any, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None
+    ) -> MixerInputs:
+        batch, length, _ = hidden_BTD.shape
+        past = 0 if cache is None else fast_weight_layer(cache, self.layer_idx).seen
+        if isinstance(attention_mask, dict):
+            attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
+        mask_BT = valid_tokens(attention_mask, batch=batch, length=length, past=past)
+        if not any(self.options.rotates):
+            rotary = None
+        elif rotary is None:
+            raise ValueError(
+                f"layer {self.layer_idx} rotates queries and keys (rope_heads) but was given no position_embeddings; "
+                "set rope_heads='none' or use a model with rotary embeddings"
+            )
+        return MixerInputs(hidden_BTD, mask_BT, rotary)
+
+    def _reads(
+        self, inputs: MixerInputs, cache: Cache | None, cu_seqlens: Tensor | None, signals: dict[str, Any]
+    ) -> Tensor:
+        if cu_seqlens is None and cache is None and inputs.mask_BT is None:
+            batch, length, _ = inputs.hidden_BTD.shape
+            cu_seqlens = packed_segments(
+                batch=batch,
+                length=length,
+                cu_seq_lens_q=signals.get("cu_seq_lens_q"),
+                seq_idx=signals.get("seq_idx"),
+            )
+        if cache is None:
+            return self._mix(inputs, {}, cu_seqlens=cu_seqlens)[0]
+        if cu_seqlens is not None:
+            raise ValueError("a packed batch (cu_seqlens) cannot use a cache; give one sequence per row, or no cache")
+        return self._continue(inputs, fast_weight_layer(cache, self.layer_idx))
+
+    def _continue(self, inputs: MixerInputs, cached: FastWeightCacheLayer) -> Tensor:
+        states = cached.states
+        for replayed in cached.take_replay():
+            states = self._mix(replayed, states)[1]
+            cached.rebase(states)
+        in_place = len(inputs) == 1 and cached.updates_in_place
+        reads, states = self._mix(inputs, states, in_place=in_place)
+        cached.advance(states, inputs)
+        return reads
+
+    def _mix(
+        self, inputs: MixerInputs, states: States, *, cu_seqlens: Tensor | None = None, in_place: bool = False
+    ) -> tuple[Tensor, States]:
+        """Reads of these tokens and the states after them; what looks back sees only real tokens, side by side."""
+        batch, length, _ = inputs.hidden_BTD.shape
+        tokens = inputs
+        if inputs.mask_BT is not None:
+            # where, not a product: padded positions may hold NaN
+            hidden_BTD = torch.where(inputs.mask_BT[..., None], inputs.hidden_BTD, 0)
+            tokens = MixerInputs(hidden_BTD, inputs.mask_BT, inputs.rotary)
+        if cu_seqlens is not None:
+            tokens = _one_row(tokens)
+        back_BT = None
+        if tokens.mask_BT is not None and self._looks_back:
+            order_BT, back_BT = push_left(tokens.mask_BT)
+            tokens = _shared_rotary_to_rows(tokens).change(lambda x: take(x, order_BT))
+        reads, states = self._mix_together(tokens, states, cu_seqlens=cu_seqlens, in_place=in_place)
+        if back_BT is not None:
+            reads = take(reads, back_BT)
+        reads = reads.view(batch, length, -1)
+        if inputs.mask_BT is not None:
+            reads = reads.masked_fill(~inputs.mask_BT[..., None], 0)
+        return reads, states
+
+    @property
+    def _looks_back(self) -> bool:
+        return self.options.conv_size > 1 or self.options.value_skip > 1
+
+    def _mix_together(
+        self, tokens: MixerInputs, states: States, *, cu_seqlens: Tensor | None, in_place: bool
+    ) -> tuple[Tensor, States]:
+        x_BTD, options = tokens.hidden_BTD, self.options
+        window = Window.of(tokens, cu_seqlens)
+        new_states: States = {}
+        projected = []
+        for name in ("q", "k", "v"):
+            y_BTC = getattr(self, f"{name}_proj")(x_BTD)
+            if options.conv_size:
+                taps, kept = window.taps(y_BTC, options.conv_size, states.get(f"{name}_conv"))
+                y_BTC = getattr(self, f"{name}_conv1d")(taps)
+                new_states[f"{name}_conv"] = kept
+            projected.append(y_BTC)
+        # silu is the activation of the whole modern shell (Yang et al. 2024), values included
+        v_BTC = F.silu(projected[2]) if options.feature_map == "silu" else projected[2]
+        q, k = self._features(*projected[:2], tokens.rotary)
+        v = self._values_of_states(v_BTC)
+        local = set(new_states) | {"skip"}
+        out_BTRV, rule_states = self.rule.apply(
+            q,
+            k,
+            v,
+            **self._rates(x_BTD),
+            states={name: state for name, state in states.items() if name not in local} or None,
+            mask=tokens.mask_BT,
+            cu_seqlens=cu_seqlens,
+            scale=options.scale,
+            backend=options.backend,
+            options=options.rule_options,
+            in_place=in_place,
+        )
+        reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
+        if options.value_skip:
+            taps, new_states["skip"] = window.taps(v_BTC, options.value_skip, states.get("skip"))
+            reads = torch.cat([reads, *taps], dim=-1)
+        return reads, {**new_states, **rule_states}
+
+    def _features(self, q_BTC: Tensor, k_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the rule takes them: each state's own, rotated or not."""
+        q = q_BTC.unflatten(-1, (-1, self.options.head_dim))
+        k = k_BTC.unflatten(-1, (-1, self.options.head_dim))
+        if self.options.head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        rotates = self.options.rotates
+        plain = None if all(rotates) else self._mapped(q, k)
+        rotated = None if rotary is None else self._mapped(rotate(q, *rotary), rotate(k, *rotary))
+        if self.options.time_scales == 1 and (plain is None or rotated is None):
+            return plain or rotated  # type: ignore[return-value]
+        reads_per_state = self.options.num_reads // self.options.num_states
+        queries = [rotates[read // reads_per_state] for read in range(self.options.num_reads)]
+        return _choose(plain, rotated, 0, queries, self.options), _choose(plain, rotated, 1, rotates, self.options)
+
+    def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        norm = QK_NORMS[self.options.qk_norm]
+        q, k = self.feature_map(q, k)
+        return norm(q), norm(k)
+
+    def _values_of_states(self, v_BTC: Tensor) -> Tensor:
+        v = v_BTC.unflatten(-1, (-1, self.options.value_head_dim))
+        v = v.repeat_interleave(self.options.heads_of_states // v.shape[2], dim=2)
+        return v.repeat(1, 1, self.options.time_scales, 1)
+
+    def _rates(self, x_BTD: Tensor) -> States:
+        """beta and g in float32 (float64 for float64 inputs), for the rules that take them."""
+        rates: States = {}
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        if "beta" in self.rule.inputs:
+            beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
+            rates["beta"] = 2 * beta_BTS if self.options.allow_neg_eigval else beta_BTS
+        if "g" in self.rule.inputs:
+            step_BTS = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
+            rates["g"] = -self.A_log.to(wide).exp() * step_BTS
+        return rates
+
+    def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:
+        if self.options.output_scale != 1:
+            out_BTRV = out_BTRV * self.options.output_scale
+        if self.options.output_norm:
+            out_BTRV = self.o_norm(out_BTRV)
+        out_BTC = out_BTRV.flatten(2)
+        if self.options.output_gate != "none":
+            out_BTC = out_BTC * GATES[self.options.output_gate](self.g_proj(x_BTD))
+        return out_BTC
+
+
+class Window:
+    """Looks back a few tokens: over a history kept from before, not across the start of a sequence."""
+
+    def __init__(self, mask_BT: Tensor | None, offsets_BT1: Tensor | None) -> None:
+        self.mask_BT = mask_BT
+        self.offsets_BT1 = offsets_BT1
+
+    @classmethod
+    def of(cls, tokens: MixerInputs, cu_seqlens: Tensor | None) -> Window:
+        if cu_seqlens is None:
+            return cls(tokens.mask_BT, None)
+        return cls(tokens.mask_BT, positions_in_segments(cu_seqlens, total=len(tokens))[None, :, None])
+
+    def taps(self, x_BTC: Tensor, size: int, history: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """[x_t, x_{t-1}, ..., x_{t-size+1}] and the last size - 1 real inputs, which continue it."""
+        batch, length, channels = x_BTC.shape
+        if history is None:
+            history = x_BTC.new_zeros(batch, size - 1, channels)
+        longer = torch.cat([history, x_BTC], dim=1)
+        taps = [longer[:, size - 1 - j : size - 1 - j + length] for j in range(size)]
+        if self.offsets_BT1 is not None:
+            taps = [torch.where(self.offsets_BT1 >= j, tap, 0) for j, tap in enumerate(taps)]
+        if self.mask_BT is None:
+            return taps, longer[:, length:]
+        last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
+        return taps, take(longer, last)
+
+
+def rotate(x_BTHC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of the first R components: x cos + (-x2, x1) sin."""
+    size = cos_BTR.shape[-1]
+    turned, passed = x_BTHC[..., :size], x_BTHC[..., size:]
+    x1, x2 = turned.chunk(2, dim=-1)
+    cos, sin = cos_BTR.unsqueeze(2).to(x_BTHC.dtype), sin_BTR.unsqueeze(2).to(x_BTHC.dtype)
+    turned = turned * cos + torch.cat([-x2, x1], dim=-1) * sin
+    return turned if not passed.shape[-1] else torch.cat([turned, passed], dim=-1)
+
+
+def _choose(
+    plain: tuple[Tensor, Tensor] | None,
+    rotated: tuple[Tensor, Tensor] | None,
+    which: int,
+    rotates: tuple[bool, ...] | list[bool],
+    options: MixerOptions,
+) -> Tensor:
+    """[B, T, len(rotates), K]: for each state or read the head it comes from, rotated or not."""
+    per_scale = len(rotates) // options.time_scales
+    sources = (plain, rotated)
+    heads = next(source for source in sources if source is not None)[which].shape[2]
+    group = per_scale // heads
+    picked = [
+        sources[turned][which][:, :, index % per_scale // group]  # type: ignore[index]
+        for index, turned in enumerate(rotates)
+    ]
+    return torch.stack(picked, dim=2)
+
+
+def _one_row(tokens: MixerInputs) -> MixerInputs:
+    """[B, T, ...] as one packed row [1, B * T, ...]."""
+    return _shared_rotary_to_rows(tokens).change(lambda x: x.reshape(1, -1, *x.shape[2:]))
+
+
+def _shared_rotary_to_rows(tokens: MixerInputs) -> MixerInputs:
+    if tokens.rotary is None:
+        return tokens
+    batch = tokens.hidden_BTD.shape[0]
+    cos, sin = (x.expand(batch, -1, -1) for x in tokens.rotary)
+    return MixerInputs(tokens.hidden_BTD, tokens.mask_BT, (cos, sin))

@@ -1,0 +1,195 @@
+"""The options of one fast-weight mixer, shared by FwpConfig and by the `fwp` dict of converted models.
+
+Every option left at None takes the default of its update rule (`RULES[rule].defaults`), so two mixers with equal
+options are the same function whether they were built from scratch or put inside a pretrained model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .features import FEATURES, QK_NORMS, feature_size
+from .rules import RULES, Rule
+
+OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2")
+STATE_HEADS = ("query", "grouped")
+BACKENDS = ("reference", "torch", "step", "triton")
+
+# What a mixer does where neither its options nor its rule say anything: the bare rule between four projections.
+MIXER_DEFAULTS: dict[str, Any] = {
+    "feature_map": "identity",
+    "qk_norm": "none",
+    "conv_size": 0,
+    "beta_bias": False,
+    "output_gate": "none",
+    "output_norm": False,
+    "output_scale": 1.0,
+    "scale": None,
+    "allow_neg_eigval": False,
+    "expand_v": 1.0,
+}
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest allowed name, or nothing."""
+    close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_unknown(kind: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise for the first name in `given` that is not allowed, naming the closest one that is."""
+    allowed = sorted(allowed)
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, allowed)}; allowed: {', '.join(allowed)}")
+
+
+def find_rule(name: str) -> Rule:
+    """The rule called `name`, or an error that names the closest one."""
+    if name not in RULES:
+        raise ValueError(f"unknown update rule {name!r}{did_you_mean(name, RULES)}; the rules are {', '.join(RULES)}")
+    return RULES[name]
+
+
+def rule_default(rule: str, option: str) -> Any:
+    """What `option` is for `rule` when nobody says otherwise."""
+    return find_rule(rule).defaults.get(option, MIXER_DEFAULTS[option])
+
+
+def complete_rule_options(rule: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rule's own options with their defaults filled in; an unknown key is refused."""
+    allowed = find_rule(rule).options
+    refuse_unknown(f"option of the rule {rule!r}", given or {}, allowed)
+    return {**allowed, **(given or {})}
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """What one fast-weight mixer is made of. Options at None are resolved to the rule's defaults.
+
+    Heads: `num_attention_heads` queries, `num_key_value_heads` keys, `num_value_heads` values (None: as many as keys).
+    States are kept per query head (`state_heads="query"`) or per value head ("grouped"), `time_scales` of each;
+    everything that belongs to states is ordered (scale, head) with the scale outermost.
+    """
+
+    rule: str
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    num_value_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    head_norm: bool = False
+    norm_eps: float = 1e-6
+    feature_map: str | None = None
+    qk_norm: str | None = None
+    conv_size: int | None = None
+    beta_bias: bool | None = None
+    output_gate: str | None = None
+    output_norm: bool | None = None
+    output_scale: float | None = None
+    scale: float | None = None
+    allow_neg_eigval: bool | None = None
+    rope_heads: str | tuple[bool, ...] = "none"
+    value_skip: int = 0
+    time_scales: int = 1
+    state_heads: str = "query"
+    backend: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for option in MIXER_DEFAULTS:
+            if option != "expand_v" and getattr(self, option) is None:
+                self._set(option, rule_default(self.rule, option))
+        self._set("rule_options", complete_rule_options(self.rule, self.rule_options))
+        if self.num_key_value_heads is None:
+            self._set("num_key_value_heads", self.num_attention_heads)
+        if self.num_value_heads is None:
+            self._set("num_value_heads", self.num_key_value_heads)
+        if self.head_dim is None:
+            self._set("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.value_head_dim is None:
+            self._set("value_head_dim", self.head_dim)
+        if not isinstance(self.rope_heads, str):
+            self._set("rope_heads", tuple(bool(rotates) for rotates in self.rope_heads))
+        self._check_choices()
+        self._check_sizes()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "feature_map": (str(self.feature_map).partition(":")[0], FEATURES),
+            "qk_norm": (self.qk_norm, QK_NORMS),
+            "output_gate": (self.output_gate, OUTPUT_GATES),
+            "state_heads": (self.state_heads, STATE_HEADS),
+        }
+        for option, (given, allowed) in choices.items():
+            refuse_unknown(option, [given], allowed)
+        if self.backend is not None:
+            refuse_unknown("backend", [self.backend], BACKENDS)
+        feature_size(self.feature_map, self.head_dim)
+
+    def _check_sizes(self) -> None:
+        for option in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_value_heads", "head_dim"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} is {getattr(self, option)}; it must be at least 1")
+        for option in ("conv_size", "value_skip"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"{option} is {getattr(self, option)}; it must be 0 (none) or more")
+        if self.time_scales < 1:
+            raise ValueError(f"time_scales is {self.time_scales}; it must be at least 1 (fast weights per head)")
+        query, key, value = self.num_attention_heads, self.num_key_value_heads, self.num_value_heads
+        if query % key or value % key or (query != key and query % value):
+            raise ValueError(
+                f"{query} query heads, {key} key heads and {value} value heads do not group; query and value heads "
+                "must be multiples of the key heads, and more query than key heads also a multiple of the value heads"
+            )
+        if isinstance(self.rope_heads, str):
+            refuse_unknown("rope_heads", [self.rope_heads], ("all", "none"))
+        elif len(self.rope_heads) != self.num_states:
+            raise ValueError(
+                f"rope_heads has {len(self.rope_heads)} entries; it needs one per state: {self.time_scales} time "
+                f"scales x {self.heads_of_states} heads = {self.num_states}, or 'all' or 'none'"
+            )
+
+    @property
+    def heads_of_states(self) -> int:
+        """States per time scale: Hs of the head order (scale, head)."""
+        grouped = self.state_heads == "grouped"
+        return self.num_value_heads if grouped else max(self.num_attention_heads, self.num_value_heads)
+
+    @property
+    def num_states(self) -> int:
+        """Rows of everything that belongs to states: b_proj, a_proj, A_log, dt_bias, rope_heads."""
+        return self.time_scales * self.heads_of_states
+
+    @property
+    def num_reads(self) -> int:
+        """Reads per token, each of size `value_head_dim`: o_proj's input is `num_reads * value_head_dim` wide."""
+        return self.time_scales * max(self.num_attention_heads, self.num_value_heads)
+
+    @property
+    def rotates(self) -> tuple[bool, ...]:
+        """For each state, whether its queries and keys are rotated."""
+        if isinstance(self.rope_heads, str):
+            return (self.rope_heads == "all",) * self.num_states
+        return self.rope_heads
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> MixerOptions:
+        """Options from a plain mapping; an unknown key is refused with the closest valid name."""
+        refuse_unknown("mixer option", given, [option.name for option in fields(cls)])
+        return cls(**given)
+
+    def replace(self, **changes: Any) -> MixerOptions:
+        """A copy with some options changed."""
+        refuse_unknown("mixer option", changes, [option.name for option in fields(self)])
+        return replace(self, **changes)

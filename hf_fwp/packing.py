@@ -1,0 +1,94 @@
+"""Which tokens are real, and where sequences begin: padding masks and packed batches in the forms transformers uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def valid_tokens(attention_mask: Any, *, batch: int, length: int, past: int | Tensor = 0) -> Tensor | None:
+    """mask_BT of the current `length` tokens (True = real), or None when all are known to be real.
+
+    Reads a 2-D mask (its last `length` columns) or the diagonal of a 4-D mask: a token is real if it may see itself.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"cannot read padding from an attention mask of type {type(attention_mask).__name__}; "
+            "use attn_implementation='sdpa' or 'eager', or give a 2-D mask"
+        )
+    if attention_mask.ndim == 2:
+        mask_BT = attention_mask[:, -length:]
+    elif attention_mask.ndim == 4:
+        mask_BT = _diagonal(attention_mask, length=length, past=past)
+    else:
+        raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions; it must have 2 or 4")
+    mask_BT = (mask_BT > 0) if mask_BT.dtype != torch.bool else mask_BT
+    # on an accelerator this question would wait for the device
+    if mask_BT.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask_BT.all()):
+        return None
+    return mask_BT.expand(batch, length)
+
+
+def _diagonal(mask_B1TS: Tensor, *, length: int, past: int | Tensor) -> Tensor:
+    columns = torch.arange(length, device=mask_B1TS.device)
+    # a sliding layer's mask holds only its window, which ends at the current token
+    columns = torch.minimum(columns + past, columns + (mask_B1TS.shape[-1] - length))
+    rows_BTS = mask_B1TS[:, 0, -length:]
+    diagonal_BT = rows_BTS.gather(2, columns.view(1, -1, 1).expand(rows_BTS.shape[0], -1, 1))[..., 0]
+    if diagonal_BT.dtype == torch.bool:
+        return diagonal_BT
+    return diagonal_BT > torch.finfo(diagonal_BT.dtype).min / 2
+
+
+def packed_segments(
+    *,
+    batch: int,
+    length: int,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor | None:
+    """cu_seqlens of a packed batch, counted over the flattened [batch * length] tokens; None when nothing is packed.
+
+    Read from `cu_seq_lens_q`, else from changes of `seq_idx`, else from `position_ids` that do not go up by one.
+    The last two depend on values, so a traced graph must be given `cu_seq_lens_q`.
+    """
+    if cu_seq_lens_q is not None:
+        return cu_seq_lens_q
+    if torch.compiler.is_compiling() or length < 2:
+        return None
+    if seq_idx is not None:
+        starts_BT = seq_idx[:, 1:] != seq_idx[:, :-1]
+    elif position_ids is not None and position_ids.ndim == 2:
+        starts_BT = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    else:
+        return None
+    if not bool(starts_BT.any()):
+        return None
+    first_B1 = starts_BT.new_ones(starts_BT.shape[0], 1)
+    starts = torch.cat([first_B1, starts_BT], dim=1).expand(batch, length).flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([batch * length])]).to(torch.int32)
+
+
+def positions_in_segments(cu_seqlens: Tensor, *, total: int) -> Tensor:
+    """For each of `total` packed tokens, how many tokens of its own sequence stand before it."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    ends = cu_seqlens[1:].to(index.dtype)
+    segment = torch.bucketize(index, ends, right=True).clamp_max(ends.shape[0] - 1)
+    return index - cu_seqlens.to(index.dtype)[segment]
+
+
+def push_left(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, back): `order` gathers the real tokens to the front in their order, `back` undoes it."""
+    order_BT = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    return order_BT, order_BT.argsort(dim=1)
+
+
+def take(x: Tensor, order_BT: Tensor) -> Tensor:
+    """x [B, T, ...] with its time dimension put in the given order."""
+    index = order_BT.view(*order_BT.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
