@@ -1,0 +1,88 @@
+"""The field `fwp` of a converted model's config: which layers hold fast weights, and with which options.
+
+    fwp = {"layers": [0, 1, 3],                        # indices of the converted layers
+           "rule": "gated_delta_net", "qk_norm": "l2",   # options of every converted layer
+           "per_layer": {"3": {"rope_heads": "none"}}}   # what single layers have different
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, refuse_unknown, rule_default
+from .table import find_host
+
+# The bare rule between the teacher's own projections: a random convolution, gate or norm would undo what was copied.
+GRAFT_DEFAULTS: dict[str, Any] = {
+    "rule": "gated_delta_net",
+    "rope_heads": "all",
+    "beta_bias": True,  # without it no constant beta per head can be set
+    "conv_size": MIXER_DEFAULTS["conv_size"],
+    "output_gate": MIXER_DEFAULTS["output_gate"],
+    "output_norm": MIXER_DEFAULTS["output_norm"],
+}
+GEOMETRY = frozenset({"hidden_size", "num_attention_heads", "num_key_value_heads", "num_value_heads", "head_dim"})
+OPTIONS = frozenset(option.name for option in fields(MixerOptions)) - GEOMETRY
+
+
+def converted_layers(config: Any) -> tuple[int, ...]:
+    """Indices of the layers that hold fast weights."""
+    return tuple((config.fwp or {}).get("layers", ()))
+
+
+def mixer_options(config: Any, layer_idx: int) -> MixerOptions:
+    """The options of one converted layer: the host's shapes, then `fwp`, then what `per_layer` says."""
+    fwp = config.fwp or {}
+    options = {**GRAFT_DEFAULTS}
+    for option, source in find_host(config).mixer.items():
+        options[option] = getattr(config, source) if isinstance(source, str) else source
+    options |= {key: value for key, value in fwp.items() if key in OPTIONS}
+    options |= fwp.get("per_layer", {}).get(str(layer_idx), {})
+    return MixerOptions.from_dict(options)
+
+
+def check_fwp(config: Any) -> None:
+    """Refuse an `fwp` field that no model could be built from."""
+    fwp = config.fwp or {}
+    refuse_unknown("field of fwp", fwp, OPTIONS | {"layers", "per_layer"})
+    layers = check_layers(fwp.get("layers", ()), num_layers=config.num_hidden_layers)
+    for key, options in fwp.get("per_layer", {}).items():
+        if not str(key).isdigit() or int(key) not in layers:
+            raise ValueError(f"fwp['per_layer'] has options for layer {key!r}, which is not one of the layers {layers}")
+        refuse_unknown(f"field of fwp['per_layer'][{str(key)!r}]", options, OPTIONS)
+    for layer_idx in layers:
+        mixer_options(config, layer_idx)
+
+
+def check_layers(layers: Iterable[int], *, num_layers: int) -> list[int]:
+    """The layers in order, each once; an index that the model does not have is refused."""
+    layers = list(layers)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise ValueError(
+                f"there is no layer {layer!r} to convert; the model has {num_layers} layers, 0 to {num_layers - 1}"
+            )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers {layers} names a layer twice; give each index once")
+    return sorted(layers)
+
+
+def written_out(layers: Iterable[int], fwp: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`fwp` as it is saved: with every default written out, so that later defaults cannot change a saved model."""
+    given = copy.deepcopy(dict(fwp or {}))
+    per_layer = {str(key): dict(options) for key, options in given.pop("per_layer", {}).items()}
+    given.pop("layers", None)
+    for key, options in per_layer.items():
+        if "rule" in options:  # the common defaults belong to another rule
+            per_layer[key] = {**_defaults(options["rule"]), **given, **options}
+    rule = given.get("rule", GRAFT_DEFAULTS["rule"])
+    common = {**_defaults(rule), "rule_options": complete_rule_options(rule, given.get("rule_options"))}
+    return {"layers": sorted(layers), "rule": rule, **common, **given, "per_layer": per_layer}
+
+
+def _defaults(rule: str) -> dict[str, Any]:
+    of_rule = {option: rule_default(rule, option) for option in MIXER_DEFAULTS if option in OPTIONS}
+    return {**of_rule, **GRAFT_DEFAULTS, "rule": rule}
