@@ -129,7 +129,7 @@ def info_command(json: AsJson = False) -> None:
 
 def info() -> dict[str, Any]:
     """The rules, families, backends and devices found on this machine, and the versions that matter."""
-    from hf_fwp.ops import BACKENDS
+    from hf_fwp.rules.linear_class import BACKENDS
 
     return {
         "rules": {rule.name: rule.title for rule in RULES.values()},
