@@ -60,7 +60,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
 @app.command()
 @reports_errors
 def convert(
-    teacher: Annotated[str, typer.Argument(help="A folder, a Hub id or a GGUF file.")],
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the teacher's.")
     ] = None,
@@ -69,7 +69,7 @@ def convert(
         str,
         typer.Option(help="Layers that stay softmax: a fraction (0.25), a count (7), a list (0,3,5) or uniform:0.25."),
     ] = "0.25",
-    recipe: Annotated[str, typer.Option(help="What is done and for how long.")] = "quick",
+    recipe: Annotated[str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")] = "quick",
     budget: Annotated[
         str | None, typer.Option(help="Limit in tokens (200k) or time (5m) instead of the recipe's.")
     ] = None,
@@ -83,10 +83,10 @@ def convert(
     json: AsJson = False,
 ) -> None:
     """Turn a pretrained softmax model into a fast-weight model."""
-    from hf_fwp.conversion.convert import convert
-
     if output is None and not dry_run:
         raise ValueError("convert needs --output DIR, a new folder for the model, or --dry-run to see the plan")
+    from hf_fwp.conversion.convert import convert
+
     model = convert(
         teacher,
         tokenizer=tokenizer,
@@ -108,7 +108,7 @@ def convert(
 @app.command()
 @reports_errors
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id or a GGUF file.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
     data: Annotated[Path | None, typer.Option(help="Held-out text: .txt or .jsonl, either with .gz.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
@@ -123,17 +123,19 @@ def evaluate(
 @app.command(name="info")
 @reports_errors
 def info_command(json: AsJson = False) -> None:
-    """Show the rules, families, backends and devices found on this machine."""
+    """Show the rules, families, recipes, backends and devices found on this machine."""
     show(info(), as_json=json, title="hf-fwp on this machine")
 
 
 def info() -> dict[str, Any]:
-    """The rules, families, backends and devices found on this machine, and the versions that matter."""
+    """The rules, families, recipes, backends and devices found on this machine, and the versions that matter."""
+    from hf_fwp.conversion.recipes import RECIPES
     from hf_fwp.rules.linear_class import BACKENDS
 
     return {
         "rules": {rule.name: rule.title for rule in RULES.values()},
         "hosts": list(HOSTS),
+        "recipes": list(RECIPES),
         "backends": list(BACKENDS),
         "devices": devices(),
         "versions": {"python": platform.python_version(), **installed_versions()},
@@ -164,7 +166,9 @@ def demo(
     teacher: Annotated[str | None, typer.Argument(help="Default: SmolLM2-135M-Instruct from its package.")] = None,
     rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
     keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0.5",
-    recipe: Annotated[str, typer.Option(help="What is done and for how long.")] = "closed-form",
+    recipe: Annotated[
+        str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")
+    ] = "closed-form",
     output: Annotated[Path, typer.Option(help="New folder for the model and its report.")] = Path("out/demo"),
     tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
