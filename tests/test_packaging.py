@@ -1,6 +1,7 @@
 """Every way to install ends in the same two import names, and none leaves a top-level `conversion` behind."""
 
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -60,8 +61,6 @@ def run(*command: object, cwd: Path, python_path: Path | None = None) -> str:
 
 
 def seen(python: Path, *, cwd: Path, python_path: Path | None = None) -> dict:
-    import json
-
     return json.loads(run(python, "-c", LOOK, cwd=cwd, python_path=python_path).splitlines()[-1])
 
 
