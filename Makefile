@@ -1,4 +1,6 @@
 # make demo and make test make their own environment (.venv, pinned by constraints.txt) and reuse it until its inputs change.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,7 +16,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	(date -u +%F; git rev-parse HEAD; $(BIN)/python -m pytest -q -m "not gpu") 2>&1 | tee docs/test-full.txt
 
 results: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.results
