@@ -61,19 +61,24 @@ class Dpfp(nn.Module):
         return self.expand(q), self.expand(k)
 
 
+class IdentityLinear(nn.Linear):
+    """A linear map that starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init.eye_(self.weight)
+        init.zeros_(self.bias)
+
+
 class Hedgehog(nn.Module):
     """A learned linear map, one for queries and one for keys, then a softmax over both signs."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.query = nn.Linear(head_dim, head_dim)
-        self.key = nn.Linear(head_dim, head_dim)
-        self.reset_features()
-
-    def reset_features(self) -> None:
-        for linear in (self.query, self.key):
-            init.eye_(linear.weight)
-            init.zeros_(linear.bias)
+        self.query = IdentityLinear(head_dim, head_dim)
+        self.key = IdentityLinear(head_dim, head_dim)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         y_q, y_k = self.query(q), self.key(k)
@@ -88,9 +93,9 @@ class Favor(nn.Module):
     def __init__(self, head_dim: int, directions: int) -> None:
         super().__init__()
         self.register_buffer("omega", torch.empty(head_dim, directions))
-        self.reset_features()
+        self.init_weights()
 
-    def reset_features(self) -> None:
+    def init_weights(self) -> None:
         init.copy_(self.omega, orthogonal_directions(*self.omega.shape, like=self.omega))
 
     def expand(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .features import QK_NORMS, make_feature_map
+from .features import QK_NORMS, Favor, IdentityLinear, make_feature_map
 from .options import MixerOptions, find_rule
 from .packing import packed_segments, positions_in_segments, push_left, take, valid_tokens
 
@@ -40,6 +40,11 @@ class ShortConvolution(nn.Conv1d):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__(channels, channels, size, groups=channels, bias=False)
+
+    def init_weights(self) -> None:
+        """Uniform in 1 / sqrt(size), so that the output has about the size of the input."""
+        bound = self.kernel_size[0] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
 
     def forward(self, taps: list[Tensor]) -> Tensor:  # type: ignore[override]
         y_BTC = taps[0] * self.weight[:, 0, -1]
@@ -84,9 +89,9 @@ class FastWeightLayer(nn.Module):
             self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
         if options.value_skip:
             self.skip_proj = nn.Linear(options.value_skip * value * V, hidden, bias=False)
-        self.reset_decay()
+        self.init_weights()
 
-    def reset_decay(self) -> None:
+    def init_weights(self) -> None:
         """Decay rates and time constants spread over heads as in Yang et al. 2024."""
         if "g" not in self.rule.inputs:
             return
@@ -289,6 +294,17 @@ class FastWeightLayer(nn.Module):
         if self.options.output_gate != "none":
             out_BTC = out_BTC * GATES[self.options.output_gate](self.g_proj(x_BTD))
         return out_BTC
+
+
+def layers_of(model: nn.Module) -> dict[int, FastWeightLayer]:
+    """The mixers of a model by the index of their layer."""
+    return {module.layer_idx: module for module in model.modules() if isinstance(module, FastWeightLayer)}
+
+
+def init_mixer_weights(module: nn.Module) -> None:
+    """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
+    if isinstance(module, (FastWeightLayer, ShortConvolution, Favor, IdentityLinear)):
+        module.init_weights()
 
 
 class Window:
