@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache import install_fast_weight_layers
-from ..layer import FastWeightLayer
+from ..layer import FastWeightLayer, init_mixer_weights, layers_of
 from ..packing import packed_segments
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .table import HEADS, HOSTS, find_host
@@ -67,12 +67,12 @@ class Grafted:
     @property
     def hf_fwp_layers(self) -> dict[int, FastWeightLayer]:
         """The mixers by the index of their layer."""
-        return {module.layer_idx: module for module in self.modules() if isinstance(module, FastWeightLayer)}
+        return layers_of(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, FastWeightLayer):
-            module.reset_decay()
+            module.init_weights()
 
 
 class GraftedModel(Grafted):
@@ -165,7 +165,7 @@ def split_masks(mask: Tensor | dict[str, Tensor | None] | None) -> tuple[Any, Te
         return mask, mask
     masks = dict(mask)
     padding = masks.pop(PADDING) if PADDING in masks else next((m for m in masks.values() if m is not None), None)
-    return (masks[""] if "" in masks else masks), padding
+    return masks.get("", masks), padding
 
 
 @functools.cache

@@ -15,9 +15,9 @@ from typing import Any
 from ..options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, refuse_unknown, rule_default
 from .table import find_host
 
+DEFAULT_RULE = "gated_delta_net"
 # The bare rule between the teacher's own projections: a random convolution, gate or norm would undo what was copied.
 GRAFT_DEFAULTS: dict[str, Any] = {
-    "rule": "gated_delta_net",
     "rope_heads": "all",
     "beta_bias": True,  # without it no constant beta per head can be set
     "conv_size": MIXER_DEFAULTS["conv_size"],
@@ -36,12 +36,12 @@ def converted_layers(config: Any) -> tuple[int, ...]:
 def mixer_options(config: Any, layer_idx: int) -> MixerOptions:
     """The options of one converted layer: the host's shapes, then `fwp`, then what `per_layer` says."""
     fwp = config.fwp or {}
-    options = {**GRAFT_DEFAULTS}
+    said = {key: value for key, value in fwp.items() if key in OPTIONS}
+    said |= fwp.get("per_layer", {}).get(str(layer_idx), {})
+    options = graft_defaults(said.get("rule", DEFAULT_RULE))
     for option, source in find_host(config).mixer.items():
         options[option] = getattr(config, source) if isinstance(source, str) else source
-    options |= {key: value for key, value in fwp.items() if key in OPTIONS}
-    options |= fwp.get("per_layer", {}).get(str(layer_idx), {})
-    return MixerOptions.from_dict(options)
+    return MixerOptions.from_dict({**options, **said})
 
 
 def check_fwp(config: Any) -> None:
@@ -70,19 +70,21 @@ def check_layers(layers: Iterable[int], *, num_layers: int) -> list[int]:
     return sorted(layers)
 
 
+def graft_defaults(rule: str) -> dict[str, Any]:
+    """The options of a mixer of this rule inside a host, where nothing else is said."""
+    options = {option: rule_default(rule, option) for option in MIXER_DEFAULTS if option in OPTIONS}
+    if options["feature_map"] == "silu":  # the activation after a short convolution, of which there is none
+        options["feature_map"] = "identity"
+    return {"rule": rule, "rule_options": complete_rule_options(rule, None), **options, **GRAFT_DEFAULTS}
+
+
 def written_out(layers: Iterable[int], fwp: Mapping[str, Any] | None) -> dict[str, Any]:
     """`fwp` as it is saved: with every default written out, so that later defaults cannot change a saved model."""
     given = copy.deepcopy(dict(fwp or {}))
-    per_layer = {str(key): dict(options) for key, options in given.pop("per_layer", {}).items()}
     given.pop("layers", None)
+    per_layer = {str(key): dict(options) for key, options in given.pop("per_layer", {}).items()}
     for key, options in per_layer.items():
         if "rule" in options:  # the common defaults belong to another rule
-            per_layer[key] = {**_defaults(options["rule"]), **given, **options}
-    rule = given.get("rule", GRAFT_DEFAULTS["rule"])
-    common = {**_defaults(rule), "rule_options": complete_rule_options(rule, given.get("rule_options"))}
-    return {"layers": sorted(layers), "rule": rule, **common, **given, "per_layer": per_layer}
-
-
-def _defaults(rule: str) -> dict[str, Any]:
-    of_rule = {option: rule_default(rule, option) for option in MIXER_DEFAULTS if option in OPTIONS}
-    return {**of_rule, **GRAFT_DEFAULTS, "rule": rule}
+            per_layer[key] = {**graft_defaults(options["rule"]), **given, **options}
+    common = {**graft_defaults(given.get("rule", DEFAULT_RULE)), **given}
+    return {"layers": sorted(layers), **common, "per_layer": per_layer}

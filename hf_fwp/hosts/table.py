@@ -73,8 +73,8 @@ def find_host(config: Any) -> Host:
         )
     if getattr(config, "kv_lora_rank", None) is not None:
         raise ValueError(
-            f"{name!r} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): it has no keys and values "
-            f"per head that a fast weight could take over; give a model of one of the families {families}"
+            f"{name!r} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): it has no keys and "
+            f"values per head that a fast weight could take over; give a model of one of the families {families}"
         )
     close = difflib.get_close_matches(name, HOSTS, n=1)
     hint = f" (the closest is {close[0]!r})" if close else ""

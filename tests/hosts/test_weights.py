@@ -1,0 +1,164 @@
+"""From the teacher's weights to the student's: nothing lost, nothing scrambled, the teacher untouched."""
+
+import pytest
+import torch
+from teachers import LAYERS, tiny_teacher
+
+from hf_fwp.conversion.families import WEIGHT_MAPS, account, copy_teacher
+from hf_fwp.hosts import HOSTS
+
+
+def test_with_no_layer_converted_the_logits_are_the_teachers(teacher, tokens):
+    student = copy_teacher(teacher, layers=[])
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+    assert student.hf_fwp_layers == {}
+
+
+def test_every_weight_of_the_teacher_arrives_unchanged(name, teacher):
+    student = copy_teacher(teacher, layers=[0, 2])
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    places = account(theirs, host=HOSTS[name], layers=[0, 2])
+    assert set(places) == set(theirs)
+    assert None not in places.values()
+    for key, place in places.items():
+        assert torch.equal(ours[place], theirs[key]), key
+    mixers = tuple(f"model.layers.{index}.self_attn." for index in (0, 2))
+    new = set(ours) - set(places.values())
+    assert new
+    assert all(key.startswith(mixers) for key in new)
+
+
+def test_the_projections_give_the_queries_keys_and_values_of_the_teacher(name, teacher):
+    """Head by head, biases, head norms and grouping included, whatever the family calls them."""
+    student = copy_teacher(teacher, layers=range(LAYERS))
+    theirs, mixer = teacher.model.layers[1].self_attn, student.hf_fwp_layers[1]
+    size, groups = mixer.options.head_dim, theirs.num_key_value_groups
+    x_BTD = torch.randn(2, 5, teacher.config.hidden_size)
+    q, k, v = (getattr(theirs, f"{letter}_proj")(x_BTD).unflatten(-1, (-1, size)) for letter in "qkv")
+    if hasattr(theirs, "q_norm"):
+        q, k = theirs.q_norm(q), theirs.k_norm(k)
+    ours = [getattr(mixer, f"{letter}_proj")(x_BTD).unflatten(-1, (-1, size)) for letter in "qkv"]
+    if mixer.options.head_norm:
+        ours[:2] = mixer.q_norm(ours[0]), mixer.k_norm(ours[1])
+    for given, expected in zip(ours, (q, k, v), strict=True):
+        torch.testing.assert_close(given, expected)
+    seen = mixer._values_of_states(mixer.v_proj(x_BTD))
+    torch.testing.assert_close(seen, v.repeat_interleave(groups, dim=2))
+
+
+def test_linear_attention_without_rotation_is_computed_from_the_teachers_heads(tokens):
+    """sum_j (q·k_j) v_j / sum_j q·k_j written out with the teacher's own projections."""
+    teacher = tiny_teacher("llama")
+    student = copy_teacher(
+        teacher, layers=[1], fwp={"rule": "linear_attention", "feature_map": "relu", "rope_heads": "none"}
+    )
+    attention, mixer = teacher.model.layers[1].self_attn, student.hf_fwp_layers[1]
+    x_BTD = torch.randn(2, 6, teacher.config.hidden_size)
+    q, k, v = (getattr(attention, f"{letter}_proj")(x_BTD).unflatten(-1, (-1, 8)).transpose(1, 2) for letter in "qkv")
+    k, v = (x.repeat_interleave(attention.num_key_value_groups, dim=1) for x in (k, v))
+    scores = (q.relu() @ k.relu().transpose(2, 3)).tril()
+    reads = scores @ v / scores.sum(-1, keepdim=True).clamp_min(1e-6)
+    expected = attention.o_proj(reads.transpose(1, 2).flatten(2))
+    positions = torch.arange(6)[None]
+    rotary = student.model.rotary_emb(x_BTD, positions)
+    given, _ = mixer(x_BTD, position_embeddings=rotary)
+    torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teacher_is_not_modified_and_shares_nothing_by_default(teacher):
+    before = {key: tensor.clone() for key, tensor in teacher.state_dict().items()}
+    config = teacher.config.to_dict()
+    student = copy_teacher(teacher, layers=[0])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
+    assert teacher.config.to_dict() == config
+
+
+def test_sharing_keeps_reused_weights_in_the_teachers_memory_but_never_a_mixers(teacher):
+    student = copy_teacher(teacher, layers=[0], share=True)
+    mixer = student.hf_fwp_layers[0]
+    theirs = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
+    own = {parameter.data_ptr() for parameter in mixer.parameters()}
+    assert not own & theirs
+    rest = {parameter.data_ptr() for parameter in student.parameters()} - own
+    assert rest <= theirs
+
+
+def test_tied_embeddings_stay_tied(name):
+    for tied in (True, False):
+        student = copy_teacher(tiny_teacher(name, tie_word_embeddings=tied), layers=[0])
+        assert (student.lm_head.weight is student.model.embed_tokens.weight) is tied
+
+
+def test_the_student_keeps_generation_settings_mode_dtype_and_attention(teacher):
+    teacher.generation_config.max_new_tokens = 3
+    teacher.set_attn_implementation("eager")
+    student = copy_teacher(teacher.to(torch.bfloat16), layers=[0])
+    assert student.generation_config.max_new_tokens == 3
+    assert student.config._attn_implementation == "eager"
+    assert not student.training
+    assert student.dtype == torch.bfloat16
+    assert student.hf_fwp_layers[0].A_log.dtype == torch.float32
+
+
+def test_several_time_scales_start_from_the_teachers_output_projection(teacher):
+    student = copy_teacher(teacher, layers=[0], fwp={"time_scales": 2})
+    o_proj, teachers = student.hf_fwp_layers[0].o_proj.weight, teacher.model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(o_proj[:, : teachers.shape[1]] + o_proj[:, teachers.shape[1] :], teachers)
+
+
+def test_what_the_teacher_has_no_weights_for_starts_neutral(teacher, tokens):
+    bare = copy_teacher(teacher, layers=[0, 2])
+    dressed = copy_teacher(teacher, layers=[0, 2], fwp={"conv_size": 4, "output_gate": "sigmoid2", "value_skip": 2})
+    names = [name for name, _ in bare.hf_fwp_layers[0].named_parameters()]
+    with torch.no_grad():
+        for index, mixer in bare.hf_fwp_layers.items():
+            for parameter_name in names:
+                mine = mixer.get_parameter(parameter_name)
+                dressed.hf_fwp_layers[index].get_parameter(parameter_name).copy_(mine)
+    torch.testing.assert_close(dressed(tokens).logits, bare(tokens).logits)
+
+
+def test_a_sequence_classifier_is_copied_with_its_head(name, tokens):
+    teacher = tiny_teacher(name, "ForSequenceClassification")
+    student = copy_teacher(teacher, layers=[])
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+
+
+def test_a_key_that_the_map_does_not_name_is_refused(name):
+    host = HOSTS[name]
+    key = f"model.layers.1.{host.attention}.sinks"
+    assert account([key], host=host, layers=[0]) == {key: key}
+    with pytest.raises(ValueError, match=r"does not say what to do with .*\.sinks"):
+        account([key], host=host, layers=[1])
+
+
+def test_a_dropped_key_is_named_in_the_map():
+    key = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    assert account([key], host=HOSTS["llama"], layers=[1]) == {key: None}
+    assert WEIGHT_MAPS[HOSTS["llama"].projections]["rotary_emb.inv_freq"] is None
+
+
+def test_a_weight_without_a_place_is_refused(teacher):
+    teacher.model.layers[0].mlp.register_parameter("extra", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"mlp\.extra has no place"):
+        copy_teacher(teacher, layers=[0])
+
+
+def test_a_missing_weight_is_refused(teacher):
+    del teacher.model.norm.weight
+    with pytest.raises(ValueError, match=r"no weights for the student's model\.norm\.weight"):
+        copy_teacher(teacher, layers=[0])
+
+
+def test_heads_that_do_not_fit_are_refused(teacher):
+    with pytest.raises(ValueError, match=r"v_proj.*heads match the teacher's"):
+        copy_teacher(teacher, layers=[0], fwp={"value_head_dim": 24})
+
+
+def test_a_converted_model_is_no_teacher(teacher):
+    student = copy_teacher(teacher, layers=[0])
+    with pytest.raises(ValueError, match="converted model already"):
+        copy_teacher(student, layers=[1])
