@@ -63,7 +63,7 @@ RULE = Rule(
     step=step,
     apply=apply,
     defaults={
-        "feature_map": "identity",
+        "feature_map": "silu",
         "qk_norm": "l2",
         "conv_size": 4,
         "beta_bias": False,
