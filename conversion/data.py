@@ -123,7 +123,7 @@ def token_blocks(
 
 
 def _document_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 

@@ -38,6 +38,10 @@ def demo(
     converted_s = time.perf_counter() - started
     student = AutoModelForCausalLM.from_pretrained(output, dtype=converted.dtype)
     original, tokenizer = load_teacher(teacher)
+    if tokenizer is None:
+        raise ValueError(
+            "the teacher comes without a tokenizer; give its folder, Hub id or GGUF file instead of the model"
+        )
     return {
         "corpus": corpus,
         "rule": rule,
@@ -74,11 +78,10 @@ def _answers(
     }
 
 
-def _answer(prompt: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
+def _answer(prompt: str, model: Any, tokenizer: PreTrainedTokenizerBase, new_tokens: int) -> str:
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
     out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the request was wrong (one line on stderr says why), 130 i
 """
 
 import functools
+import importlib
 import importlib.metadata
 import json as json_format
 import platform
@@ -85,9 +86,7 @@ def convert(
     """Turn a pretrained softmax model into a fast-weight model."""
     if output is None and not dry_run:
         raise ValueError("convert needs --output DIR, a new folder for the model, or --dry-run to see the plan")
-    from hf_fwp.conversion.convert import convert
-
-    model = convert(
+    model = conversion("convert")(
         teacher,
         tokenizer=tokenizer,
         rule=rule,
@@ -115,9 +114,7 @@ def evaluate(
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
-    from hf_fwp.conversion.evaluate import evaluate
-
-    show(evaluate(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
+    show(conversion("evaluate")(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
 
 
 @app.command(name="info")
@@ -129,13 +126,12 @@ def info_command(json: AsJson = False) -> None:
 
 def info() -> dict[str, Any]:
     """The rules, families, recipes, backends and devices found on this machine, and the versions that matter."""
-    from hf_fwp.conversion.recipes import RECIPES
     from hf_fwp.rules.linear_class import BACKENDS
 
     return {
         "rules": {rule.name: rule.title for rule in RULES.values()},
         "hosts": list(HOSTS),
-        "recipes": list(RECIPES),
+        "recipes": list(conversion("recipes", "RECIPES")),
         "backends": list(BACKENDS),
         "devices": devices(),
         "versions": {"python": platform.python_version(), **installed_versions()},
@@ -175,13 +171,18 @@ def demo(
     json: AsJson = False,
 ) -> None:
     """The main job, start to end, on a real small checkpoint."""
-    from hf_fwp.conversion.demo import demo
-
-    summary = demo(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, tokens=tokens, seed=seed)
+    summary = conversion("demo")(
+        teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, tokens=tokens, seed=seed
+    )
     samples = [] if json else summary.pop("samples")
     show(summary, as_json=json, title="hf-fwp demo")
     for sample in samples:
         show(sample, as_json=False)
+
+
+def conversion(module: str, name: str | None = None) -> Any:
+    """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
+    return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)
 
 
 def parse_keep(text: str) -> float | int | list[int] | str:
