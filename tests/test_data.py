@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture
 def _empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "CACHE", tmp_path / "hf_fwp")
 
 
 def test_tags_and_spaces_are_undone():
