@@ -69,13 +69,16 @@ def recurrence(
         # A NaN at a masked position would still reach the gradients of its neighbours as 0 * NaN.
         inputs = {name: keep_valid(x, mask) for name, x in inputs.items()}
     outs = []
-    for t in range(next(iter(inputs.values())).shape[1]):
+    length = inputs["q"].shape[1]
+    for t in range(length):
         new_states, out = step(states, **{name: x[:, t] for name, x in inputs.items()}, **constants)
         if mask is not None:
             new_states = {name: keep_valid(s, mask[:, t], states[name]) for name, s in new_states.items()}
             out = keep_valid(out, mask[:, t])
         states = new_states
         outs.append(out)
+    if length == 0:  # an empty sequence among packed ones
+        return inputs["v"].new_zeros(*inputs["q"].shape[:-1], inputs["v"].shape[-1]), states
     return torch.stack(outs, dim=1), states
 
 

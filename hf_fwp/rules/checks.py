@@ -31,9 +31,7 @@ def check_arguments(
     for name in ("beta", "g"):
         x = named[name]
         if x is not None and tuple(x.shape) != per_head:
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; it must be [B, T, value heads] = {list(per_head)}"
-            )
+            raise ValueError(f"{name} has shape {list(x.shape)}; it must be [B, T, value heads] = {list(per_head)}")
     if mask is not None and tuple(mask.shape) != per_head[:2]:
         raise ValueError(
             f"mask has shape {list(mask.shape)}; it must be [B, T] = {list(per_head[:2])}: 1 for tokens, 0 for padding"
@@ -48,7 +46,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has {x.ndim} dimensions, shape {list(x.shape)}; expected {SHAPES}")
     if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         raise ValueError(
-            f"batch and time differ: q {list(q.shape[:2])}, k {list(k.shape[:2])}, v {list(v.shape[:2])}; expected {SHAPES}"
+            f"batch, time differ: q {list(q.shape[:2])}, k {list(k.shape[:2])}, v {list(v.shape[:2])}; expected {SHAPES}"
         )
     if q.shape[1] == 0:
         raise ValueError("the sequence is empty (T = 0); pass at least one token")
@@ -70,9 +68,7 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         return
     if q.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens packs sequences in one row, but B = {q.shape[0]}; flatten q, k, v to B = 1"
-        )
+        raise ValueError(f"cu_seqlens packs sequences in one row, but B = {q.shape[0]}; flatten q, k, v to B = 1")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {list(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; "
@@ -93,9 +89,7 @@ def _check_states(q: Tensor, k: Tensor, v: Tensor, states: dict[str, Tensor], cu
                 "[sequences, value heads, K, V] for state, [sequences, key heads, K] for norm_state"
             )
         if state.dtype != dtype:
-            raise ValueError(
-                f"the initial {name} has dtype {state.dtype}; it must be {dtype}: use .to()"
-            )
+            raise ValueError(f"the initial {name} has dtype {state.dtype}; it must be {dtype}: use .to()")
 
 
 def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .base import States, keep_valid, recurrence
 from .checks import check_arguments, sequence_bounds
+from .chunked_op import chunked
 
 BACKENDS = ("reference", "torch", "step")
 L2NORM_EPS = 1e-6
@@ -59,7 +60,7 @@ def apply_linear_class(
     if backend == "step":
         out, state = _decode(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=scale)
     else:
-        return _reference(call, q, k, v, beta=beta, g=g, states=states, scale=scale, **constants)
+        out, state = _chunked(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=scale)
     return out, {"state": state}
 
 
@@ -75,9 +76,7 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
             f"the backends are {', '.join(BACKENDS)}: leave it out, or use 'torch', which runs on every device"
         )
     if call.backend not in BACKENDS:
-        raise ValueError(
-            f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None"
-        )
+        raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
     if call.backend == "step" and not single:
         raise ValueError(
             f"backend 'step' takes one token per row, but T = {q.shape[1]}"
@@ -156,6 +155,37 @@ def _reference(
     if "norm_state" in states:
         states["norm_state"] = states["norm_state"][:, ::group]
     return out.flatten(2, 3).to(v.dtype), states
+
+
+def _chunked(
+    call: LinearClassCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    mask = call.mask
+    if mask is not None:
+        q, k, v = (keep_valid(x, mask) for x in (q, k, v))
+        beta, g = (x if x is None else keep_valid(x, mask) for x in (beta, g))
+    out, state = chunked(
+        q,
+        k,
+        v,
+        beta=beta,
+        g=g,
+        state=state,
+        cu_seqlens=call.cu_seqlens,
+        scale=float(scale),
+        erase=call.erase,
+        l2norm=call.qk_l2norm,
+    )
+    # A masked query reads 0 already; the second `where` keeps whatever gradient arrives there out of the backward.
+    return out if mask is None else keep_valid(out, mask), state
 
 
 def _decode(

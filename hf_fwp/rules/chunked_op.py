@@ -1,0 +1,174 @@
+"""The chunked form as operators of PyTorch, so that autograd and torch.compile see one opaque call with known shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import sequence_bounds
+from .chunked import CHUNK, Inputs, backward_block, blocks, chunk_count, forward_block
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state. The states between chunks are kept only when a gradient will be asked for."""
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
+    out, final, _ = linear_class_forward(q, k, v, beta, g, state, cu_seqlens, scale, erase, l2norm, keep)
+    return out, final
+
+
+def kept_rows(length: int, cu_seqlens: Tensor | None) -> int:
+    """How many states between chunks there can be: one before every chunk and one at the end, for every sequence."""
+    if cu_seqlens is None:
+        return chunk_count(length) + 1
+    return length // CHUNK + 2 * (cu_seqlens.shape[0] - 1)
+
+
+def new_outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for the outputs, the final state and the states between chunks."""
+    batch, length, heads, key_size = k.shape
+    value_heads, value_size = v.shape[2:]
+    dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    out = v.new_empty(batch, length, max(q.shape[2], value_heads), value_size)
+    final = v.new_empty(sequences, value_heads, key_size, value_size, dtype=dtype)
+    rows = kept_rows(length, cu_seqlens) if keep else 0
+    return out, final, v.new_empty(rows, batch, value_heads, key_size, value_size, dtype=dtype)
+
+
+def sequences(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice, int]]:
+    """(start, end, rows of the state, first of the states between chunks) of every sequence, or of the whole batch."""
+    if cu_seqlens is None:
+        return [(0, length, slice(None), 0)]
+    found, first = [], 0
+    for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, length)):
+        found.append((start, end, slice(n, n + 1), first))
+        first += chunk_count(end - start) + 1
+    return found
+
+
+@torch.library.custom_op("hf_fwp::linear_class_forward", mutates_args=())
+def linear_class_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+    l2norm: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, final state, states between chunks)."""
+    out, final, kept = new_outputs(q, k, v, cu_seqlens, keep)
+    if state is None:
+        final.zero_()
+    else:
+        final.copy_(state)
+    x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
+    with torch.autocast(v.device.type, enabled=False):
+        for start, end, rows, first in sequences(q.shape[1], cu_seqlens):
+            if start == end:
+                continue
+            part, part_out, part_state = x.span(start, end), out[:, start:end], final[rows]
+            for block in blocks(part):
+                at = (block.rows, block.value_heads)
+                forward_block(part, block, part_state[at], part_out, kept[(slice(first, None), *at)] if keep else None)
+    return out, final, kept
+
+
+@linear_class_forward.register_fake
+def _(q, k, v, beta, g, state, cu_seqlens, scale, erase, l2norm, keep):
+    return new_outputs(q, k, v, cu_seqlens, keep)
+
+
+@torch.library.custom_op("hf_fwp::linear_class_backward", mutates_args=())
+def linear_class_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kept: Tensor,
+    scale: float,
+    erase: bool,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g and the initial state; empty for an absent beta or g."""
+    grads, d_state = new_gradients(q, k, v, beta, g, cu_seqlens)
+    if d_final is None:
+        d_state.zero_()
+    else:
+        d_state.copy_(d_final)
+    x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
+    grad = Inputs(*grads[:3], *(None if given is None else d for given, d in zip((beta, g), grads[3:], strict=True)))
+    with torch.autocast(v.device.type, enabled=False):
+        for start, end, rows, first in sequences(q.shape[1], cu_seqlens):
+            if start == end:
+                continue
+            part, part_grad = x.span(start, end), grad.span(start, end)
+            for block in blocks(part):
+                at = (block.rows, block.value_heads)
+                states = kept[(slice(first, None), *at)]
+                backward_block(part, block, part_grad, d_out[:, start:end], d_state[rows][at], states)
+    return *grads, d_state
+
+
+def new_gradients(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Empty contiguous tensors for the gradients."""
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    grads += tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, g))
+    return grads, new_outputs(q, k, v, cu_seqlens, keep=False)[1]
+
+
+@linear_class_backward.register_fake
+def _(d_out, d_final, q, k, v, beta, g, cu_seqlens, kept, scale, erase, l2norm):
+    grads, d_state = new_gradients(q, k, v, beta, g, cu_seqlens)
+    return *grads, d_state
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, beta, g, state, cu_seqlens, ctx.scale, ctx.erase, ctx.l2norm, _ = inputs
+    ctx.has_state = state is not None
+    ctx.save_for_backward(q, k, v, beta, g, cu_seqlens, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, g, cu_seqlens, kept = ctx.saved_tensors
+    if d_out is None:
+        d_out = v.new_zeros(()).expand(new_outputs(q, k, v, cu_seqlens, keep=False)[0].shape)
+    dq, dk, dv, d_beta, d_g, d_state = linear_class_backward(
+        d_out, d_final, q, k, v, beta, g, cu_seqlens, kept, ctx.scale, ctx.erase, ctx.l2norm
+    )
+    optional = (
+        d_beta if beta is not None else None,
+        d_g if g is not None else None,
+        d_state if ctx.has_state else None,
+    )
+    return dq, dk, dv, *optional, None, None, None, None, None
+
+
+linear_class_forward.register_autograd(_backward, setup_context=_keep_for_backward)
