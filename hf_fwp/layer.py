@@ -30,6 +30,7 @@ GATES = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "sigmoid2": lambda x: 2 * torch.sigmoid(x),
+    "head_sigmoid": torch.sigmoid,
 }
 
 States = dict[str, Tensor]
@@ -85,14 +86,22 @@ class FastWeightLayer(nn.Module):
         self.feature_map = make_feature_map(options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
-        if options.output_gate != "none":
+        if options.output_gate == "head_sigmoid":
+            self.g_proj = nn.Linear(hidden, options.num_reads)
+        elif options.output_gate != "none":
             self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
+        if options.state_bias:
+            self.q_bias = nn.Parameter(torch.zeros(options.num_reads, K))
+            self.k_bias = nn.Parameter(torch.zeros(options.num_states, K))
         if options.value_skip:
             self.skip_proj = nn.Linear(options.value_skip * value * V, hidden, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Decay rates and time constants spread over heads as in Yang et al. 2024."""
+        """Biases of states at zero; decay rates and time constants spread over heads as in Yang et al. 2024."""
+        if self.options.state_bias:
+            init.zeros_(self.q_bias)
+            init.zeros_(self.k_bias)
         if "g" not in self.rule.inputs:
             return
         rates = torch.empty_like(self.A_log, device="cpu").uniform_(0.01, 16)
@@ -255,10 +264,21 @@ class FastWeightLayer(nn.Module):
         if self.options.head_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         rotates = self.options.rotates
+        if self.options.state_bias:
+            # the bias belongs to a state and is not rotated: it has to be added before features and norm
+            q, k = self._of_states((q, k), None if rotary is None else (rotate(q, *rotary), rotate(k, *rotary)))
+            return self._mapped(q + self.q_bias, k + self.k_bias)
         plain = None if all(rotates) else self._mapped(q, k)
         rotated = None if rotary is None else self._mapped(rotate(q, *rotary), rotate(k, *rotary))
         if self.options.time_scales == 1 and (plain is None or rotated is None):
             return plain or rotated  # type: ignore[return-value]
+        return self._of_states(plain, rotated)
+
+    def _of_states(
+        self, plain: tuple[Tensor, Tensor] | None, rotated: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries for each read, keys for each state: of the head it belongs to, rotated or not."""
+        rotates = self.options.rotates
         reads_per_state = self.options.num_reads // self.options.num_states
         queries = [rotates[read // reads_per_state] for read in range(self.options.num_reads)]
         return _choose(plain, rotated, 0, queries, self.options), _choose(plain, rotated, 1, rotates, self.options)
@@ -290,10 +310,12 @@ class FastWeightLayer(nn.Module):
             out_BTRV = out_BTRV * self.options.output_scale
         if self.options.output_norm:
             out_BTRV = self.o_norm(out_BTRV)
-        out_BTC = out_BTRV.flatten(2)
-        if self.options.output_gate != "none":
-            out_BTC = out_BTC * GATES[self.options.output_gate](self.g_proj(x_BTD))
-        return out_BTC
+        if self.options.output_gate == "none":
+            return out_BTRV.flatten(2)
+        gate = GATES[self.options.output_gate](self.g_proj(x_BTD))
+        if self.options.output_gate == "head_sigmoid":
+            return (out_BTRV * gate[..., None]).flatten(2)
+        return out_BTRV.flatten(2) * gate
 
 
 def layers_of(model: nn.Module) -> dict[int, FastWeightLayer]:

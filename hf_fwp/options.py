@@ -14,7 +14,7 @@ from typing import Any
 from .features import FEATURES, QK_NORMS, feature_size
 from .rules import RULES, Rule
 
-OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2")
+OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid")
 STATE_HEADS = ("query", "grouped")
 BACKENDS = ("reference", "torch", "step", "triton")
 
@@ -97,6 +97,7 @@ class MixerOptions:
     scale: float | None = None
     allow_neg_eigval: bool | None = None
     rope_heads: str | tuple[bool, ...] = "none"
+    state_bias: bool = False
     value_skip: int = 0
     time_scales: int = 1
     state_heads: str = "query"
