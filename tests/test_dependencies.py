@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "hf_fwp.rules": set(),
     "hf_fwp.features": {"hf_fwp.rules"},
     "hf_fwp.packing": set(),
+    "hf_fwp.loading": set(),
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
     "hf_fwp.ops": {"hf_fwp.rules"},
     "hf_fwp.options": {"hf_fwp.rules", "hf_fwp.features"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "hf_fwp.modeling": {
         "hf_fwp.layer",
         "hf_fwp.cache",
+        "hf_fwp.loading",
         "hf_fwp.configuration",
         "hf_fwp.options",
         "hf_fwp.packing",
