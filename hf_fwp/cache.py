@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     LinearAttentionLayer,
-    QuantizedLayer,
+    QuantizedCache,
 )
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
 
@@ -230,7 +230,7 @@ def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
     layer = cache.layers[layer_idx]
     if isinstance(layer, FastWeightCacheLayer):
         return layer
-    if isinstance(layer, QuantizedLayer):
+    if isinstance(cache, QuantizedCache):
         raise ValueError(
             "fast-weight layers cannot use a quantised cache: their state does not grow, so there is nothing to gain; "
             "leave out cache_implementation='quantized'"

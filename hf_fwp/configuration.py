@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -24,8 +24,22 @@ CHOICES = {
 }
 # Keywords that are no fields but that transformers reads or writes in a config.
 TRANSFORMERS_KEYWORDS = frozenset(
-    "attn_implementation auto_map custom_pipelines experts_implementation model_type name_or_path num_labels "
-    "output_attentions partial_rotary_factor per_layer_config quantization_config rope_scaling rope_theta torch_dtype".split()
+    {
+        "attn_implementation",
+        "auto_map",
+        "custom_pipelines",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "partial_rotary_factor",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+    }
 )
 
 
@@ -39,8 +53,8 @@ class FwpConfig(PreTrainedConfig):
     """
 
     model_type = "fwp"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"num_heads": "num_attention_heads"}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -176,7 +190,7 @@ class FwpConfig(PreTrainedConfig):
                 )
         if len(self.rules) != self.num_hidden_layers:
             raise ValueError(
-                f"rule names {len(self.rules)} layers but num_hidden_layers is {self.num_hidden_layers}; make them equal"
+                f"rule names {len(self.rules)} layers, num_hidden_layers is {self.num_hidden_layers}; make them equal"
             )
 
     def _resolve_shapes(self) -> None:

@@ -83,6 +83,7 @@ class FastWeightLayer(nn.Module):
         if options.head_norm:
             self.q_norm = nn.RMSNorm(K, eps=options.norm_eps)
             self.k_norm = nn.RMSNorm(K, eps=options.norm_eps)
+        self.backend_ran: str | None = None
         self.feature_map = make_feature_map(options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
@@ -238,6 +239,7 @@ class FastWeightLayer(nn.Module):
         q, k = self._features(*projected[:2], tokens.rotary)
         v = self._values_of_states(v_BTC)
         local = set(new_states) | {"skip"}
+        ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             q,
             k,
@@ -250,7 +252,10 @@ class FastWeightLayer(nn.Module):
             backend=options.backend,
             options=options.rule_options,
             in_place=in_place,
+            ran=ran,
         )
+        if not torch.compiler.is_compiling():
+            self.backend_ran = ran[-1]
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
         if options.value_skip:
             taps, new_states["skip"] = window.taps(v_BTC, options.value_skip, states.get("skip"))
@@ -321,6 +326,11 @@ class FastWeightLayer(nn.Module):
 def layers_of(model: nn.Module) -> dict[int, FastWeightLayer]:
     """The mixers of a model by the index of their layer."""
     return {module.layer_idx: module for module in model.modules() if isinstance(module, FastWeightLayer)}
+
+
+def backends_of(model: nn.Module) -> dict[int, str | None]:
+    """The backend that each mixer's last forward ran, by the index of its layer; None before the first."""
+    return {layer_idx: layer.backend_ran for layer_idx, layer in layers_of(model).items()}
 
 
 def init_mixer_weights(module: nn.Module) -> None:

@@ -1,15 +1,9 @@
-"""The models: one class for every update rule and for any mix of rules and attention over the layers.
-
-    pre         h = h + mix(norm(h));              h = h + mlp(norm(h))
-    post        h = norm(h + mix(h));              h = norm(h + mlp(h))            Vaswani et al. 2017
-    idsia_pre   h = norm(h);  h = h + mix(h);      h = h + mlp(norm(h))            Irie et al. 2021
-"""
+"""The models: one class for every update rule and for any mix of rules and attention over the layers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,161 +16,47 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
-    GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
-from .layer import FastWeightLayer, init_mixer_weights, layers_of, rotate
+from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
+from .loading import AlignedLoading
 from .packing import packed_segments, positions_in_segments, valid_tokens
 
 Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
-class FwpMlp(nn.Module):
-    """swiglu: W_down (act(W_gate x) * W_up x); mlp: W_down act(W_up x + b) + b."""
-
-    def __init__(self, config: FwpConfig) -> None:
-        super().__init__()
-        gated = config.mlp_type == "swiglu"
-        bias = config.use_bias or not gated
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x_BTD)))
-        return self.down_proj(self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
-class FwpAttention(nn.Module):
-    """Softmax attention, full or over a sliding window, for the layers of a hybrid that keep it."""
-
-    def __init__(self, config: FwpConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.sliding_window = config.sliding_window if config.rules[layer_idx] == "sliding_attention" else None
-        query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=config.use_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=config.use_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=config.use_bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=config.use_bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if position_embeddings is not None:
-            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
-        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-class FwpBlock(GradientCheckpointingLayer):
-    """A token mixer and an mlp, with norms placed as the config says."""
-
-    def __init__(self, config: FwpConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.placement = config.norm_placement
-        self.layer_type = config.layer_types[layer_idx]
-        if self.layer_type == LAYER_TYPE:
-            self.mixer: nn.Module = FastWeightLayer(config.mixer_options(layer_idx), layer_idx)
-        else:
-            self.mixer = FwpAttention(config, layer_idx)
-        self.mlp = FwpMlp(config)
-        norm = NORMS[config.norm_type]
-        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        h_BTD = hidden_states if self.placement == "post" else self.mixer_norm(hidden_states)
-        residual = h_BTD if self.placement == "idsia_pre" else hidden_states
-        if self.layer_type == LAYER_TYPE:
-            kwargs = {"cu_seqlens": cu_seqlens}
-        mixed, _ = self.mixer(
-            h_BTD,
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        h_BTD = residual + self.dropout(mixed)
-        if self.placement == "post":
-            h_BTD = self.mixer_norm(h_BTD)
-            return self.mlp_norm(h_BTD + self.dropout(self.mlp(h_BTD)))
-        return h_BTD + self.dropout(self.mlp(self.mlp_norm(h_BTD)))
-
-
-class FwpPreTrainedModel(PreTrainedModel):
+class FwpPreTrainedModel(AlignedLoading, PreTrainedModel):
     """What every head shares with the base model."""
 
     config: FwpConfig
     config_class = FwpConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["FwpBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["FwpBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     # in bf16 half-lives of many tokens all round to the same value
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"A_log", "dt_bias"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": FwpBlock, "attentions": FwpAttention}
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": FwpBlock, "attentions": FwpAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,6 +67,11 @@ class FwpPreTrainedModel(PreTrainedModel):
     def hf_fwp_layers(self) -> dict[int, FastWeightLayer]:
         """The mixers by the index of their layer."""
         return layers_of(self)
+
+    @property
+    def hf_fwp_backend(self) -> dict[int, str | None]:
+        """The backend that each mixer's last forward ran."""
+        return backends_of(self)
 
 
 class FwpModel(FwpPreTrainedModel):
@@ -313,7 +198,7 @@ class FwpModel(FwpPreTrainedModel):
 class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
     """Next-token prediction."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FwpConfig) -> None:
         super().__init__(config)

@@ -38,7 +38,7 @@ class Rule:
     step: Callable[..., tuple[States, Tensor]]
     """step(states, *, q, k, v, ..., scale, **options): one token, nothing modified."""
     apply: Callable[..., tuple[Tensor, States]]
-    """apply(q, k, v, *, beta, g, states, mask, cu_seqlens, scale, backend, options, qk_l2norm, in_place) ->
+    """apply(q, k, v, *, beta, g, states, mask, cu_seqlens, scale, backend, options, qk_l2norm, in_place, ran) ->
     (out, states): any number of tokens. The given states stay as they are, unless `in_place` is set, T = 1 and no
     gradient is recorded: the decode step."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -41,6 +41,7 @@ def apply(
     options: Mapping[str, Any] | None = None,
     qk_l2norm: bool = False,
     in_place: bool = False,
+    ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
     if beta is None or g is None:
@@ -48,7 +49,14 @@ def apply(
         raise ValueError(f"gated_delta_net needs g and beta [B, T, value heads]; {missing} was not given")
     RULE.resolve_options(options)
     call = LinearClassCall(
-        step, erase=True, mask=mask, cu_seqlens=cu_seqlens, backend=backend, qk_l2norm=qk_l2norm, in_place=in_place
+        step,
+        erase=True,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        qk_l2norm=qk_l2norm,
+        in_place=in_place,
+        ran=ran,
     )
     return apply_linear_class(call, q, k, v, beta=beta, g=g, states=states, scale=scale)
 

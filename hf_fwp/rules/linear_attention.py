@@ -59,13 +59,21 @@ def apply(
     options: Mapping[str, Any] | None = None,
     qk_l2norm: bool = False,
     in_place: bool = False,
+    ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
     if beta is not None:
         raise ValueError("linear_attention has no beta; leave it out, or use the rule delta_net")
     options = RULE.resolve_options(options)
     call = LinearClassCall(
-        step, erase=False, mask=mask, cu_seqlens=cu_seqlens, backend=backend, qk_l2norm=qk_l2norm, in_place=in_place
+        step,
+        erase=False,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        qk_l2norm=qk_l2norm,
+        in_place=in_place,
+        ran=ran,
     )
     if not options["normalize"]:
         return apply_linear_class(call, q, k, v, g=g, states=states, scale=scale)

@@ -36,6 +36,7 @@ class LinearClassCall:
     backend: str | None = None
     qk_l2norm: bool = False
     in_place: bool = False
+    ran: list[str] | None = None
 
 
 def apply_linear_class(
@@ -54,6 +55,8 @@ def apply_linear_class(
     states = states or {}
     check_arguments(q, k, v, beta=beta, g=g, states=states, mask=call.mask, cu_seqlens=call.cu_seqlens)
     backend = choose_backend(call, q, k, v, beta, g, *states.values())
+    if call.ran is not None:
+        call.ran.append(backend)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return _reference(call, q, k, v, beta=beta, g=g, states=states, scale=scale, **constants)

@@ -113,7 +113,7 @@ def test_saved_and_loaded_is_equal(kind, tmp_path):
 
 
 def test_defaults_come_from_the_rule_of_each_layer():
-    config = tiny_config("attention first", rule=["full_attention", "linear_attention", "gated_delta_net"], num_hidden_layers=3)
+    config = tiny_config(rule=["full_attention", "linear_attention", "gated_delta_net"])
     assert config.feature_map == [None, "elu1", "silu"]
     assert config.layer_types == ["full_attention", "fast_weight", "fast_weight"]
     assert config.mixer_options(1).scale == RULES["linear_attention"].defaults["scale"]

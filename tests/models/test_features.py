@@ -1,0 +1,58 @@
+"""Feature maps: sizes, laws (I36, I37), and what starts as what."""
+
+import pytest
+import torch
+from tiny_fwp import assert_close
+
+from hf_fwp.features import FEATURES, QK_NORMS, Favor, Hedgehog, feature_size, make_feature_map
+
+x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", [*FEATURES, "dpfp:3", "favor:10"])
+def test_size_and_sharing(name):
+    features = make_feature_map(name, 8).double()
+    q, k = features(x, x)
+    assert q.shape == k.shape == (2, 5, 3, feature_size(name, 8))
+    assert torch.equal(q, k)
+
+
+def test_dpfp_is_homogeneous_of_degree_two_and_non_negative():
+    dpfp = make_feature_map("dpfp:3", 8)
+    phi = dpfp(x, x)[0]
+    assert (phi >= 0).all()
+    assert_close(dpfp(3 * x, x)[0], 9 * phi)
+
+
+def test_dpfp_of_one_vector_by_hand():
+    phi = make_feature_map("dpfp:1", 2)(torch.tensor([2.0, -3.0]), x)[0]
+    # r = [2, 0, 0, 3]; rolled by one: [3, 2, 0, 0]
+    assert phi.tolist() == [6, 0, 0, 0]
+
+
+def test_favor_estimates_the_exponential_kernel():
+    favor = Favor(8, 20000).double()
+    a, b = 0.3 * torch.randn(8).double(), 0.3 * torch.randn(8).double()
+    phi_a, phi_b = favor(a, b)
+    assert abs((phi_a @ phi_b - (a @ b).exp()).item()) < 0.05 * (a @ b).exp().item()
+
+
+def test_favor_directions_are_orthogonal():
+    omega = Favor(8, 8).omega
+    gram = omega.T @ omega
+    assert_close(gram, torch.diag(gram.diagonal()), 1e-5)
+
+
+def test_hedgehog_starts_as_a_softmax_over_both_signs():
+    q, _ = Hedgehog(8).double()(x, x)
+    assert_close(q, torch.cat([x, -x], -1).softmax(-1))
+    assert_close(q.sum(-1), torch.ones_like(q.sum(-1)))
+
+
+def test_norms():
+    phi = x.abs()
+    assert_close(QK_NORMS["l2"](phi).square().sum(-1), torch.ones(2, 5, 3).double(), 1e-5)
+    summed = QK_NORMS["sum"](phi)
+    assert_close(summed.sum(-1), torch.ones(2, 5, 3).double(), 1e-4)
+    assert (summed.norm(dim=-1) <= 1).all()
+    assert QK_NORMS["none"](phi) is phi

@@ -1,0 +1,220 @@
+"""What each option of the mixer means, by laws that hold for every rule."""
+
+import pytest
+import torch
+from tiny_fwp import assert_close
+from transformers.cache_utils import DynamicCache
+
+from hf_fwp import RULES, FastWeightLayer, MixerOptions
+from hf_fwp.cache import MixerInputs
+from hf_fwp.layer import ShortConvolution, Window
+
+SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+BARE = {"conv_size": 0, "feature_map": "identity", "qk_norm": "l2", "output_gate": "none", "output_norm": False}
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    return request.param
+
+
+def mixer(rule, **options):
+    torch.manual_seed(0)
+    return FastWeightLayer(MixerOptions(rule=rule, **{**SIZES, **BARE, **options}), 0).double()
+
+
+def hidden(length=11):
+    return torch.randn(2, length, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def rotary(length=11):
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64)
+    angle = torch.cat([angle, angle], dim=-1)[None]
+    return angle.cos(), angle.sin()
+
+
+def copy_rows(layer, other, rows):
+    """Give `layer`'s states the rates of `other`'s states `rows`."""
+    for name in ("b_proj.weight", "b_proj.bias", "a_proj.weight", "A_log", "dt_bias"):
+        if name in layer.state_dict():
+            layer.state_dict()[name].copy_(other.state_dict()[name][rows])
+
+
+@torch.no_grad()
+def test_forward_is_o_proj_of_mixed_reads(rule):
+    layer = mixer(rule, value_skip=2, time_scales=2, o_bias=True)
+    reads = layer.mixed_reads(hidden())
+    assert reads.shape[-1] == 2 * 4 * 6 + 2 * 2 * 6
+    width = layer.o_proj.in_features
+    assert_close(layer(hidden())[0], layer.o_proj(reads[..., :width]) + layer.skip_proj(reads[..., width:]))
+
+
+@torch.no_grad()
+def test_time_scales_are_independent_fast_weights(rule):
+    two = mixer(rule, time_scales=2)
+    blocks = []
+    for scale in (0, 1):
+        one = mixer(rule)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(one, name).load_state_dict(getattr(two, name).state_dict())
+        copy_rows(one, two, slice(4 * scale, 4 * scale + 4))
+        blocks.append(one.mixed_reads(hidden()))
+    assert_close(two.mixed_reads(hidden()), torch.cat(blocks, dim=-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [1, 2])
+def test_each_state_rotates_or_not(rule, scales):
+    options = {"time_scales": scales, "feature_map": "elu1"}
+    turned, plain = mixer(rule, rope_heads="all", **options), mixer(rule, **options)
+    choice = [state % 3 == 0 for state in range(4 * scales)]
+    mixed = mixer(rule, rope_heads=choice, **options)
+    reads = mixed.mixed_reads(hidden(), position_embeddings=rotary()).unflatten(-1, (-1, 6))
+    turned = turned.mixed_reads(hidden(), position_embeddings=rotary()).unflatten(-1, (-1, 6))
+    plain = plain.mixed_reads(hidden()).unflatten(-1, (-1, 6))
+    assert not torch.allclose(turned, plain)
+    expected = torch.where(torch.tensor(choice)[:, None], turned, plain)
+    assert_close(reads, expected)
+
+
+@torch.no_grad()
+def test_rotation_depends_on_distance_only():
+    layer = mixer("delta_net", rope_heads="all")
+    far = tuple(part[:, 5:] for part in rotary(16))
+    assert_close(layer(hidden(), position_embeddings=far)[0], layer(hidden(), position_embeddings=rotary())[0])
+
+
+@torch.no_grad()
+def test_partial_rotation_leaves_the_rest(rule):
+    layer = mixer(rule, rope_heads="all")
+    part = tuple(x[..., :4] for x in rotary())
+    still = tuple(torch.stack([x[:, 0]] * 11, dim=1) for x in part)
+    plain = mixer(rule)
+    assert_close(layer(hidden(), position_embeddings=still)[0], plain(hidden())[0])
+    assert not torch.allclose(layer(hidden(), position_embeddings=part)[0], plain(hidden())[0])
+
+
+def test_rotation_needs_position_embeddings(rule):
+    with pytest.raises(ValueError, match="no position_embeddings"):
+        mixer(rule, rope_heads="all")(hidden())
+
+
+@torch.no_grad()
+def test_value_skip_adds_the_last_values(rule):
+    layer = mixer(rule, value_skip=3)
+    without = mixer(rule)
+    without.load_state_dict(layer.state_dict(), strict=False)
+    v = layer.v_proj(hidden())
+    shifted = [torch.nn.functional.pad(v, (0, 0, j, 0))[:, : v.shape[1]] for j in range(3)]
+    assert_close(layer(hidden())[0], without(hidden())[0] + layer.skip_proj(torch.cat(shifted, dim=-1)))
+
+
+@torch.no_grad()
+def test_grouped_states_equal_query_states_with_equal_rates(rule):
+    grouped, query = mixer(rule, state_heads="grouped"), mixer(rule)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(query, name).load_state_dict(getattr(grouped, name).state_dict())
+    copy_rows(query, grouped, torch.tensor([0, 0, 1, 1]))
+    assert_close(grouped(hidden())[0], query(hidden())[0])
+
+
+@torch.no_grad()
+def test_more_value_heads_than_keys_share_the_keys(rule):
+    layer = mixer(rule, num_attention_heads=2, num_value_heads=4, time_scales=2)
+    one = mixer(rule, num_attention_heads=1, num_key_value_heads=1)
+    states = 0
+    reads = layer.mixed_reads(hidden()).unflatten(-1, (2, 4, 6))
+    for scale in range(2):
+        for head in range(4):
+            for name, heads in (("q_proj", head // 2), ("k_proj", head // 2), ("v_proj", head)):
+                getattr(one, name).weight.copy_(getattr(layer, name).weight.unflatten(0, (-1, 6))[heads])
+            copy_rows(one, layer, slice(states, states + 1))
+            states += 1
+            assert_close(reads[:, :, scale, head], one.mixed_reads(hidden()))
+
+
+@torch.no_grad()
+def test_a_convolution_of_the_current_token_changes_nothing(rule):
+    layer = mixer(rule, conv_size=3)
+    plain = mixer(rule)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
+        weight = getattr(layer, name).weight
+        weight.zero_()
+        weight[:, :, -1] = 1
+    assert_close(layer(hidden())[0], plain(hidden())[0])
+
+
+@torch.no_grad()
+def test_a_convolution_equals_torch():
+    convolution = ShortConvolution(24, 4).double()
+    taps, kept = Window.of(MixerInputs(hidden()), None).taps(hidden(), 4, None)
+    padded = torch.nn.functional.pad(hidden().transpose(1, 2), (3, 0))
+    expected = torch.nn.functional.conv1d(padded, convolution.weight, groups=24).transpose(1, 2)
+    assert_close(convolution(taps), expected)
+    assert torch.equal(kept, hidden()[:, -3:])
+
+
+@torch.no_grad()
+def test_rates(rule):
+    layer = mixer(rule, allow_neg_eigval=True)
+    rates, halved = layer._rates(hidden()), mixer(rule)._rates(hidden())
+    assert set(rates) == set(RULES[rule].inputs)
+    if "beta" in rates:
+        assert_close(rates["beta"], 2 * halved["beta"])
+    if "g" in rates:
+        layer.a_proj.weight.zero_()
+        constant = layer._rates(hidden())["g"]
+        expected = -layer.A_log.exp() * torch.nn.functional.softplus(layer.dt_bias)
+        assert_close(constant, expected.expand_as(constant))
+        assert (rates["g"] < 0).all()
+
+
+@torch.no_grad()
+def test_norm_scale_and_gate(rule):
+    layer = mixer(rule, output_norm=True, output_gate="sigmoid2", output_scale=0.5)
+    bare = mixer(rule)
+    bare.load_state_dict(layer.state_dict(), strict=False)
+    reads = bare.mixed_reads(hidden()).unflatten(-1, (-1, 6)) * 0.5
+    normed = reads * torch.rsqrt(reads.square().mean(-1, keepdim=True) + 1e-6) * layer.o_norm.weight
+    gate = 2 * torch.sigmoid(layer.g_proj(hidden()))
+    assert_close(layer.mixed_reads(hidden()), normed.flatten(2) * gate, 1e-6)
+
+
+@torch.no_grad()
+def test_every_form_of_mask_says_the_same(rule):
+    layer = mixer(rule, conv_size=3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1], [1] * 11])
+    causal = torch.tril(torch.ones(11, 11, dtype=torch.bool)) & mask[:, None, None, :].bool()
+    additive = torch.zeros(causal.shape, dtype=torch.float64).masked_fill(~causal, torch.finfo(torch.float64).min)
+    expected = layer(hidden(), mask)[0]
+    assert (expected[0, :2] == 0).all()
+    for given in (mask.bool(), causal, additive, {"full_attention": None, "sliding_attention": additive}):
+        assert torch.equal(layer(hidden(), given)[0], expected)
+
+
+@torch.no_grad()
+def test_states_are_float32_under_bf16(rule):
+    layer = mixer(rule, time_scales=2, feature_map="elu1").bfloat16()
+    cache = DynamicCache()
+    out, _ = layer(hidden().bfloat16(), past_key_values=cache)
+    assert out.dtype == torch.bfloat16
+    assert cache.layers[0].states["state"].dtype == torch.float32
+    exact = mixer(rule, time_scales=2, feature_map="elu1")(hidden())[0]
+    assert_close(out.double(), exact, 3e-2)
+
+
+@torch.no_grad()
+def test_rows_do_not_meet(rule):
+    layer = mixer(rule, conv_size=3, value_skip=2)
+    assert_close(layer(hidden()[1:])[0], layer(hidden())[0][1:])
+
+
+@torch.no_grad()
+def test_the_future_does_not_reach_back(rule):
+    layer = mixer(rule, conv_size=3, value_skip=2, backend="reference")
+    changed = hidden()
+    changed[:, 7] += 1
+    before, after = layer(hidden())[0], layer(changed)[0]
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
