@@ -1,0 +1,351 @@
+"""What a model is worth: measured on held-out tokens, next to the teacher it was made from.
+
+    perplexity = exp( mean_t -log p_student(x_t | x_<t) )
+    KL         = mean_t sum_v p_teacher(v) log( p_teacher(v) / p_student(v) ), in nats per token
+    agreement  = how often both give the same most likely next token
+    residual   = sum_t ||y_t - A_t||^2 / sum_t ||A_t||^2, mixer output y and attention output A on the teacher's inputs
+
+Streamed sequence by sequence: the logits of one sequence of each model are all that is held.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fwp.hosts import HOSTS, find_host
+from hf_fwp.layer import layers_of
+
+from .data import demo_corpus, read_data, token_blocks
+from .teacher import check_weights, load_teacher
+
+Forward = Callable[[Tensor], Tensor]  # ids [1, T] -> logits [1, T, V]
+Model = PreTrainedModel | str | os.PathLike[str]
+
+POSITIONS = 128  # log-probabilities are compared this many positions at a time: temporaries stay small
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three fruits.",
+)
+
+
+def evaluate(
+    model: Model,
+    *,
+    against: Model | None = None,
+    data: Any = None,
+    tokens: int = 16384,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    sequence_length: int = 512,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement.
+
+    `model` and `against` are models, folders, Hub ids or GGUF files; `device` and `dtype` are for what is loaded.
+    `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus.
+    """
+    model, found = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    teacher = None
+    if against is not None:
+        teacher, teachers = open_model(against, tokenizer=tokenizer, device=device, dtype=dtype)
+        found = found or teachers
+        _check_vocabularies(model, teacher)
+    ids_NT = heldout_blocks(data, found, tokens=tokens, sequence_length=sequence_length)
+    return compare({"model": forward_of(model)}, teacher and forward_of(teacher), ids_NT, progress=progress)["model"]
+
+
+def open_model(
+    model: Model,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Any model, converted or not, and its tokenizer if it has one. A model object is returned as it is."""
+    if isinstance(model, nn.Module):
+        source = model.name_or_path if (Path(model.name_or_path) / "tokenizer_config.json").is_file() else None
+        return model, _open_tokenizer(tokenizer, source)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if str(model).endswith(".gguf") or AutoConfig.from_pretrained(model).model_type in HOSTS:
+        return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    if Path(model).is_dir():
+        check_weights(Path(model))
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    return loaded, _open_tokenizer(tokenizer, model)
+
+
+def _open_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None, source: Any
+) -> PreTrainedTokenizerBase | None:
+    if tokenizer is None and source is None:
+        return None
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    return AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer)
+
+
+def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = model.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"the model has a vocabulary of {ours} tokens and the one to compare with of {theirs}; "
+            "give the teacher that the model was made from"
+        )
+
+
+def heldout_blocks(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    tokens: int = 16384,
+    sequence_length: int = 512,
+) -> Tensor:
+    """Token ids [N, sequence_length] to measure on, from text as in `convert`; ids are taken as they are."""
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point():
+            raise ValueError(
+                f"token ids have the shape {tuple(data.shape)} and dtype {data.dtype}; give [N, T] of ints"
+            )
+        return data
+    if tokenizer is None:
+        raise ValueError("the model comes without a tokenizer; give tokenizer=, or its folder in place of the model")
+    texts = demo_corpus()[2] if data is None else read_data(data)
+    return token_blocks(texts, tokenizer, sequence_length=sequence_length, tokens=tokens)
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    """Logits of a batch of ids, in evaluation mode, on the model's own device."""
+
+    def forward(ids_BT: Tensor) -> Tensor:
+        with evaluating(model):
+            return model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+
+    return forward
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; afterwards each model is in the mode it was in."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+@dataclass
+class Scores:
+    """Sums over the predicted tokens of one model."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    predicted: int = 0
+
+    def add(self, log_p_TV: Tensor, labels_T: Tensor, log_teacher_TV: Tensor | None) -> None:
+        """One sequence: log-probabilities of the model and of the teacher at each position, and what came next."""
+        self.predicted += labels_T.numel()
+        self.loss += F.nll_loss(log_p_TV, labels_T.to(log_p_TV.device), reduction="sum").item()
+        if log_teacher_TV is None:
+            return
+        for ours, theirs in zip(log_p_TV.split(POSITIONS), log_teacher_TV.split(POSITIONS), strict=True):
+            theirs = theirs.to(ours.device)
+            self.kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+            self.agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+
+    @property
+    def perplexity(self) -> float:
+        return torch.tensor(self.loss / self.predicted, dtype=torch.float64).exp().item()
+
+
+def compare(
+    models: Mapping[str, Forward],
+    teacher: Forward | None,
+    ids_NT: Tensor,
+    *,
+    progress: bool = True,
+    description: str = "perplexity",
+) -> dict[str, dict[str, Any]]:
+    """Measurements of several models on the same tokens, with a single pass of the teacher for all of them."""
+    scores = {name: Scores() for name in models}
+    of_teacher = Scores()
+    for ids_T in _tokens_shown(ids_NT, progress=progress, description=description):
+        labels_T = ids_T[1:]
+        expected = None
+        if teacher is not None:
+            expected = _log_probabilities(teacher, ids_T)
+            of_teacher.add(expected, labels_T, None)
+        for name, model in models.items():
+            scores[name].add(_log_probabilities(model, ids_T), labels_T, expected)
+    found = {}
+    for name, score in scores.items():
+        found[name] = {"perplexity": score.perplexity, "tokens": ids_NT.numel(), "sequence_length": ids_NT.shape[1]}
+        if teacher is not None:
+            found[name] |= {
+                "teacher_perplexity": of_teacher.perplexity,
+                "ratio": score.perplexity / of_teacher.perplexity,
+                "kl": score.kl / score.predicted,
+                "agreement": score.agreed / score.predicted,
+            }
+    return found
+
+
+def _log_probabilities(model: Forward, ids_T: Tensor) -> Tensor:
+    """[T - 1, V]: of the next token at every position that has one, in float32 (float64 for a float64 model)."""
+    with torch.no_grad():
+        logits_TV = model(ids_T[None])[0, :-1]
+        return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
+
+
+def _tokens_shown(ids_NT: Tensor, *, progress: bool, description: str) -> Iterator[Tensor]:
+    """The sequences one by one, with a bar that counts tokens and estimates the time left."""
+    with tqdm(total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+        for ids_T in ids_NT:
+            yield ids_T
+            bar.update(ids_T.numel())
+
+
+def residuals(
+    student: PreTrainedModel, teacher: PreTrainedModel, ids_NT: Tensor, *, progress: bool = True
+) -> dict[int, float]:
+    """For each converted layer how much of the attention's output its mixer misses: 0 is exact, 1 as bad as nothing."""
+    mixers = layers_of(student)
+    missed = dict.fromkeys(mixers, 0.0)
+    energy = dict.fromkeys(mixers, 0.0)
+
+    def measure(layer: int) -> Callable[..., None]:
+        mixer = mixers[layer]
+
+        def hook(attention: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
+            x_BTD = inputs["hidden_states"] if "hidden_states" in inputs else args[0]
+            home = next(mixer.parameters())
+            rotary = inputs.get("position_embeddings")
+            if rotary is not None:
+                rotary = (rotary[0].to(home), rotary[1].to(home))
+            y_BTD = mixer(x_BTD.to(home), position_embeddings=rotary)[0]
+            target_BTD = output[0].to(y_BTD)
+            missed[layer] += (y_BTD - target_BTD).float().square().sum().item()
+            energy[layer] += target_BTD.float().square().sum().item()
+
+        return hook
+
+    attentions = attention_modules(teacher)
+    hooks = [attentions[layer].register_forward_hook(measure(layer), with_kwargs=True) for layer in mixers]
+    try:
+        with evaluating(student, teacher):
+            for ids_T in _tokens_shown(ids_NT, progress=progress, description="residuals"):
+                teacher.base_model(input_ids=ids_T[None].to(teacher.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: missed[layer] / energy[layer] for layer in sorted(mixers)}
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention (in a converted layer the mixer) of every layer, in order."""
+    host = find_host(model.config)
+    return [getattr(block, host.attention) for block in getattr(model.base_model, host.blocks)]
+
+
+def decode_speed(
+    model: PreTrainedModel,
+    lengths: Sequence[int] = (512, 2048, 8192),
+    *,
+    new_tokens: int = 16,
+    progress: bool = True,
+    description: str = "decode speed",
+) -> list[dict[str, Any]]:
+    """For each length of context: seconds to read it, tokens per second after it, bytes the cache holds then."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    with tqdm(total=sum(lengths), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+        for length in lengths:
+            ids_BT = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+            with evaluating(model):
+                rows.append({"length": length, **_decode(model, ids_BT, new_tokens)})
+            bar.update(length)
+    return rows
+
+
+def _decode(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> dict[str, Any]:
+    started = _clock(model.device)
+    # logits of the last position only: those of 8192 tokens take more memory than the model
+    out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
+    read = _clock(model.device)
+    cache, times = out.past_key_values, []
+    for _ in range(new_tokens + 1):
+        times.append(_clock(model.device))
+        out = model(input_ids=out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, use_cache=True)
+    times = [*times[1:], _clock(model.device)]  # the first step warms up
+    state_bytes, kv_bytes = cache_bytes(cache)
+    return {
+        "prefill_s": read - started,
+        "tokens_per_s": new_tokens / (times[-1] - times[0]),
+        "state_bytes": state_bytes,
+        "kv_bytes": kv_bytes,
+        "cache_bytes": state_bytes + kv_bytes,
+    }
+
+
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes of the fast weights' states, which do not grow, and of keys and values, which do."""
+    states = [tensor for layer in cache.layers for tensor in getattr(layer, "states", {}).values()]
+    pairs = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.nbytes for tensor in states), sum(tensor.nbytes for tensor in pairs)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def samples(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    new_tokens: int = 40,
+    progress: bool = True,
+) -> list[dict[str, str]]:
+    """Greedy answers of both models to each prompt, side by side."""
+    return [
+        {
+            "prompt": prompt,
+            "teacher": answer(teacher, prompt, tokenizer, new_tokens=new_tokens),
+            "student": answer(student, prompt, tokenizer, new_tokens=new_tokens),
+        }
+        for prompt in tqdm(prompts, desc="samples", disable=not progress)
+    ]
+
+
+def answer(model: PreTrainedModel, prompt: str, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int = 40) -> str:
+    """What the model says to `prompt`, greedily; through the chat template where the tokenizer has one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    with evaluating(model):
+        out_BT: Any = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+    return str(tokenizer.decode(out_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
