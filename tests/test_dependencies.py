@@ -36,7 +36,9 @@ MAY_IMPORT = {
         "hf_fwp.options",
         "hf_fwp.packing",
     },
+    "hf_fwp.block": {"hf_fwp.layer", "hf_fwp.cache", "hf_fwp.configuration"},
     "hf_fwp.modeling": {
+        "hf_fwp.block",
         "hf_fwp.layer",
         "hf_fwp.cache",
         "hf_fwp.loading",
