@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
     QuantizedCache,
 )
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 LAYER_TYPE = "fast_weight"
 
@@ -210,8 +210,17 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._replay = [inputs.change(each) for inputs in self._replay]
 
 
+def current_padding(
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor | None:
+    """The 2-D mask of the current tokens, for `generate` with a cache of fixed size; also when there is one token."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
+
+
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = FastWeightCacheLayer
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_mask
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = current_padding
 
 
 def _keep_first(chunks: list[MixerInputs], length: int) -> list[MixerInputs]:

@@ -205,7 +205,7 @@ class FastWeightLayer(nn.Module):
         if cu_seqlens is not None:
             tokens = _one_row(tokens)
         back_BT = None
-        if tokens.mask_BT is not None and self._looks_back:
+        if tokens.mask_BT is not None and self._looks_back and length > 1:
             order_BT, back_BT = push_left(tokens.mask_BT)
             tokens = _shared_rotary_to_rows(tokens).change(lambda x: take(x, order_BT))
         reads, states = self._mix_together(tokens, states, cu_seqlens=cu_seqlens, in_place=in_place)
