@@ -124,8 +124,9 @@ def token_blocks(
 
 
 def _document_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)
+    ids = list(found["input_ids"])
+    return ids if tokenizer.eos_token_id is None else [*ids, int(tokenizer.eos_token_id)]
 
 
 def _documents(data: Any) -> Iterable[str]:

@@ -6,19 +6,15 @@ python -m hf_fwp.conversion.results --recipe quick  one recipe
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from .convert import convert
 from .data import brown
 from .evaluate import evaluate
+from .report import commit, environment
 from .teacher import load_teacher, smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,27 +63,9 @@ def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int
     return {"recipe": recipe, "keep": share, "minutes": minutes, "commit": commit(), "evaluation": measured}
 
 
-def commit() -> str:
-    """The commit of the checkout, marked where something is not committed."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
-
-
-def hardware() -> str:
-    """The processor's name and how many threads PyTorch uses of it."""
-    names = [line.partition(":")[2].strip() for line in _processor_lines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _processor_lines() -> list[str]:
-    known = Path("/proc/cpuinfo")
-    return known.read_text().splitlines() if known.is_file() else []
-
-
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
+    on = environment()
     lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
     teacher = rows[0]["evaluation"]
     return "\n".join(
@@ -95,8 +73,9 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
-            f"{teacher['tokens']} held-out tokens of the Brown corpus, {time.strftime('%Y-%m-%d')}, {hardware()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}; printed by `make results`.",
+            f"{teacher['tokens']} held-out tokens of the Brown corpus, {on['date'][:10]}, {on['device']}, "
+            f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
+            "printed by `make results`.",
         ]
     )
 
@@ -107,7 +86,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["recipe"],
         f"{row['keep']:.0%}",
         f"{measured['perplexity']:.1f}",
-        f"{measured['perplexity'] / measured['teacher_perplexity']:.2f} x",
+        f"{measured['ratio']:.2f} x",
         f"{measured['kl']:.3f}",
         f"{measured['agreement']:.2f}",
         f"{row['minutes']:.0f}",

@@ -171,12 +171,30 @@ def demo(
     json: AsJson = False,
 ) -> None:
     """The main job, start to end, on a real small checkpoint."""
-    summary = conversion("demo")(
+    report = conversion("demo")(
         teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, tokens=tokens, seed=seed
     )
-    samples = [] if json else summary.pop("samples")
-    show(summary, as_json=json, title="hf-fwp demo")
-    for sample in samples:
+    if json:
+        show(report, as_json=True)
+    else:
+        show_demo(report, output)
+
+
+def show_demo(report: dict[str, Any], output: Path) -> None:
+    """One screen: what was converted, how good it is, what both models say."""
+    measured = report["evaluation"]
+    rows = {
+        "text": report["data"],
+        "layers that stay softmax": f"{len(report.get('kept_layers', []))} of {report.get('num_layers', '?')}",
+        "perplexity": f"{measured['perplexity']:.1f}, the teacher's is {measured['teacher_perplexity']:.1f}",
+        "ratio of the two": f"{measured['ratio']:.2f} on {measured['tokens']} held-out tokens",
+        "same next token": f"{measured['agreement']:.0%}",
+        "reloaded bit for bit": report["reloaded_bitwise"],
+        "time": f"{report['conversion_s']:.0f} s to convert, {report['total_s']:.0f} s in all",
+        "report": output / "report.html",
+    }
+    show(rows, as_json=False, title=f"{report['name']}: {report.get('rule')}, {report.get('recipe')}")
+    for sample in report.get("samples", []):
         show(sample, as_json=False)
 
 
