@@ -1,4 +1,4 @@
-"""The chunked form as operators of PyTorch, so that autograd and torch.compile see one opaque call with known shapes."""
+"""The chunked form as operators of PyTorch: autograd and torch.compile see one opaque call with known shapes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def new_outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors for the outputs, the final state and the states between chunks."""
-    batch, length, heads, key_size = k.shape
+    batch, length, _, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -82,6 +82,8 @@ def linear_class_forward(
         final.zero_()
     else:
         final.copy_(state)
+    if cu_seqlens is not None:
+        kept.zero_()  # packed sequences rarely fill every row
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     with torch.autocast(v.device.type, enabled=False):
         for start, end, rows, first in sequences(q.shape[1], cu_seqlens):

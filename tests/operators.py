@@ -1,0 +1,138 @@
+"""Random problems for the update rules, and the one comparison that every test of an operator uses."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fwp.rules import RULES, Rule
+
+# Relative error ‖a - b‖ / ‖b‖ against the float64 recurrence on the same (rounded) inputs.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "rule": tuple(RULES),
+    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "length": (1, 63, 64, 65, 130),
+    "initial": (False, True),
+    "layout": ("plain", "padded", "packed"),
+    "sizes": ((8, 8), (5, 7), (16, 3)),
+    "heads": ((2, 2, 2), (2, 4, 2), (2, 4, 4), (1, 3, 6), (2, 2, 4)),
+    "qk_l2norm": (False, True),
+    "option": (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    rule: str
+    dtype: torch.dtype = torch.float64
+    length: int = 65
+    initial: bool = True
+    layout: str = "plain"
+    sizes: tuple[int, int] = (5, 7)  # K, V
+    heads: tuple[int, int, int] = (2, 4, 4)  # H, HV, HQ
+    qk_l2norm: bool = False
+    option: int = 0  # 1: every boolean option of the rule the other way round
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = (self.rule, str(self.dtype)[6:], self.length, self.layout, *self.sizes, *self.heads)
+        flags = [n for n in ("initial", "qk_l2norm", "option") if getattr(self, n)]
+        return "-".join(map(str, (*parts, *flags)))
+
+
+@dataclass
+class Tensors:
+    """The arguments of `Rule.apply`: leaves that can be differentiated, and the rest."""
+
+    leaves: dict[str, Tensor]
+    states: dict[str, Tensor]
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def copy(self, dtype: torch.dtype) -> "Tensors":
+        """Fresh leaves in `dtype`; states in float32, or float64 for float64."""
+        wide = dtype if dtype == torch.float64 else torch.float32
+        leaves = {n: x.detach().to(dtype).requires_grad_() for n, x in self.leaves.items()}
+        return Tensors(leaves, {n: x.detach().to(wide).requires_grad_() for n, x in self.states.items()}, self.keywords)
+
+
+def pairwise(choices: dict[str, tuple[Any, ...]], seed: int = 0) -> list[dict[str, Any]]:
+    """Combinations in which every two values of two different choices meet at least once."""
+    names = list(choices)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in choices[a] for y in choices[b]}
+    draw, found = random.Random(seed), []
+    while missing:
+        start = dict(min(missing, key=str))
+        tries = [{n: start.get(n, draw.choice(choices[n])) for n in names} for _ in range(60)]
+        best = max(tries, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        found.append(best)
+    return found
+
+
+def pairs(row: dict[str, Any]) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+    return set(itertools.combinations(row.items(), 2))
+
+
+def covering_problems() -> list[Problem]:
+    return [Problem(**row) for row in pairwise(CHOICES)]
+
+
+def tensors(problem: Problem) -> Tensors:
+    """Float64 tensors of a problem, rounded to its dtype."""
+    torch.manual_seed(problem.seed)
+    rule, (heads, value_heads, query_heads) = RULES[problem.rule], problem.heads
+    (key_size, value_size), length = problem.sizes, problem.length
+    batch = 1 if problem.layout == "packed" else 2
+    options = {n: x != bool(problem.option) if isinstance(x, bool) else x for n, x in rule.options.items()}
+    keys = torch.nn.functional.normalize(torch.randn(batch, length, heads, key_size), dim=-1)
+    queries = torch.randn(batch, length, query_heads, key_size)
+    leaves = {
+        "q": queries.abs() if options.get("normalize") else queries,
+        "k": keys.abs() if options.get("normalize") else keys,
+        "v": torch.randn(batch, length, value_heads, value_size),
+    }
+    gates = {"beta": 2 * torch.rand(batch, length, value_heads), "g": -torch.rand(batch, length, value_heads)}
+    leaves |= {name: gates[name] for name in rule.inputs}
+    keywords: dict[str, Any] = {"options": options, "qk_l2norm": problem.qk_l2norm, "mask": None, "cu_seqlens": None}
+    count = batch
+    if problem.layout == "packed":
+        keywords["cu_seqlens"] = torch.tensor([0, length // 3, length // 3, length])  # one of them is empty
+        count = 3
+    if problem.layout == "padded":
+        keywords["mask"] = torch.rand(batch, length) > 0.3
+    states = {"state": torch.randn(count, value_heads, key_size, value_size)} if problem.initial else {}
+    if problem.initial and options.get("normalize"):
+        states["norm_state"] = torch.rand(count, heads, key_size)
+    rounded = {name: x.to(problem.dtype).double() for name, x in leaves.items()}
+    return Tensors(rounded, {name: x.double() for name, x in states.items()}, keywords)
+
+
+def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> dict[str, Tensor]:
+    """Outputs, final states, and the gradient of a random function of both with respect to every leaf."""
+    out, states = apply(**given.leaves, states=given.states or None, backend=backend, **given.keywords)
+    result = {"out": out} | {f"final {name}": states[name] for name in sorted(states)}
+    generator = torch.Generator().manual_seed(1)
+    weights = {n: torch.randn(x.shape, dtype=torch.float64, generator=generator) for n, x in result.items()}
+    loss = sum((x.double() * weights[name]).sum() for name, x in result.items())
+    leaves = given.leaves | {f"initial {name}": x for name, x in given.states.items()}
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {n: x.detach() for n, x in result.items()} | {f"grad {n}": x for n, x in zip(leaves, grads, strict=True)}
+
+
+def truth(given: Tensors, rule: Rule) -> dict[str, Tensor]:
+    """The float64 recurrence."""
+    return outcome(rule.apply, given.copy(torch.float64), "reference")
+
+
+def assert_agrees(result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within the relative tolerance; one that is nearly zero is judged as if it were a little larger."""
+    assert result.keys() == expected.keys()
+    for name, x in result.items():
+        size = max(float(expected[name].norm()), 0.05 * expected[name].numel() ** 0.5)
+        error = float((x.double() - expected[name].double()).norm()) / size
+        assert error <= tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.0e}"

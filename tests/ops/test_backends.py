@@ -1,0 +1,155 @@
+"""Every backend of every rule against the float64 recurrence: outputs, final states, every gradient."""
+
+import operators as problems
+import pytest
+import torch
+from operators import Problem
+
+from hf_fwp import ops
+from hf_fwp.rules import RULES, chunked_op
+
+COVERING = problems.covering_problems()
+
+
+@pytest.mark.parametrize("problem", COVERING, ids=str)
+def test_chunked_agrees_with_the_recurrence(problem):
+    given, rule = problems.tensors(problem), RULES[problem.rule]
+    result = problems.outcome(rule.apply, given.copy(problem.dtype), "torch")
+    assert result["out"].dtype == problem.dtype
+    wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    assert result["final state"].dtype == wide
+    problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype])
+
+
+@pytest.mark.parametrize("problem", [p for p in COVERING if p.length < 65][::3], ids=str)
+def test_float32_recurrence_agrees_with_float64(problem):
+    given, rule = problems.tensors(problem), RULES[problem.rule]
+    result = problems.outcome(rule.apply, given.copy(problem.dtype), "reference")
+    problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype])
+
+
+@pytest.mark.parametrize("problem", [p for p in COVERING if p.length == 1 and p.layout != "packed"], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_decode_step_agrees_with_the_recurrence(problem, in_place):
+    given, rule = problems.tensors(problem), RULES[problem.rule]
+    tensors = given.copy(problem.dtype)
+    before = {name: x.detach().clone() for name, x in tensors.states.items()}
+    with torch.no_grad():
+        out, states = rule.apply(
+            **tensors.leaves, states=tensors.states or None, backend="step", in_place=in_place, **tensors.keywords
+        )
+    expected = problems.truth(given, rule)
+    result = {"out": out} | {f"final {name}": x for name, x in states.items()}
+    forward = {name: expected[name] for name in result}
+    problems.assert_agrees(result, forward, problems.TOLERANCE[problem.dtype])
+    for name, x in tensors.states.items():
+        assert torch.equal(x, states[name] if in_place else before[name])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sequences_of_correlated_keys(rule, dtype):
+    """T = 1024, keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit."""
+    torch.manual_seed(0)
+    size, length = 32, 1024
+    common, own = torch.randn(1, 1, 2, size), torch.randn(1, length, 2, size)
+    unit = torch.nn.functional.normalize
+    k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
+    leaves = {"q": unit(torch.randn_like(k), dim=-1), "k": k, "v": torch.randn_like(k)}
+    gates = {"beta": torch.full((1, length, 2), 1.9), "g": -0.01 * torch.rand(1, length, 2)}
+    leaves |= {name: gates[name] for name in RULES[rule].inputs}
+    options = {"options": {n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
+    given = problems.Tensors({n: x.to(dtype).double() for n, x in leaves.items()}, {}, options)
+    result = problems.outcome(RULES[rule].apply, given.copy(dtype), "torch")
+    problems.assert_agrees(result, problems.truth(given, RULES[rule]), problems.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradcheck(rule, backend):
+    problem = Problem(rule, length=3, sizes=(2, 3), heads=(1, 2, 2), qk_l2norm=rule != "linear_attention")
+    given = problems.tensors(problem).copy(torch.float64)
+    names, states = list(given.leaves), list(given.states)
+
+    def function(*flat):
+        leaves = dict(zip(names, flat, strict=False))
+        carried = dict(zip(states, flat[len(names) :], strict=True))
+        out, final = RULES[rule].apply(**leaves, states=carried or None, backend=backend, **given.keywords)
+        return out, *final.values()
+
+    assert torch.autograd.gradcheck(function, (*given.leaves.values(), *given.states.values()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradient_where_beta_is_zero(backend):
+    given = problems.tensors(Problem("gated_delta_net", length=70))
+    given.leaves["beta"][:, ::3] = 0
+    result = problems.outcome(RULES["gated_delta_net"].apply, given.copy(torch.float64), backend)
+    problems.assert_agrees(result, problems.truth(given, RULES["gated_delta_net"]), 1e-9)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("erase", [False, True])
+def test_opcheck(packed, erase):
+    length, count = 70, 2 if packed else 1
+    q, k, v = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(3))
+    beta = torch.rand(1, length, 2, requires_grad=True) if erase else None
+    g = (-torch.rand(1, length, 2)).requires_grad_()
+    state = torch.randn(count, 2, 4, 4, requires_grad=True)
+    bounds = torch.tensor([0, 30, length]) if packed else None
+    arguments = (q, k, v, beta, g, state, bounds, 0.5, erase, True, True)
+    torch.library.opcheck(chunked_op.linear_class_forward, arguments)
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "gated_delta_rule"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_without_graph_breaks(operator, packed):
+    rule = {"linear_attention": "linear_attention", "delta_rule": "delta_net"}.get(operator, "gated_delta_net")
+    q, k, v = (torch.randn(1, 70, 2, 4, requires_grad=True) for _ in range(3))
+    gates = {n: (-torch.rand(1, 70, 2)).requires_grad_() for n in RULES[rule].inputs}
+    bounds = torch.tensor([0, 30, 70]) if packed else None
+
+    def loss():
+        out, state = getattr(ops, operator)(q, k, v, **gates, cu_seqlens=bounds, output_final_state=True)
+        return out.sum() + state.square().sum()
+
+    leaves = (q, k, v, *gates.values())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_decode_step_compiles_without_graph_breaks():
+    q, k, v, state = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4), torch.zeros(2, 2, 4, 4)
+    beta, g = torch.rand(2, 1, 2), -torch.rand(2, 1, 2)
+
+    def decode(state):
+        rule = RULES["gated_delta_net"]
+        return rule.apply(q, k, v, beta=beta, g=g, states={"state": state}, in_place=True)[0]
+
+    with torch.no_grad():
+        expected = decode(state.clone())
+        out = torch.compile(decode, fullgraph=True, backend="aot_eager")(state)
+    torch.testing.assert_close(out, expected)
+    assert state.abs().sum() > 0
+
+
+def test_autocast_does_not_reach_the_state():
+    given = problems.tensors(Problem("gated_delta_net", torch.float32, 130))
+    expected = problems.truth(given, RULES["gated_delta_net"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = problems.outcome(RULES["gated_delta_net"].apply, given.copy(torch.float32), "torch")
+    problems.assert_agrees(result, expected, 1e-5)
+
+
+def test_bf16_inputs_at_1024_tokens():
+    given = problems.tensors(Problem("gated_delta_net", torch.float32, 1024, sizes=(16, 16), heads=(1, 1, 1)))
+    with torch.no_grad():
+        out, states = RULES["gated_delta_net"].apply(
+            **given.copy(torch.bfloat16).leaves, states=given.copy(torch.bfloat16).states, **given.keywords
+        )
+        exact, _ = RULES["gated_delta_net"].apply(
+            **given.leaves, states=given.states, backend="reference", **given.keywords
+        )
+    assert states["state"].dtype == torch.float32
+    assert float((out.double() - exact).norm() / exact.norm()) <= 2e-2
