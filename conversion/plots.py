@@ -1,0 +1,130 @@
+"""The plots of a report, each an SVG image that a page can hold in itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .report import TIMES, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OURS, THEIRS, OTHER = "#0b6e4f", "#8d99a6", "#d08c2e"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e8eb",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "hf_fwp",  # the same report gives the same file
+}
+
+
+def draw(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Each plot as the address of an image; None where the report (or the `rows` of its table) holds nothing for it."""
+    from matplotlib import rc_context  # of the extra [demo]
+
+    with rc_context(STYLE):
+        return {
+            "quality": _quality_plot(rows),
+            "layers": _layers_plot(report),
+            "decode": _decode_plot(report["decode"]) if report.get("decode") else None,
+            "losses": _losses_plot(report.get("stages", {})),
+        }
+
+
+def _quality_plot(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    rows = [row for row in rows if row["ratio"] is not None][::-1]
+    if len(rows) < 2:
+        return None
+    figure = _figure((9, 0.55 + 0.42 * len(rows)))
+    axes = figure.subplots()
+    colours = [{"model": OURS, None: THEIRS}.get(row.get("key"), OTHER) for row in rows]
+    bars = axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color=colours, height=0.6, left=0)
+    axes.bar_label(bars, [f"{number(row['ratio'])} {TIMES}" for row in rows], padding=4)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0.8, max(2.5, 2.2 * max(row["ratio"] for row in rows)))
+    axes.axvline(1, color="#1c2430", linewidth=1)
+    axes.set_xlabel("perplexity relative to the teacher's (logarithmic; 1 is the teacher)")
+    axes.grid(axis="y", visible=False)
+    return _image(figure)
+
+
+def _layers_plot(report: Mapping[str, Any]) -> str | None:
+    shown = [("residual", report.get("residuals")), ("KL when converted alone", report.get("ranking"))]
+    shown = [(label, values) for label, values in shown if values]
+    if not shown:
+        return None
+    figure = _figure((9, 2.3 * len(shown)))
+    kept = {int(layer) for layer in report.get("kept_layers", [])}
+    last = report.get("num_layers", 1 + max(int(layer) for _, values in shown for layer in values)) - 1
+    for axes, (label, values) in zip(
+        figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown, strict=True
+    ):
+        layers = [int(layer) for layer in values]
+        axes.bar(layers, list(values.values()), color=[THEIRS if layer in kept else OURS for layer in layers])
+        for layer in kept - set(layers):
+            axes.axvspan(layer - 0.4, layer + 0.4, color="#eef0f2")
+        axes.set_ylabel(label)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlim(-0.7, last + 0.7)
+    axes.set_xlabel("layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _image(figure)
+
+
+def _decode_plot(decode: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    from matplotlib.ticker import LogLocator
+
+    figure = _figure((9, 2.7))
+    panels = (
+        ("tokens_per_s", "decoded tokens per second", 1, "linear"),
+        ("prefill_s", "seconds to read the context", 1, "log"),
+        ("cache_bytes", "cache in MiB", 2**20, "log"),
+    )
+    for axes, (key, title, unit, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        for who, colour, label in (("teacher", THEIRS, "teacher"), ("student", OURS, "this model")):
+            rows = decode.get(who, [])
+            axes.plot(
+                [row["length"] for row in rows], [row[key] / unit for row in rows], "o-", color=colour, label=label
+            )
+        axes.set(title=title, xlabel="tokens of context", xscale="log", yscale=scale)
+        axes.title.set_fontsize(10)
+        lengths = sorted({row["length"] for rows in decode.values() for row in rows})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        if scale == "log":
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        if scale == "linear":
+            axes.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    return _image(figure)
+
+
+def _losses_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
+    trained = {name: stage["losses"] for name, stage in stages.items() if len(stage.get("losses") or []) > 1}
+    if not trained:
+        return None
+    figure = _figure((9, 2.5))
+    for axes, (name, losses) in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained.items(), strict=True):
+        axes.plot(range(1, len(losses) + 1), losses, color=OURS)
+        axes.set(title=name, xlabel="step", ylabel="loss")
+    return _image(figure)
+
+
+def _figure(width_height: tuple[float, float]) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot nothing global is touched, and no display is looked for
+
+    return Figure(figsize=width_height, layout="constrained")
+
+
+def _image(figure: Figure) -> str:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
