@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hf_fwp.hosts import find_host
+from hf_fwp.loading import align_weights
 
 Teacher = PreTrainedModel | str | os.PathLike[str]
 CACHE = Path.home() / ".cache" / "hf_fwp" / "gguf"
@@ -54,11 +55,12 @@ def load_teacher(
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"the teacher is a {type(teacher).__name__}; give a model, a folder, a Hub id or a .gguf file")
     source = _dequantised(Path(teacher)) if str(teacher).endswith(".gguf") else _checked(os.fspath(teacher))
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    align_weights(model)
     if device is not None:
         model = model.to(device)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer)
+        tokenizer = _load_tokenizer(source if tokenizer is None else tokenizer)
     return model.eval(), tokenizer
 
 
@@ -95,7 +97,8 @@ def _as_asked(
     if same_dtype and same_device:
         # an evaluation-mode view: own module objects, the same weights
         return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)}).eval()
-    return copy.deepcopy(model).to(dtype=dtype, device=device).eval()
+    copied: Any = copy.deepcopy(model)
+    return copied.to(dtype=dtype, device=device).eval()
 
 
 def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -106,11 +109,18 @@ def _tokenizer_of(model: PreTrainedModel, tokenizer: Any) -> PreTrainedTokenizer
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     if tokenizer is not None:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    folder = Path(model.name_or_path)
+        return _load_tokenizer(tokenizer)
+    folder = Path(model.name_or_path or "")
     if model.name_or_path and (folder / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(folder)
     return None
+
+
+def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"found no tokenizer in {source}; give one with tokenizer=…") from error
 
 
 def _checked(source: str) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_fwp.hosts import Host, converted_layers, find_host, student_config
 from hf_fwp.hosts.graft import FLOAT32, host_classes
-from hf_fwp.layer import FastWeightLayer
+from hf_fwp.layer import FastWeightLayer, layers_of
 
 from . import separate
 
@@ -78,7 +78,7 @@ def copy_teacher(
         if weights[place] is tensor and (not share or place.startswith(mixers)):
             weights[place] = tensor.clone()
     _fill(student, weights, teacher)
-    for layer in student.hf_fwp_layers.values():
+    for layer in layers_of(student).values():
         start_neutral(layer)
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -157,7 +157,8 @@ def _put(module: nn.Module, name: str, tensor: Tensor, *, loaded: bool) -> None:
         module._buffers[name] = tensor
         return
     parameter = nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
-    parameter._is_hf_initialized = loaded  # transformers' initialisation leaves such a parameter alone
+    # transformers' initialisation leaves a parameter with this mark alone
+    parameter._is_hf_initialized = loaded  # type: ignore[attr-defined]
     setattr(module, name, parameter)
 
 

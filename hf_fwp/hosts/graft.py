@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -19,10 +19,16 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache import install_fast_weight_layers
-from ..layer import FastWeightLayer, init_mixer_weights, layers_of
+from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
+from ..loading import AlignedLoading
 from ..packing import packed_segments
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .table import HEADS, HOSTS, find_host
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as Config
+else:
+    Config = object
 
 MODULE = __package__  # where the generated classes say they live, and where pickle finds them
 FLOAT32 = ("A_log", "dt_bias")  # half-lives of many tokens round to the same value in bf16
@@ -35,21 +41,34 @@ class FastWeightAttention(FastWeightLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
-        fast_weight_inputs: dict[str, Tensor | None] | None = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        inputs = fast_weight_inputs or {"attention_mask": attention_mask, "cu_seqlens": None}
-        return super().forward(
-            hidden_states, position_embeddings=position_embeddings, past_key_values=past_key_values, **inputs
-        )
+        mask, segments = kwargs.pop("fast_weight_inputs", (attention_mask, cu_seqlens))
+        return super().forward(hidden_states, mask, position_embeddings, past_key_values, segments, **kwargs)
+
+    def mixed_reads(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        mask, segments = kwargs.pop("fast_weight_inputs", (attention_mask, cu_seqlens))
+        return super().mixed_reads(hidden_states, mask, position_embeddings, past_key_values, segments, **kwargs)
 
 
-class GraftedConfig:
+class GraftedConfig(Config):
     """Adds the field `fwp`, checked. The model classes are registered when the first config exists: they need the
     family's modeling file, and `import hf_fwp` must stay light."""
+
+    host_name: ClassVar[str]
+    fwp: dict[str, Any] | None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
@@ -61,7 +80,7 @@ class GraftedConfig:
         register_models(self.host_name)
 
 
-class Grafted:
+class Grafted(AlignedLoading):
     """What all generated classes of a family share."""
 
     @property
@@ -69,10 +88,14 @@ class Grafted:
         """The mixers by the index of their layer."""
         return layers_of(self)
 
+    @property
+    def hf_fwp_backend(self) -> dict[int, str | None]:
+        """The backend that each mixer's last forward ran."""
+        return backends_of(self)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FastWeightLayer):
-            module.init_weights()
+        init_mixer_weights(module)
 
 
 class GraftedModel(Grafted):
@@ -106,16 +129,14 @@ class GraftedModel(Grafted):
         if layers and tokens is not None:
             attention_mask, padding = split_masks(attention_mask)
             resets = position_ids if padding is None and past_key_values is None else None
-            kwargs["fast_weight_inputs"] = {
-                "attention_mask": padding,
-                "cu_seqlens": packed_segments(
-                    batch=tokens.shape[0],
-                    length=tokens.shape[1],
-                    cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
-                    seq_idx=kwargs.get("seq_idx"),
-                    position_ids=resets,
-                ),
-            }
+            segments = packed_segments(
+                batch=tokens.shape[0],
+                length=tokens.shape[1],
+                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
+                seq_idx=kwargs.get("seq_idx"),
+                position_ids=resets,
+            )
+            kwargs["fast_weight_inputs"] = (padding, segments)
             if len(layers) == self.config.num_hidden_layers:
                 # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
                 attention_mask = tokens.new_ones(1, 1, 1, 1)
@@ -142,8 +163,9 @@ class GraftedHead(Grafted):
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    ) -> Any:
+        prepare: Any = super()
+        prepare._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             install_fast_weight_layers(cache, converted_layers(self.config))

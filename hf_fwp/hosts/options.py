@@ -1,8 +1,8 @@
 """The field `fwp` of a converted model's config: which layers hold fast weights, and with which options.
 
-    fwp = {"layers": [0, 1, 3],                        # indices of the converted layers
-           "rule": "gated_delta_net", "qk_norm": "l2",   # options of every converted layer
-           "per_layer": {"3": {"rope_heads": "none"}}}   # what single layers have different
+fwp = {"layers": [0, 1, 3],                        # indices of the converted layers
+       "rule": "gated_delta_net", "qk_norm": "l2",   # options of every converted layer
+       "per_layer": {"3": {"rope_heads": "none"}}}   # what single layers have different
 """
 
 from __future__ import annotations

