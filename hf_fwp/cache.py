@@ -130,7 +130,9 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Whether a decode step may overwrite the states: not while an older one may be asked for again."""
         if self.record_past or not self.states or torch.is_grad_enabled():
             return False
-        return torch.is_inference_mode_enabled() or not any(state.is_inference() for state in self.states.values())
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return True
+        return not any(state.is_inference() for state in self.states.values())
 
     # what transformers calls
 

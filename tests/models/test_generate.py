@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tiny import byte_tokenizer
-from tiny_fwp import PAD, tiny_model, tokens
-from transformers import DynamicCache, pipeline
+from tiny_fwp import PAD, assert_close, tiny_model, tokens
+from transformers import DynamicCache, StaticCache, pipeline
+from transformers.masking_utils import create_masks_for_generate
 
 NEW = 8
 PLAIN = {"max_new_tokens": NEW, "do_sample": False}
@@ -77,11 +78,22 @@ def test_forward_after_generate_from_the_same_cache(model):
     assert cache.get_seq_length() == generated.shape[1] - 1
 
 
-def test_a_compiled_decode_step_equals_the_plain_one():
+def test_decoding_compiles_to_one_graph():
     model = tiny_model(rule=["delta_net", "full_attention"])
-    expected = generate(model, tokens(2, 11), max_new_tokens=4)
-    model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(generate(model, tokens(2, 11), max_new_tokens=4, cache_implementation="static"), expected)
+    ids = tokens(2, 14)
+    graphs = []
+    compiled = torch.compile(model.forward, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(ids[:, :11], past_key_values=cache)
+        for t in range(11, 14):
+            inputs = {"past_key_values": cache, "position_ids": torch.full((2, 1), t), "use_cache": True}
+            masks = create_masks_for_generate(
+                model.config, torch.empty(2, 1, 0).double(), torch.ones(2, t + 1), cache, inputs["position_ids"]
+            )
+            logits = compiled(ids[:, t : t + 1], attention_mask=masks, **inputs).logits
+        assert_close(logits, model(ids).logits[:, -1:])
+    assert len(graphs) == 1
 
 
 def test_continuous_batching_is_refused():
