@@ -125,8 +125,8 @@ def token_blocks(
 
 def _document_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     found: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    ids = list(found["input_ids"])
-    return ids if tokenizer.eos_token_id is None else [*ids, int(tokenizer.eos_token_id)]
+    end: Any = tokenizer.eos_token_id
+    return list(found["input_ids"]) if end is None else [*found["input_ids"], end]
 
 
 def _documents(data: Any) -> Iterable[str]:
