@@ -46,7 +46,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} has {x.ndim} dimensions, shape {list(x.shape)}; expected {SHAPES}")
     if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         raise ValueError(
-            f"batch, time differ: q {list(q.shape[:2])}, k {list(k.shape[:2])}, v {list(v.shape[:2])}; expected {SHAPES}"
+            f"[B, T] differ: q {list(q.shape[:2])}, k {list(k.shape[:2])}, v {list(v.shape[:2])}; expected {SHAPES}"
         )
     if q.shape[1] == 0:
         raise ValueError("the sequence is empty (T = 0); pass at least one token")

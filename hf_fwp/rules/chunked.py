@@ -1,7 +1,8 @@
 """The linear class, parallel over the tokens of a chunk: PyTorch only, with a hand-written backward.
 
 Inside a chunk of C tokens that starts from the state S0, with G the inclusive cumulative sum of g and
-Γ_ij = exp(G_i - G_j) for i ≥ j, else 0 (Yang et al. 2024, arXiv 2406.06484 and 2412.06464; here without their corrected values W and U):
+Γ_ij = exp(G_i - G_j) for i ≥ j, else 0 (Yang et al. 2024, arXiv 2406.06484 and 2412.06464, without their corrected
+values W and U):
 
     A  = strictly lower part of  β ⊙ (K Kᵀ) ⊙ Γ           P  = scale · (Q Kᵀ) ⊙ Γ
     X  = V - exp(G) ⊙ (K S0)                              R  = (I + A)⁻¹ (β ⊙ X)              what is really written
@@ -23,13 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 64
 PAIRS = 16  # rows x value heads side by side
-MATRICES = 32  # chunks x pairs prepared at once: measured to stay in cache
+ROWS = 2048  # tokens x pairs prepared at once, to stay in cache
 L2NORM_EPS = 1e-6
 SOLVE = 16  # rows of a triangle that are solved by substitution
 TINY = 1e-20
@@ -129,18 +130,20 @@ def blocks(x: Inputs) -> Iterator[Block]:
             yield Block(rows, slice(head, min(heads, head + heads_at_once)), group, share, queries)
 
 
-def segments(length: int, pairs: int) -> list[Segment]:
+def chunk_length(key_size: int, value_size: int) -> int:
+    """A part of the work per token grows with the chunk, another part, meeting the state, shrinks with it."""
+    return 32 if max(key_size, value_size) <= 64 else 64
+
+
+def segments(x: Inputs, pairs: int) -> list[Segment]:
     """Full chunks, a few at once, then what is left over as a shorter chunk."""
-    full, rest = divmod(length, CHUNK)
-    at_once = max(1, MATRICES // pairs)
-    found = [Segment(c, c * CHUNK, min(at_once, full - c), CHUNK) for c in range(0, full, at_once)]
+    chunk = chunk_length(x.k.shape[3], x.v.shape[3])
+    full, rest = divmod(x.k.shape[1], chunk)
+    at_once = max(1, ROWS // (pairs * chunk))
+    found = [Segment(c, c * chunk, min(at_once, full - c), chunk) for c in range(0, full, at_once)]
     if rest:
-        found.append(Segment(full, full * CHUNK, 1, rest))
+        found.append(Segment(full, full * chunk, 1, rest))
     return found
-
-
-def chunk_count(length: int) -> int:
-    return -(-length // CHUNK)
 
 
 def load(x_BTHD: Tensor, rows: slice, heads: slice, segment: Segment, dtype: torch.dtype, repeat: int = 1) -> Tensor:
@@ -213,7 +216,7 @@ def apply_gamma(x: Tensor, gamma: Tensor | None, queries: int) -> Tensor:
 def invert(system: Tensor) -> Tensor:
     """(I + strictly lower part)⁻¹: substitution in 16 x 16 blocks, then merges of neighbours.
 
-    One substitution over 64 rows has twice the error when keys are correlated, and a Neumann series has no correct digit.
+    One substitution over 64 rows has twice the error when keys are correlated; a Neumann series has no correct digit.
     """
     size = system.shape[-1]
     if size <= SOLVE or size % 2:
@@ -232,93 +235,112 @@ def invert(system: Tensor) -> Tensor:
 def forward_block(x: Inputs, block: Block, state: Tensor, out: Tensor, kept: Tensor | None) -> None:
     """Run a block over all its chunks. `state` [rows, heads, K, V] is updated; `kept` gets the states between."""
     s = state.flatten(0, 1)
-    pairs = s.shape[0]
-    plan = segments(x.k.shape[1], pairs)
-    for segment in plan:
+    if kept is not None:
+        s = kept[0].copy_(state).flatten(0, 1)
+    for segment in segments(x, s.shape[0]):
         c = prepare(x, block, segment)
         o = torch.empty(*c.q.shape[:2], s.shape[-1], dtype=s.dtype, device=s.device)
         solve = c.inverse if c.beta is None or c.inverse is None else c.inverse.mul_(c.beta.mT)
-        for i in range(segment.count):
-            m = slice(i * pairs, (i + 1) * pairs)
-            if kept is not None:
-                kept[segment.first + i].copy_(state)
-            written = written_values(c, m, s, solve)
-            torch.bmm(c.q[m], s, out=o[m])
-            if c.decay_q is not None:
-                o[m].mul_(c.decay_q[m])
-            o[m].baddbmm_(c.reads[m], written)
-            if c.decay is not None and c.remaining is not None:
-                written = written.mul_(c.remaining[m])
-                s.mul_(c.decay[m, -1:])
-            s.baddbmm_(c.k[m].mT, written)
+        last = None if c.decay is None else c.decay[:, -1:]
+        columns = (c.q, c.k, c.v, solve, c.reads, c.beta, c.decay, c.decay_q, c.remaining, last, o)
+        parts = zip(*(per_chunk(column, segment.count) for column in columns), strict=True)
+        for i, (q, k, v, inverse, reads, beta, decay, decay_q, remaining, left, read) in enumerate(parts):
+            written = written_values(k, v, s, inverse, beta, decay)
+            torch.bmm(q, s, out=read)
+            if decay_q is not None:
+                read.mul_(decay_q)
+            read.baddbmm_(reads, written)
+            if remaining is not None:
+                written.mul_(remaining)
+            s = decayed(s, left, s if kept is None else kept[segment.first + i + 1].flatten(0, 1))
+            s.baddbmm_(k.mT, written)
         store(out, block.rows, block.out_heads, segment, o)
     if kept is not None:
-        kept[plan[-1].first + plan[-1].count].copy_(state)
+        state.copy_(s.view(state.shape))
 
 
-def written_values(c: Chunks, m: slice, s: Tensor, solve: Tensor | None) -> Tensor:
+def per_chunk(x: Tensor | None, count: int) -> Any:
+    """Views of the chunks of [chunks * pairs, ...]."""
+    return [None] * count if x is None else x.chunk(count)
+
+
+def decayed(s: Tensor, left: Tensor | None, target: Tensor) -> Tensor:
+    """What is left of s at the end of a chunk, written to `target` (which may be s)."""
+    if left is not None:
+        return torch.mul(s, left, out=target)
+    return s if target is s else target.copy_(s)
+
+
+def written_values(
+    k: Tensor, v: Tensor, s: Tensor, solve: Tensor | None, beta: Tensor | None, decay: Tensor | None
+) -> Tensor:
     """R, from the state at the chunk's start; `solve` is (I + A)⁻¹ with its columns multiplied by β."""
-    v = c.v[m]
     if solve is None:
-        return v if c.beta is None else v * c.beta[m]
-    retrieved = torch.bmm(c.k[m], s)
-    missing = v - retrieved if c.decay is None else torch.addcmul(v, c.decay[m], retrieved, value=-1)
-    return torch.bmm(solve[m], missing)
+        return v if beta is None else v * beta
+    retrieved = torch.bmm(k, s)
+    missing = torch.sub(v, retrieved, out=retrieved) if decay is None else torch.addcmul(v, decay, retrieved, value=-1)
+    return torch.bmm(solve, missing)
 
 
 def backward_block(x: Inputs, block: Block, grad: Inputs, d_out: Tensor, d_state: Tensor, kept: Tensor) -> None:
     """The same block in reverse. `d_state` holds dS after the last chunk and ends as dS before the first."""
     ds = d_state.flatten(0, 1)
-    for segment in reversed(segments(x.k.shape[1], ds.shape[0])):
+    pairs = ds.shape[0]
+    for segment in reversed(segments(x, pairs)):
         c = prepare(x, block, segment, backward=True)
         states = kept[segment.first : segment.first + segment.count + 1].reshape(-1, *kept.shape[-2:])
-        before, after = states[: -ds.shape[0]], states[ds.shape[0] :]
+        before, after = states[:-pairs], states[pairs:]
         do = load(d_out, block.rows, block.out_heads, segment, x.dtype).view(*c.q.shape[:2], -1)
-        solve = None if c.inverse is None else c.inverse if c.beta is None else c.inverse * c.beta.mT
-        written = written_values(c, slice(None), before, solve)
+        solve = c.inverse if c.inverse is None or c.beta is None else c.inverse * c.beta.mT
+        written = written_values(c.k, c.v, before, solve, c.beta, c.decay)
 
         dr = torch.bmm(c.reads.mT, do)
         omega = apply_gamma(torch.bmm(do, written.mT), c.gamma, block.queries)
         if c.decay_q is not None:
             do.mul_(c.decay_q)
-        dy, z, ds_after = backward_scan(c, segment.count, dr, do, ds)
+        dy, z, ds_all = backward_scan(c, segment.count, dr, do, ds)
+        ds.copy_(ds_all[:pairs])
 
         dq = torch.bmm(do, before.mT).baddbmm_(omega, c.k)
-        kept_part = written if c.remaining is None else written * c.remaining
-        dk = torch.bmm(kept_part, ds_after.mT).baddbmm_(omega.mT, c.q)
+        remains = written if c.remaining is None else written * c.remaining
+        dk = torch.bmm(remains, ds_all[pairs:].mT).baddbmm_(omega.mT, c.q)
         if z is not None:
             dk.baddbmm_(z, before.mT).baddbmm_(erase_pairs(c, dy, written), c.k)
-        store_gradients(x, block, segment, grad, c, dq=dq, dk=dk, dy=dy, written=written, along_state=(after, ds_after))
+        along_state = (after, ds_all[pairs:])
+        store_gradients(x, block, segment, grad, c, dq=dq, dk=dk, dy=dy, written=written, along_state=along_state)
 
 
 def backward_scan(c: Chunks, count: int, dr: Tensor, do: Tensor, ds: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The part that goes from chunk to chunk: dY, Z and dS after every chunk. `dr` arrives without its share from dS."""
-    pairs = ds.shape[0]
+    """The part that goes from chunk to chunk: dY, Z, and dS before the first chunk and after every one.
+
+    `dr` arrives without its share from dS.
+    """
     dy = dr if c.inverse is None else torch.empty_like(dr)
     z = None if c.inverse is None else torch.empty_like(dr)
-    ds_after = torch.empty(count * pairs, *ds.shape[1:], dtype=ds.dtype, device=ds.device)
-    for i in reversed(range(count)):
-        m = slice(i * pairs, (i + 1) * pairs)
-        ds_after[m] = ds
-        if c.remaining is None:
-            dr[m].baddbmm_(c.k[m], ds)
+    weight = None if c.inverse is None else erase_weight(c)
+    last = None if c.decay is None else c.decay[:, -1:]
+    ds_all = torch.empty((count + 1) * ds.shape[0], *ds.shape[1:], dtype=ds.dtype, device=ds.device)
+    ds = ds_all[-ds.shape[0] :].copy_(ds)
+    columns = (c.q, c.k, do, dr, c.inverse, weight, dy, z, c.remaining, last, ds_all[: -ds.shape[0]])
+    parts = list(zip(*(per_chunk(column, count) for column in columns), strict=True))
+    for q, k, d_read, d_written, inverse, erasing, d_missing, erased, remaining, left, target in reversed(parts):
+        if remaining is None:
+            d_written.baddbmm_(k, ds)
         else:
-            dr[m].addcmul_(c.remaining[m], torch.bmm(c.k[m], ds))
-        if c.decay is not None:
-            ds.mul_(c.decay[m, -1:])
-        ds.baddbmm_(c.q[m].mT, do[m])
-        if c.inverse is None or z is None:
-            continue
-        torch.bmm(c.inverse[m].mT, dr[m], out=dy[m])
-        torch.mul(dy[m], erase_weight(c, m), out=z[m])
-        ds.baddbmm_(c.k[m].mT, z[m])
-    return dy, z, ds_after
+            d_written.addcmul_(remaining, torch.bmm(k, ds))
+        ds = decayed(ds, left, target)
+        ds.baddbmm_(q.mT, d_read)
+        if inverse is not None:
+            torch.bmm(inverse.mT, d_written, out=d_missing)
+            torch.mul(d_missing, erasing, out=erased)
+            ds.baddbmm_(k.mT, erased)
+    return dy, z, ds_all
 
 
-def erase_weight(c: Chunks, m: slice) -> Tensor:
+def erase_weight(c: Chunks) -> Tensor:
     """-β exp(G)."""
-    weight = torch.ones_like(c.k[m, :, :1]) if c.beta is None else c.beta[m]
-    return -weight if c.decay is None else -weight * c.decay[m]
+    weight = torch.ones_like(c.k[:, :, :1]) if c.beta is None else c.beta
+    return -weight if c.decay is None else -weight * c.decay
 
 
 def erase_pairs(c: Chunks, dy: Tensor, written: Tensor) -> Tensor:

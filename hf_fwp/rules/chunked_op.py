@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import sequence_bounds
-from .chunked import CHUNK, Inputs, backward_block, blocks, chunk_count, forward_block
+from .chunked import Inputs, backward_block, blocks, chunk_length, forward_block
 
 
 def chunked(
@@ -30,11 +30,11 @@ def chunked(
     return out, final
 
 
-def kept_rows(length: int, cu_seqlens: Tensor | None) -> int:
+def kept_rows(length: int, chunk: int, cu_seqlens: Tensor | None) -> int:
     """How many states between chunks there can be: one before every chunk and one at the end, for every sequence."""
     if cu_seqlens is None:
-        return chunk_count(length) + 1
-    return length // CHUNK + 2 * (cu_seqlens.shape[0] - 1)
+        return -(-length // chunk) + 1
+    return length // chunk + 2 * (cu_seqlens.shape[0] - 1)
 
 
 def new_outputs(
@@ -47,18 +47,18 @@ def new_outputs(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out = v.new_empty(batch, length, max(q.shape[2], value_heads), value_size)
     final = v.new_empty(sequences, value_heads, key_size, value_size, dtype=dtype)
-    rows = kept_rows(length, cu_seqlens) if keep else 0
+    rows = kept_rows(length, chunk_length(key_size, value_size), cu_seqlens) if keep else 0
     return out, final, v.new_empty(rows, batch, value_heads, key_size, value_size, dtype=dtype)
 
 
-def sequences(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice, int]]:
+def sequences(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice, int]]:
     """(start, end, rows of the state, first of the states between chunks) of every sequence, or of the whole batch."""
     if cu_seqlens is None:
-        return [(0, length, slice(None), 0)]
-    found, first = [], 0
-    for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, length)):
+        return [(0, k.shape[1], slice(None), 0)]
+    found, first, chunk = [], 0, chunk_length(k.shape[3], v.shape[3])
+    for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, k.shape[1])):
         found.append((start, end, slice(n, n + 1), first))
-        first += chunk_count(end - start) + 1
+        first += -(-(end - start) // chunk) + 1
     return found
 
 
@@ -86,7 +86,7 @@ def linear_class_forward(
         kept.zero_()  # packed sequences rarely fill every row
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     with torch.autocast(v.device.type, enabled=False):
-        for start, end, rows, first in sequences(q.shape[1], cu_seqlens):
+        for start, end, rows, first in sequences(k, v, cu_seqlens):
             if start == end:
                 continue
             part, part_out, part_state = x.span(start, end), out[:, start:end], final[rows]
@@ -125,7 +125,7 @@ def linear_class_backward(
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     grad = Inputs(*grads[:3], *(None if given is None else d for given, d in zip((beta, g), grads[3:], strict=True)))
     with torch.autocast(v.device.type, enabled=False):
-        for start, end, rows, first in sequences(q.shape[1], cu_seqlens):
+        for start, end, rows, first in sequences(k, v, cu_seqlens):
             if start == end:
                 continue
             part, part_grad = x.span(start, end), grad.span(start, end)

@@ -1,0 +1,54 @@
+"""What the operators refuse, and that they say what was given and what is allowed."""
+
+import pytest
+import torch
+
+from hf_fwp import ops
+
+T = 5
+GOOD = {
+    "q": torch.zeros(2, T, 2, 4),
+    "k": torch.zeros(2, T, 2, 4),
+    "v": torch.zeros(2, T, 2, 3),
+    "g": torch.zeros(2, T, 2),
+    "beta": torch.zeros(2, T, 2),
+}
+PACKED = {name: x[:1] for name, x in GOOD.items()}
+BAD = {
+    "unknown backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*reference, torch, step"),
+    "triton": ({"backend": "triton"}, r"hf_fwp\.kernels is missing"),
+    "step with several tokens": ({"backend": "step"}, "one token per row, but T = 5"),
+    "integers": ({"v": torch.zeros(2, T, 2, 3, dtype=torch.int64)}, "v has dtype torch.int64; allowed are float32"),
+    "three dimensions": ({"q": torch.zeros(2, T, 8)}, "q has 3 dimensions"),
+    "other length": ({"k": torch.zeros(2, 4, 2, 4)}, "differ"),
+    "key size": ({"q": torch.zeros(2, T, 2, 6)}, "q has size 6 per head and k 4"),
+    "value heads": ({"v": torch.zeros(2, T, 3, 3)}, "v has 3 heads and k 2"),
+    "query heads": ({"q": torch.zeros(2, T, 3, 4)}, "q has 3 heads"),
+    "beta": ({"beta": torch.zeros(2, T, 1)}, r"beta has shape \[2, 5, 1\]"),
+    "g": ({"g": torch.zeros(2, T, 2, 4)}, r"g has shape \[2, 5, 2, 4\]"),
+    "mask": ({"mask": torch.ones(2, 4)}, r"mask has shape \[2, 4\]"),
+    "state shape": ({"initial_state": torch.zeros(2, 2, 3, 4)}, r"state has shape .* need \[2, 2, 4, 3\]"),
+    "state dtype": ({"initial_state": torch.zeros(2, 2, 4, 3).bfloat16()}, "must be torch.float32"),
+    "packed batch": ({"cu_seqlens": torch.tensor([0, T])}, "but B = 2"),
+    "packed floats": (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
+    "packed end": (PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "end with T = 5"),
+    "packed order": (PACKED | {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never decrease"),
+    "empty": ({name: x[:, :0] for name, x in GOOD.items()}, "T = 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused_with_a_sentence(case):
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        ops.gated_delta_rule(**(GOOD | change))
+
+
+def test_linear_attention_state_must_fit_normalize():
+    q, k, v = GOOD["q"], GOOD["k"], GOOD["v"]
+    with pytest.raises(ValueError, match="a pair"):
+        ops.linear_attention(q, k, v, normalize=True, initial_state=torch.zeros(2, 2, 4, 3))
+    with pytest.raises(ValueError, match="one tensor"):
+        ops.linear_attention(q, k, v, initial_state=(torch.zeros(2, 2, 4, 3), torch.zeros(2, 2, 4)))
+    with pytest.raises(ValueError, match="normaliser has no decay"):
+        ops.linear_attention(q, k, v, GOOD["g"], normalize=True)

@@ -1,0 +1,80 @@
+"""The comparison that the operator tests rely on must fail on wrong implementations. Here are some."""
+
+import operators as problems
+import pytest
+import torch
+from operators import Problem
+
+from hf_fwp.rules import RULES
+
+RULE = RULES["gated_delta_net"]
+
+
+def shifted_by_one_token(q, k, v, **rest):
+    return RULE.apply(q, k.roll(1, dims=1), v.roll(1, dims=1), **rest)
+
+
+def without_beta(q, k, v, *, beta, **rest):
+    return RULE.apply(q, k, v, beta=torch.ones_like(beta) + 0 * beta, **rest)
+
+
+def keys_and_values_swapped(q, k, v, **rest):
+    return RULE.apply(q, v, k, **rest)
+
+
+def without_state_gradient(*arguments, states, **rest):
+    cut = {name: x.detach() + 0 * x for name, x in states.items()}
+    return RULE.apply(*arguments, states=cut, **rest)
+
+
+def without_gradient_of_the_final_state(*arguments, **rest):
+    out, states = RULE.apply(*arguments, **rest)
+    return out, {name: x.detach() for name, x in states.items()}
+
+
+def without_decay_gradient(*arguments, g, **rest):
+    return RULE.apply(*arguments, g=g.detach() + 0 * g, **rest)
+
+
+def read_before_write(q, k, v, **rest):
+    out, states = RULE.apply(q.roll(-1, dims=1), k, v, **rest)
+    return out.roll(1, dims=1), states
+
+
+def all_zero(*arguments, **rest):
+    out, states = RULE.apply(*arguments, **rest)
+    return 0 * out, states
+
+
+def mask_ignored(*arguments, mask, **rest):
+    return RULE.apply(*arguments, mask=None, **rest)
+
+
+MUTATIONS = [
+    shifted_by_one_token,
+    without_beta,
+    keys_and_values_swapped,
+    without_state_gradient,
+    without_gradient_of_the_final_state,
+    without_decay_gradient,
+    read_before_write,
+    all_zero,
+    mask_ignored,
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", problems.TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_comparison_rejects(mutation, dtype, backend):
+    given = problems.tensors(Problem(RULE.name, dtype, 9, layout="padded", sizes=(5, 5), heads=(2, 2, 2)))
+    expected = problems.truth(given, RULE)
+    result = problems.outcome(mutation, given.copy(dtype), backend)
+    with pytest.raises(AssertionError, match="relative error"):
+        problems.assert_agrees(result, expected, problems.TOLERANCE[dtype])
+
+
+def test_comparison_accepts_the_rule_itself():
+    given = problems.tensors(Problem(RULE.name, torch.float32, 9, layout="padded", sizes=(5, 5), heads=(2, 2, 2)))
+    result = problems.outcome(RULE.apply, given.copy(torch.float32), "torch")
+    problems.assert_agrees(result, problems.truth(given, RULE), 1e-5)
