@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 
-from .evaluate import Forward, attention_modules, compare, decode_speed, forward_of, heldout_blocks, residuals, samples
+from .evaluate import Forward, attention_modules, compare, forward_of, heldout_blocks
 from .families import copy_teacher
 
 HALF_LIFE = 38.0  # tokens until a fast weight has faded to one half

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -77,25 +78,28 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Any model, converted or not, and its tokenizer if it has one. A model object is returned as it is."""
     if isinstance(model, nn.Module):
-        source = model.name_or_path if (Path(model.name_or_path) / "tokenizer_config.json").is_file() else None
-        return model, _open_tokenizer(tokenizer, source)
+        return model, _open_tokenizer(tokenizer, model.name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if str(model).endswith(".gguf") or AutoConfig.from_pretrained(model).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
-    if Path(model).is_dir():
-        check_weights(Path(model))
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-    return loaded, _open_tokenizer(tokenizer, model)
+    folder = Path(model)
+    if folder.is_dir():
+        check_weights(folder)
+    else:
+        folder = Path(snapshot_download(os.fspath(model), ignore_patterns=["*.bin", "*.gguf", "*.onnx", "*.h5"]))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return loaded, _open_tokenizer(tokenizer, folder)
 
 
 def _open_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None, source: Any
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None, folder: str | os.PathLike[str]
 ) -> PreTrainedTokenizerBase | None:
-    if tokenizer is None and source is None:
-        return None
+    """The tokenizer that was given, or the one in the model's own folder; None where that holds none."""
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    return AutoTokenizer.from_pretrained(source if tokenizer is None else tokenizer)
+    if tokenizer is None and not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder if tokenizer is None else tokenizer)
 
 
 def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:

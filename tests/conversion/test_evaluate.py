@@ -1,0 +1,264 @@
+"""Measurements against the same quantity written out plainly, on tiny models."""
+
+import math
+
+import pytest
+import torch
+from teachers import tiny_teacher
+from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from hf_fwp import RULES
+from hf_fwp.conversion.baselines import baselines, fast_weights_off, naive_copy, sliding_window, window_mask
+from hf_fwp.conversion.evaluate import (
+    PROMPTS,
+    attention_modules,
+    compare,
+    decode_speed,
+    evaluate,
+    forward_of,
+    residuals,
+    samples,
+)
+from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.hosts import HOSTS
+
+
+@pytest.fixture
+def teacher():
+    return tiny_teacher("llama")
+
+
+@pytest.fixture
+def student(teacher):
+    return copy_teacher(teacher, layers=[0, 2])
+
+
+@pytest.fixture
+def ids_NT():
+    return torch.randint(1, 67, (3, 21), generator=torch.Generator().manual_seed(3))
+
+
+def plain_loss(model, ids_NT):
+    with torch.no_grad():
+        return sum(model(ids[None], labels=ids[None]).loss.item() for ids in ids_NT) / len(ids_NT)
+
+
+def test_perplexity_is_the_exponential_of_the_models_own_loss(student, teacher, ids_NT):
+    measured = evaluate(student, against=teacher, data=ids_NT, progress=False)
+    assert measured["perplexity"] == pytest.approx(math.exp(plain_loss(student, ids_NT)), rel=1e-5)
+    assert measured["teacher_perplexity"] == pytest.approx(math.exp(plain_loss(teacher, ids_NT)), rel=1e-5)
+    assert measured["ratio"] == pytest.approx(measured["perplexity"] / measured["teacher_perplexity"])
+    assert measured["tokens"] == ids_NT.numel()
+
+
+def test_kl_and_agreement_are_those_written_out(student, teacher, ids_NT):
+    measured = evaluate(student, against=teacher, data=ids_NT, progress=False)
+    with torch.no_grad():
+        ours, theirs = (model(ids_NT).logits[:, :-1].double().softmax(-1) for model in (student, teacher))
+    kl = (theirs * (theirs / ours).log()).sum(-1).mean().item()
+    assert measured["kl"] == pytest.approx(kl, rel=1e-4)
+    assert measured["kl"] > 0.01
+    assert measured["agreement"] == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+    assert 0 < measured["agreement"] < 1
+
+
+def test_a_model_is_identical_with_itself(teacher, ids_NT):
+    measured = evaluate(copy_teacher(teacher, layers=[]), against=teacher, data=ids_NT, progress=False)
+    assert measured["kl"] == 0
+    assert measured["agreement"] == 1
+    assert measured["ratio"] == 1
+
+
+def test_the_kl_does_not_depend_on_how_positions_are_cut(student, teacher, ids_NT, monkeypatch):
+    whole = evaluate(student, against=teacher, data=ids_NT, progress=False)
+    monkeypatch.setattr("hf_fwp.conversion.evaluate.POSITIONS", 7)
+    cut = evaluate(student, against=teacher, data=ids_NT, progress=False)
+    assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert cut["agreement"] == whole["agreement"]
+
+
+def test_without_a_teacher_there_is_only_the_perplexity(student, ids_NT):
+    assert set(evaluate(student, data=ids_NT, progress=False)) == {"perplexity", "tokens", "sequence_length"}
+
+
+def test_no_more_logits_than_those_of_one_sequence_are_asked_for(teacher, ids_NT):
+    shapes = []
+    forward = forward_of(teacher)
+
+    def watched(ids_BT):
+        shapes.append(tuple(ids_BT.shape))
+        return forward(ids_BT)
+
+    compare({"model": watched}, watched, ids_NT, progress=False)
+    assert shapes == [(1, 21)] * 6
+
+
+def test_modes_are_given_back_and_no_gradient_is_kept(student, teacher, ids_NT):
+    student.train()
+    evaluate(student, against=teacher, data=ids_NT, progress=False)
+    residuals(student, teacher, ids_NT, progress=False)
+    assert student.training
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_folders_converted_or_not_are_opened_with_their_tokenizer(tmp_path):
+    folder = teacher_folder(tmp_path / "teacher")
+    student = copy_teacher(tiny_llama(), layers=[1])
+    student.save_pretrained(tmp_path / "student")
+    measured = evaluate(
+        tmp_path / "student", against=folder, data=TEXTS, tokens=128, sequence_length=32, progress=False
+    )
+    alone = evaluate(folder, data=TEXTS, tokens=128, sequence_length=32, progress=False)
+    assert measured["tokens"] == 128
+    assert measured["kl"] > 0
+    assert measured["teacher_perplexity"] == pytest.approx(alone["perplexity"])
+
+
+def test_what_cannot_be_measured_is_said(teacher, ids_NT, tmp_path):
+    with pytest.raises(ValueError, match="comes without a tokenizer"):
+        evaluate(teacher, data=TEXTS)
+    with pytest.raises(ValueError, match=r"vocabulary of 67 tokens .* of 257"):
+        evaluate(teacher, against=tiny_llama(), data=ids_NT)
+    with pytest.raises(ValueError, match=r"give \[N, T\] of ints"):
+        evaluate(teacher, data=ids_NT[0])
+    with pytest.raises(ValueError, match="tokens, but 4096 are needed"):
+        evaluate(tiny_llama(), data="too short", tokens=4096, tokenizer=byte_tokenizer())
+    copy_teacher(teacher, layers=[0]).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate(tmp_path, data=ids_NT)
+
+
+def test_the_residual_is_that_written_out_with_the_teachers_inputs(student, teacher, ids_NT):
+    seen = {}
+
+    def keep(module, args, inputs, output):
+        seen.update(x=inputs["hidden_states"], rotary=inputs["position_embeddings"], target=output[0])
+
+    hook = attention_modules(teacher)[2].register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        teacher(ids_NT)
+        y_BTD = student.hf_fwp_layers[2](seen["x"], position_embeddings=seen["rotary"])[0]
+    hook.remove()
+    expected = ((y_BTD - seen["target"]).square().sum() / seen["target"].square().sum()).item()
+    found = residuals(student, teacher, ids_NT, progress=False)
+    assert list(found) == [0, 2]
+    assert found[2] == pytest.approx(expected, rel=1e-4)
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_the_window_lets_through_the_last_tokens_and_the_first():
+    seen = window_mask(7, window=3, sinks=2)
+    assert [torch.nonzero(row).flatten().tolist() for row in seen[[0, 2, 4, 6]]] == [
+        [0],
+        [0, 1, 2],
+        [0, 1, 2, 3, 4],
+        [0, 1, 4, 5, 6],
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", list(HOSTS))
+def test_windowed_attention_is_a_softmax_over_what_is_let_through(name, implementation):
+    """One layer of the teacher alone, its attention written out from its own projections."""
+    teacher = tiny_teacher(name)
+    teacher.set_attn_implementation(implementation)
+    ids_BT = torch.randint(1, 67, (1, 14))
+    attention = attention_modules(teacher)[3]
+    seen = {}
+
+    def keep(module, args, inputs, output):
+        seen.update(x=inputs["hidden_states"], rotary=inputs["position_embeddings"], out=output[0])
+
+    hook = attention.register_forward_hook(keep, with_kwargs=True)
+    sliding_window(teacher, layers=[3], window=4, sinks=2)(ids_BT)
+    hook.remove()
+    mask = window_mask(14, window=4, sinks=2)
+    own = getattr(attention, "sliding_window", getattr(teacher.config, "sliding_window", None))
+    if own is not None:
+        mask &= window_mask(14, window=own, sinks=0)
+    with torch.no_grad():
+        expected = written_out(attention, seen["x"], seen["rotary"], mask)
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-3, atol=1e-4)
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+
+
+def written_out(attention, x_BTD, rotary, mask_TT):
+    size = attention.head_dim
+    q, k, v = (getattr(attention, f"{letter}_proj")(x_BTD).unflatten(-1, (-1, size)) for letter in "qkv")
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    cos, sin = (part[:, :, None] for part in rotary)
+    q, k = (x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin for x in (q, k))
+    k, v = (x.repeat_interleave(attention.num_key_value_groups, dim=2) for x in (k, v))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * attention.scaling
+    weights = scores.masked_fill(~mask_TT, -math.inf).softmax(-1)
+    return attention.o_proj(torch.einsum("bhts,bshv->bthv", weights, v).flatten(2))
+
+
+def test_a_window_as_long_as_the_sequence_changes_nothing(teacher, ids_NT):
+    expected = forward_of(teacher)(ids_NT)
+    assert not torch.allclose(sliding_window(teacher, layers=[0], window=3, sinks=1)(ids_NT), expected)
+    torch.testing.assert_close(sliding_window(teacher, layers=[0, 1], window=21)(ids_NT), expected)
+
+
+def test_with_fast_weights_off_a_converted_layer_adds_nothing(student, teacher, ids_NT):
+    silent = copy_teacher(teacher, layers=[0, 2])
+    with torch.no_grad():
+        for mixer in silent.hf_fwp_layers.values():
+            mixer.o_proj.weight.zero_()
+            mixer.o_proj.bias.zero_()
+    torch.testing.assert_close(fast_weights_off(student)(ids_NT), forward_of(silent)(ids_NT))
+    assert not torch.allclose(forward_of(student)(ids_NT), forward_of(silent)(ids_NT))
+
+
+def test_the_naive_copy_has_the_rates_it_is_known_for(teacher):
+    naive = naive_copy(teacher, layers=[1], half_life=38)
+    mixer = naive.hf_fwp_layers[1]
+    rates = mixer._rates(torch.randn(1, 5, teacher.config.hidden_size))
+    assert torch.all(rates["beta"] == 0.5)
+    torch.testing.assert_close((38 * rates["g"]).exp(), torch.full_like(rates["g"], 0.5))
+    assert all(mixer.options.rotates)
+    assert mixer.options.qk_norm == "l2"
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_baselines_are_measured_for_every_rule(rule, teacher, ids_NT):
+    student = copy_teacher(teacher, layers=[1, 3], fwp={"rule": rule})
+    measured = baselines(teacher, ids_NT, student=student, progress=False)
+    assert list(measured) == ["naive_copy", "sliding_window", "fast_weights_off"]
+    assert measured["sliding_window"]["kl"] == pytest.approx(0, abs=1e-6)  # 21 tokens fit into the window
+    assert measured["naive_copy"]["kl"] > 0
+    assert measured["fast_weights_off"]["kl"] > 0
+    before = F.cross_entropy(teacher(ids_NT).logits[:, :-1].flatten(0, 1), ids_NT[:, 1:].flatten()).exp().item()
+    assert measured["naive_copy"]["teacher_perplexity"] == pytest.approx(before, rel=1e-4)
+
+
+def test_states_do_not_grow_and_keys_and_values_do(student, teacher):
+    short, long = decode_speed(student, (8, 32), new_tokens=2, progress=False)
+    of_teacher = decode_speed(teacher, (8,), new_tokens=2, progress=False)[0]
+    mixer = student.hf_fwp_layers[0].options
+    assert short["state_bytes"] == long["state_bytes"] == 2 * mixer.num_states * mixer.head_dim**2 * 4
+    # 2 layers, keys and values, the context and 3 tokens (one warms up)
+    assert short["kv_bytes"] == 2 * 2 * (8 + 3) * 2 * 8 * 4
+    assert long["kv_bytes"] > short["kv_bytes"]
+    assert of_teacher["state_bytes"] == 0
+    assert of_teacher["cache_bytes"] == 2 * short["kv_bytes"]
+    assert all(row["prefill_s"] > 0 and row["tokens_per_s"] > 0 for row in (short, long, of_teacher))
+
+
+def test_samples_stand_side_by_side(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder(tmp_path))
+    student = copy_teacher(model, layers=[])
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    found = samples(student, model, tokenizer, PROMPTS[:2], new_tokens=3, progress=False)
+    assert [sample["prompt"] for sample in found] == list(PROMPTS[:2])
+    assert all(sample["teacher"] == sample["student"] for sample in found)
+    inputs = tokenizer(f"<{PROMPTS[0]}>", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert found[0]["teacher"] == tokenizer.decode(out[0, -3:], skip_special_tokens=True).strip()
