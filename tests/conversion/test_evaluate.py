@@ -1,5 +1,6 @@
 """Measurements against the same quantity written out plainly, on tiny models."""
 
+import importlib
 import math
 
 import pytest
@@ -73,7 +74,7 @@ def test_a_model_is_identical_with_itself(teacher, ids_NT):
 
 def test_the_kl_does_not_depend_on_how_positions_are_cut(student, teacher, ids_NT, monkeypatch):
     whole = evaluate(student, against=teacher, data=ids_NT, progress=False)
-    monkeypatch.setattr("hf_fwp.conversion.evaluate.POSITIONS", 7)
+    monkeypatch.setattr(importlib.import_module("hf_fwp.conversion.evaluate"), "POSITIONS", 7)
     cut = evaluate(student, against=teacher, data=ids_NT, progress=False)
     assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     assert cut["agreement"] == whole["agreement"]
