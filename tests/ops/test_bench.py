@@ -1,0 +1,22 @@
+"""The benchmark runs, and records what its numbers depend on."""
+
+import json
+
+import pytest
+
+from hf_fwp.bench.cpu import bench_cpu
+
+
+def test_bench_cpu_prints_and_writes(tmp_path, capsys):
+    file = tmp_path / "cpu.json"
+    result = bench_cpu(json=file, shapes=[(1, 70, 2, 8)], dtypes=["bfloat16"], repeats=1, threads=1)
+    assert json.loads(file.read_text()) == result
+    assert [row["what"] for row in result["rows"]] == ["forward", "forward + backward", "decode step"]
+    assert all(row["ratio"] == row["transformers_ms"] / row["ms"] > 0 for row in result["rows"])
+    assert {"date", "commit", "cpu", "threads", "torch", "transformers"} <= set(result["machine"])
+    assert "decode step" in capsys.readouterr().out
+
+
+def test_bench_cpu_refuses_an_unknown_dtype():
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32, bfloat16"):
+        bench_cpu(dtypes=["int8"])
