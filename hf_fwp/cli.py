@@ -209,18 +209,7 @@ def bench_cpu(
     json: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file, as JSON.")] = None,
 ) -> None:
     """Time the operators on this processor beside transformers' own, in one process."""
-    rows = importlib.import_module("hf_fwp.bench.cpu").bench_cpu()
-    if json is not None:
-        json.write_text(json_format.dumps(rows, indent=2, default=str) + "\n")
-    show_rows(rows, title="hf-fwp bench cpu")
-
-
-def show_rows(rows: list[dict[str, Any]], *, title: str) -> None:
-    """Rows with the same names, as one table for a person."""
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*(value for _, value in flat(row)))
-    Console().print(table)
+    importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json)
 
 
 def parse_keep(text: str) -> float | int | list[int] | str:
