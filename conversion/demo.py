@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from .convert import convert
 from .data import demo_corpus, token_blocks
-from .evaluate import evaluating
-from .report import measure, write_report
+from .evaluate import evaluate, evaluating
+from .report import write_report
 from .teacher import load_teacher, smollm2_gguf
 
 
@@ -28,15 +28,18 @@ def demo(
     started = time.perf_counter()
     teacher = smollm2_gguf() if teacher is None else teacher
     corpus, train, heldout = demo_corpus()
-    converted = convert(teacher, rule=rule, keep=keep, recipe=recipe, data=train, output=output, seed=seed)
+    data = {"train": train, "test": heldout}
+    converted: Any = convert(
+        teacher, rule=rule, keep=keep, recipe=recipe, data=data, output=output, resume=True, seed=seed
+    )
     conversion_s = time.perf_counter() - started
     student = AutoModelForCausalLM.from_pretrained(output, dtype=converted.dtype)
     original, tokenizer = load_teacher(teacher)
     if tokenizer is None:
         raise ValueError("the teacher comes without a tokenizer; give its folder, Hub id or GGUF file in its place")
     report: dict[str, Any] = {
-        **getattr(converted, "conversion_report", {}),
-        **measure(student, original, heldout, tokenizer=tokenizer, tokens=tokens),
+        **converted.conversion_report,
+        "evaluation": evaluate(student, against=original, data=heldout, tokens=tokens, tokenizer=tokenizer),
         "data": corpus,
         "reloaded_bitwise": same_logits(converted, student, tokenizer, heldout),
         "conversion_s": conversion_s,

@@ -52,9 +52,9 @@ def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int
         rule="gated_delta_net",
         keep=share,
         recipe=recipe,
-        data=train,
+        data={"train": train, "test": heldout},
         output=output,
-        resume=output.exists(),
+        resume=True,
         seed=seed,
     )
     minutes = (time.perf_counter() - started) / 60

@@ -206,7 +206,7 @@ def conversion(module: str, name: str | None = None) -> Any:
 @bench.command(name="cpu")
 @reports_errors
 def bench_cpu(
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file, as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
 ) -> None:
     """Time the operators on this processor beside transformers' own, in one process."""
     importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json)
