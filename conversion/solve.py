@@ -1,0 +1,217 @@
+"""Stage 1, solve: the output projection of every converted layer in closed form. No backward pass, no step size.
+
+    W = argmin sum_t || W r_t - A_t ||² + lambda sum_i G_ii ||w_i - w0_i||²,   G = sum_t r_t r_tᵀ
+      = W0 + (G + lambda diag G)⁻¹ (sum_t r_t A_tᵀ - G W0)
+
+r_t: the mixer's reads, the values it skips ahead, and 1; A_t: the teacher's attention output (after its o_proj).
+W0 = sum_h O_h W_h, where W_h regresses the teacher's head h on that head's own reads, its skipped values and 1, and O_h
+is the teacher's o_proj for it: far fewer weights than W, so far less to overfit. lambda is the one with the least
+residual on sequences that G has not seen. The decoder is walked once, layer by layer, so that one layer's activations
+are in memory at a time (stream.py). With stream="student" the mixer's inputs come from the student's own residual
+stream, whose earlier layers are solved already; with "teacher" from the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_fwp.hosts import converted_layers
+from hf_fwp.layer import FastWeightLayer
+
+from .calibrate import calibrate
+from .stream import ROWS, Walk
+
+LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+HEAD_LAMBDA = 1e-3
+STREAMS = ("student", "teacher")
+
+
+@dataclass
+class Moments:
+    """Sums over tokens that a least-squares problem is made of: r rᵀ, r Aᵀ, r yᵀ (y: the heads) and ||A||²."""
+
+    gram: Tensor
+    cross: Tensor
+    heads: Tensor
+    energy: float = 0.0
+
+    @classmethod
+    def empty(cls, reads: Tensor, target: Tensor, heads: Tensor) -> Moments:
+        """Sums over no tokens, of the widths that these have."""
+        size = reads.shape[-1]
+        return cls(*(reads.new_zeros(size, width) for width in (size, target.shape[-1], heads.shape[-1])))
+
+    def add(self, r: Tensor, target: Tensor, heads: Tensor) -> None:
+        """Tokens r [..., R], their targets [..., D] and the teacher's heads [..., H V]."""
+        rows, wanted = r.flatten(0, -2), target.flatten(0, -2)
+        self.gram.addmm_(rows.mT, rows)
+        self.cross.addmm_(rows.mT, wanted)
+        self.heads.addmm_(rows.mT, heads.flatten(0, -2))
+        self.energy += float(wanted.square().sum())
+
+    def residual(self, weight: Tensor) -> float:
+        """||W r - A||² / ||A||² of these tokens, without them."""
+        explained = 2 * (weight * self.cross).sum() - (weight * (self.gram.to(weight.dtype) @ weight)).sum()
+        return 1 - float(explained) / self.energy
+
+
+def ridge(fit: Moments, judge: Moments, prior_RD: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The weights [R, D], drawn to `prior_RD` by the lambda that `judge` likes best, and the residuals on both."""
+    gram, prior = fit.gram.double(), prior_RD.double()
+    missing = fit.cross.double() - gram @ prior
+    diagonal = gram.diagonal().clone()
+    floor = 1e-9 * diagonal.mean()  # a regressor that is always zero
+    best: tuple[float, float, Tensor] | None = None
+    for lam in LAMBDAS:
+        gram.diagonal().copy_(diagonal * (1 + lam) + floor)
+        weight = prior + torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
+        residual = judge.residual(weight)
+        if best is not None and residual > best[0]:
+            break  # more of lambda would only be worse
+        best = (residual, lam, weight)
+    assert best is not None, "LAMBDAS is not empty"
+    found = {"residual": best[0], "fitted": fit.residual(best[2]), "prior": judge.residual(prior), "lambda": best[1]}
+    return best[2], found
+
+
+@torch.no_grad()
+def solve(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids_NT: Tensor,
+    *,
+    heldout: int = 4,
+    calibrated: bool = False,
+    search: int = 4,
+    stream: str = "student",
+    progress: bool = True,
+) -> dict[int, dict[str, Any]]:
+    """Calibrate (unless `calibrated`) and solve every converted layer of `student`; returns what came out per layer.
+
+    ids_NT: token blocks [N, T]; the last `heldout` choose lambda, the first `search` find the settings of heads.
+    """
+    if stream not in STREAMS:
+        raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
+    if len(ids_NT) < heldout + 2:
+        raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")
+    teacher_walk = Walk(teacher, ids_NT)
+    student_walk = Walk(student, ids_NT) if stream == "student" else None
+    layers = converted_layers(student.config)
+    found: dict[int, dict[str, Any]] = {}
+    last = len(teacher_walk.blocks) if stream == "student" else max(layers, default=-1) + 1
+    for layer in tqdm(range(last), desc="solve", unit="layer", disable=not progress):
+        x_NTD, target_NTD, heads_NTC = teacher_walk.attend(layer)
+        if layer not in layers:
+            if student_walk is not None:
+                student_walk.attend(layer)
+            continue
+        mixer = student.hf_fwp_layers[layer]
+        rotary, found[layer] = teacher_walk.rotary(layer), {}
+        if not calibrated:
+            sample, judges = x_NTD[:search], x_NTD[len(x_NTD) - max(2, search // 3) :]
+            scale = getattr(teacher_walk.attention(layer), "scaling", mixer.options.head_dim**-0.5)
+            found[layer] = calibrate(mixer, torch.cat([sample, judges]), rotary, scale=scale, heldout=len(judges))
+            _remember_options(student, layer)
+        if student_walk is not None:
+            x_NTD = student_walk.inputs(layer)
+        projection = teacher_walk.output_projection(layer)
+        outputs, fit = solve_layer(
+            mixer, projection, x_NTD, target_NTD, heads_NTC, rotary, heldout=heldout, answer=student_walk is not None
+        )
+        found[layer] |= fit
+        if student_walk is not None:
+            student_walk.advance(layer, outputs)
+    return found
+
+
+def solve_layer(
+    mixer: FastWeightLayer,
+    projection: nn.Linear,
+    x_NTD: Tensor,
+    target_NTD: Tensor,
+    heads_NTC: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    heldout: int,
+    answer: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    """Solve one mixer's o_proj (and skip_proj, and their bias); its outputs [N,T,D] too where `answer` asks."""
+    kept: list[Tensor] = []
+    moments: tuple[Moments, Moments] | None = None
+    fitted = len(x_NTD) - heldout
+    for start in range(0, len(x_NTD), ROWS):
+        rows = slice(start, min(start + ROWS, len(x_NTD)))
+        tokens = (regressors(mixer, x_NTD[rows], rotary), target_NTD[rows], heads_NTC[rows])
+        moments = moments or (Moments.empty(*tokens), Moments.empty(*tokens))
+        split = max(0, fitted - start)
+        for part, moment in zip((slice(0, split), slice(split, None)), moments, strict=True):
+            if len(x_NTD[rows][part]):
+                moment.add(*(each[part] for each in tokens))
+        if answer:
+            kept.append(tokens[0])
+    assert moments is not None, "there are sequences"
+    weight, fit = ridge(*moments, head_weights(mixer, projection, moments[0]))
+    weight = weight.to(x_NTD.dtype)
+    write_outputs(mixer, weight)
+    return torch.cat([reads @ weight for reads in kept]) if answer else x_NTD, fit
+
+
+def head_weights(mixer: FastWeightLayer, projection: nn.Linear, fit: Moments) -> Tensor:
+    """W0 [R, D]: every head of the teacher from its own regressors, then the teacher's output projection."""
+    prior = torch.zeros_like(fit.cross)
+    V = mixer.options.value_head_dim
+    for head, own in enumerate(own_regressors(mixer)):
+        columns = slice(head * V, (head + 1) * V)
+        gram = fit.gram[own][:, own].double()
+        diagonal = gram.diagonal()
+        diagonal.mul_(1 + HEAD_LAMBDA).add_(1e-9 * diagonal.mean())
+        weight = torch.linalg.solve(gram, fit.heads[own, columns].double())
+        prior[own] += weight.to(prior.dtype) @ projection.weight[:, columns].mT
+    if mixer.options.o_bias and projection.bias is not None:
+        prior[-1] += projection.bias
+    return prior
+
+
+def own_regressors(mixer: FastWeightLayer) -> list[Tensor]:
+    """Per query head, the indices of the regressors that belong to it: its reads, its group's values, and 1."""
+    options = mixer.options
+    V, queries, values = options.value_head_dim, options.num_attention_heads, options.num_value_heads or 1
+    reads = options.num_reads * V
+    total = reads + options.value_skip * values * V
+    found = []
+    for head in range(queries):
+        blocks = [(m * queries + head) * V for m in range(options.time_scales)]
+        blocks += [reads + (j * values + head * values // queries) * V for j in range(options.value_skip)]
+        own = [start + i for start in blocks for i in range(V)]
+        found.append(torch.tensor([*own, total] if options.o_bias else own))
+    return found
+
+
+def regressors(mixer: FastWeightLayer, x_NTD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """What the mixer's output is a linear function of: its reads, skipped values and, with o_bias, 1."""
+    reads = mixer.mixed_reads(x_NTD, position_embeddings=rotary)
+    return torch.cat([reads, torch.ones_like(reads[..., :1])], dim=-1) if mixer.options.o_bias else reads
+
+
+def write_outputs(mixer: FastWeightLayer, weight_RD: Tensor) -> None:
+    """Split the weights of all regressors into o_proj, skip_proj and the bias."""
+    width = mixer.o_proj.in_features
+    mixer.o_proj.weight.copy_(weight_RD[:width].mT)
+    if mixer.options.o_bias:
+        mixer.o_proj.bias.copy_(weight_RD[-1])
+    if mixer.options.value_skip:
+        mixer.skip_proj.weight.copy_(weight_RD[width : width + mixer.skip_proj.in_features].mT)
+
+
+def _remember_options(student: PreTrainedModel, layer: int) -> None:
+    """What calibration decided about a mixer's shape goes into the config it will be reloaded from."""
+    options: Sequence[bool] | str = student.hf_fwp_layers[layer].options.rope_heads
+    per_layer = student.config.fwp.setdefault("per_layer", {}).setdefault(str(layer), {})
+    per_layer["rope_heads"] = options if isinstance(options, str) else list(options)
