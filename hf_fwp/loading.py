@@ -20,9 +20,13 @@ ALIGNMENT = 64
 
 
 def align_weights(model: nn.Module) -> None:
-    """Move each weight of a model on the CPU whose address is not aligned to memory of its own."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+    """Move the weights of a model on the CPU to memory of their own, if the address of one of them is not aligned.
+
+    All of them, not only that one: a single tensor left behind keeps the whole mapped file in memory.
+    """
+    tensors = [tensor for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type == "cpu"]
+    if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
+        for tensor in tensors:
             tensor.data = tensor.data.clone()
 
 
