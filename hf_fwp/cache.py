@@ -144,7 +144,8 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             return None, None
         raise ValueError("a fast-weight layer keeps states, not keys and values; only its own mixer can write to it")
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> Any:
+        """An int, or a tensor when the cache is static, as in transformers' own layers."""
         return self.seen
 
     def get_max_length(self) -> int:
@@ -153,7 +154,7 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.max_cache_len is not None:
             return self.max_cache_len, 0
-        return self.seen + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     @property
     def batch_size(self) -> int:
@@ -246,7 +247,7 @@ def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
             "fast-weight layers cannot use a quantised cache: their state does not grow, so there is nothing to gain; "
             "leave out cache_implementation='quantized'"
         )
-    if layer.is_initialized and layer.get_seq_length() > 0:
+    if isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(
             f"layer {layer_idx} of the cache holds a {type(layer).__name__} already in use; start from a fresh cache"
         )

@@ -5,15 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .cache import LAYER_TYPE
-from .options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, did_you_mean, refuse_unknown, rule_default
+from .options import (
+    MIXER_DEFAULTS,
+    RESOLVED,
+    MixerOptions,
+    complete_rule_options,
+    did_you_mean,
+    refuse_unknown,
+    rule_default,
+)
 from .presets import PRESETS
 from .rules import RULES
+
+if TYPE_CHECKING:
+    # resolved at construction, so whoever reads a config never meets None
+    Size = int
+    Name = str
+    Heads = str | tuple[bool, ...]
+else:
+    Size = int | None
+    Name = str | None
+    Heads = str | list[bool] | None
 
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 CHOICES = {
@@ -60,12 +78,12 @@ class FwpConfig(PreTrainedConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    num_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Size = RESOLVED
+    num_value_heads: Size = RESOLVED
+    head_dim: Size = RESOLVED
     expand_v: float | list | None = None
-    intermediate_size: int | None = None
-    hidden_act: str | None = None
+    intermediate_size: Size = RESOLVED
+    hidden_act: Name = RESOLVED
     mlp_type: str = "swiglu"
     use_bias: bool = False
     norm_type: str = "rms"
@@ -82,9 +100,9 @@ class FwpConfig(PreTrainedConfig):
     output_scale: float | list | None = None
     scale: float | list | None = None
     allow_neg_eigval: bool | list | None = None
-    position_embedding: str | None = None
+    position_embedding: Name = RESOLVED
     rope_parameters: dict | None = None
-    rope_heads: str | list[bool] | None = None
+    rope_heads: Heads = RESOLVED
     max_position_embeddings: int = 2048
     value_skip: int = 0
     time_scales: int = 1

@@ -234,9 +234,11 @@ class FastWeightLayer(nn.Module):
                 y_BTC = getattr(self, f"{name}_conv1d")(taps)
                 new_states[f"{name}_conv"] = kept
             projected.append(y_BTC)
-        # silu is the activation of the whole modern shell (Yang et al. 2024), values included
-        v_BTC = F.silu(projected[2]) if options.feature_map == "silu" else projected[2]
-        q, k = self._features(*projected[:2], tokens.rotary)
+        q_BTC, k_BTC, v_BTC = projected
+        if options.feature_map == "silu":
+            # the activation of the whole modern shell (Yang et al. 2024), values included
+            v_BTC = F.silu(v_BTC)
+        q, k = self._features(q_BTC, k_BTC, tokens.rotary)
         v = self._values_of_states(v_BTC)
         local = set(new_states) | {"skip"}
         ran: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block import NORMS, FwpAttention, FwpBlock
@@ -47,16 +46,16 @@ class FwpPreTrainedModel(AlignedLoading, PreTrainedModel):
     config_class = FwpConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["FwpBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["FwpBlock"]  # noqa: RUF012 transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 transformers declares it
     # in bf16 half-lives of many tokens all round to the same value
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"A_log", "dt_bias"}
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012 transformers declares it
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": FwpBlock, "attentions": FwpAttention}
+    _can_record_outputs = {"hidden_states": FwpBlock, "attentions": FwpAttention}  # noqa: RUF012 transformers declares it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -83,7 +82,7 @@ class FwpModel(FwpPreTrainedModel):
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding == "rope":
-            self.rotary_emb = LlamaRotaryEmbedding(config)
+            self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType] reads no more than ours has
         self.layers = nn.ModuleList([FwpBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         normed = config.norm_placement == "post"
         self.norm = nn.Identity() if normed else NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
@@ -122,10 +121,10 @@ class FwpModel(FwpPreTrainedModel):
         masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, position_ids)
         rotary = self.rotary_emb(h_BTD, position_ids) if self.config.position_embedding == "rope" else None
         h_BTD = self.dropout(h_BTD + self._position_embedding(position_ids, like=h_BTD))
-        for block in self.layers:
+        for kind, block in zip(self.config.layer_types, self.layers, strict=True):
             h_BTD = block(
                 h_BTD,
-                attention_mask=masks[block.layer_type],
+                attention_mask=masks[kind],
                 position_embeddings=rotary,
                 past_key_values=past_key_values,
                 cu_seqlens=cu_seqlens,
@@ -198,7 +197,7 @@ class FwpModel(FwpPreTrainedModel):
 class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
     """Next-token prediction."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers declares it
 
     def __init__(self, config: FwpConfig) -> None:
         super().__init__(config)
@@ -255,9 +254,9 @@ class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrain
 
     def __init__(self, config: FwpConfig) -> None:
         FwpPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.model = FwpModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -266,10 +265,10 @@ class FwpForTokenClassification(GenericForTokenClassification, FwpPreTrainedMode
 
     def __init__(self, config: FwpConfig) -> None:
         FwpPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.model = FwpModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

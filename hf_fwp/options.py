@@ -18,6 +18,9 @@ OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid")
 STATE_HEADS = ("query", "grouped")
 BACKENDS = ("reference", "torch", "step", "triton")
 
+# Left at this, an option is resolved at construction, so whoever reads options never meets None.
+RESOLVED: Any = None
+
 # What a mixer does where neither its options nor its rule say anything: the bare rule between four projections.
 MIXER_DEFAULTS: dict[str, Any] = {
     "feature_map": "identity",
@@ -78,24 +81,24 @@ class MixerOptions:
     rule: str
     hidden_size: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None
-    num_value_heads: int | None = None
-    head_dim: int | None = None
-    value_head_dim: int | None = None
+    num_key_value_heads: int = RESOLVED
+    num_value_heads: int = RESOLVED
+    head_dim: int = RESOLVED
+    value_head_dim: int = RESOLVED
     rule_options: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     o_bias: bool = False
     head_norm: bool = False
     norm_eps: float = 1e-6
-    feature_map: str | None = None
-    qk_norm: str | None = None
-    conv_size: int | None = None
-    beta_bias: bool | None = None
-    output_gate: str | None = None
-    output_norm: bool | None = None
-    output_scale: float | None = None
+    feature_map: str = RESOLVED
+    qk_norm: str = RESOLVED
+    conv_size: int = RESOLVED
+    beta_bias: bool = RESOLVED
+    output_gate: str = RESOLVED
+    output_norm: bool = RESOLVED
+    output_scale: float = RESOLVED
     scale: float | None = None
-    allow_neg_eigval: bool | None = None
+    allow_neg_eigval: bool = RESOLVED
     rope_heads: str | tuple[bool, ...] = "none"
     state_bias: bool = False
     value_skip: int = 0
