@@ -107,7 +107,7 @@ conversion at all; fast weights off shows what the rest of this model does alone
 <div class="card scroll"><table class="facts">
 {% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
 </table>
-{% if plots.losses %}<img alt="loss of each stage" src="{{ plots.losses }}">{% endif %}
+{% if plots.history %}<img alt="what each stage lowered, step by step" src="{{ plots.history }}">{% endif %}
 {% if report.choices %}
 <details><summary>What was chosen for each layer</summary><table class="facts">
 {% for layer, choice in report.choices.items() %}<tr><td>{{ layer }}</td><td>{{ shown(choice) }}</td></tr>{% endfor %}
@@ -188,11 +188,9 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("layers kept as softmax", ", ".join(map(str, report.get("kept_layers", [])))),
         ("keep, as asked for", report.get("keep")),
         ("tokens used for the conversion", report.get("tokens")),
-        *(
-            (f"stage {name}", _shown({k: v for k, v in stage.items() if k != "losses"}))
-            for name, stage in stages.items()
-        ),
+        *((f"stage {name}", _shown(_single(stage))) for name, stage in stages.items()),
         ("all stages", f"{spent / 60:.1f} minutes" if spent else None),
+        ("reloaded, the same logits bit for bit", {True: "yes", False: "no"}.get(report.get("reloaded_bitwise"))),
         ("peak memory", bytes_shown(report["peak_memory_bytes"]) if report.get("peak_memory_bytes") else None),
         ("teacher's weights in float32", bytes_shown(report["teacher_bytes"]) if report.get("teacher_bytes") else None),
         ("seed", report.get("seed")),
@@ -202,6 +200,11 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", _shown(on.get("versions", {}))),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _single(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage says in single numbers and words; lists and values per layer are in report.json."""
+    return {name: value for name, value in stage.items() if not isinstance(value, (Mapping, list, tuple))}
 
 
 def _shown(values: Any) -> str:

@@ -33,7 +33,7 @@ def draw(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
             "quality": _quality_plot(rows),
             "layers": _layers_plot(report),
             "decode": _decode_plot(report["decode"]) if report.get("decode") else None,
-            "losses": _losses_plot(report.get("stages", {})),
+            "history": _history_plot(report.get("stages", {})),
         }
 
 
@@ -107,14 +107,16 @@ def _decode_plot(decode: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return _image(figure)
 
 
-def _losses_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
-    trained = {name: stage["losses"] for name, stage in stages.items() if len(stage.get("losses") or []) > 1}
+def _history_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
+    trained = {name: stage["history"] for name, stage in stages.items() if len(stage.get("history") or []) > 1}
     if not trained:
         return None
     figure = _figure((9, 2.5))
-    for axes, (name, losses) in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained.items(), strict=True):
-        axes.plot(range(1, len(losses) + 1), losses, color=OURS)
-        axes.set(title=name, xlabel="step", ylabel="loss")
+    for axes, (name, history) in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained.items(), strict=True):
+        measure = next(key for key in history[0] if key != "step")
+        entries = [entry for entry in history if entry.get(measure) is not None]
+        axes.plot([entry["step"] for entry in entries], [entry[measure] for entry in entries], color=OURS)
+        axes.set(title=name, xlabel="step", ylabel=measure)
     return _image(figure)
 
 

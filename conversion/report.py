@@ -14,8 +14,9 @@ The report is a dict. Every key may be missing; what depends on it is then left 
     choices                         {layer: dict}: what was chosen for a layer (rates, rope heads, ridge, ...)
     decode                          {"student": rows, "teacher": rows} from decode_speed(...)
     samples                         [{"prompt", "teacher", "student"}] from samples(...)
-    stages                          {name: dict} in order: "seconds", "tokens", "losses": [float], anything else
+    stages                          {name: dict} in order: "seconds", "tokens", "history": [{"step", a measure}], ...
     peak_memory_bytes, teacher_bytes    int: of the process while converting; the teacher's weights in float32
+    reloaded_bitwise                bool: the saved model gives the same logits
     notes                           [str]: anything a reader should know
     environment                     filled in here: date, commit, device, threads, versions
 

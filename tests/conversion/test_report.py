@@ -13,6 +13,8 @@ from hf_fwp.conversion import report as reports
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.report import bytes_shown, license_of, measure, number, write_report
 
+HISTORY = [{"step": 1, "residual": 0.5}, {"step": 2, "residual": 0.3}]
+
 
 @pytest.fixture(scope="module")
 def measured():
@@ -47,7 +49,7 @@ def report(measured):
         "tokens": 4096,
         "ranking": {0: 0.02, 1: 0.01},
         "choices": {1: {"half_life": [2.0, 38.0], "dtype": torch.float32}},
-        "stages": {"solve": {"seconds": 3.21}, "align": {"seconds": 70, "tokens": 2048, "losses": [0.5, 0.3, 0.2]}},
+        "stages": {"solve": {"seconds": 3.21}, "align": {"seconds": 70, "tokens": 2048, "history": HISTORY}},
         **measured,
     }
 
