@@ -1,0 +1,308 @@
+"""Stage 2, align: every converted layer learns to answer what the teacher's attention answers to the same input.
+
+    minimise  sum_l ||y_l - A_l||² / ||A_l||²       y_l = mixer_l(x_l)
+
+x_l, A_l: input and output of the teacher's attention of layer l, seen by hooks during one pass of the teacher without
+gradients. Each hook runs its mixer forward and backward at once, so that one layer's graph is in memory at a time.
+Only mixers are trained: AdamW(.9, .95), no weight decay, the gradient of all mixers together clipped to 1, cosine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_fwp.hosts import find_host
+from hf_fwp.layer import FastWeightLayer, layers_of
+
+from .checkpoint import check_settings, latest, load, save
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+WARMUP = 0.05  # of all steps
+LOGGED = 100  # entries of the history, at most
+
+
+def align(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids_NT: Tensor,
+    *,
+    steps: int | None = None,
+    batch_size: int = 4,
+    lr: float = 1e-3,
+    lr_projections: float = 1e-4,
+    lr_end: float = 0.01,
+    layers: Iterable[int] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    save_every: int = 50,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the mixers of `student` on the token blocks ids_NT; returns what was measured on the way.
+
+    Without `steps`, one pass over the blocks. q/k/v/o projections learn at `lr_projections`, the rest of a mixer at
+    `lr`; both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every `save_every` steps and
+    when it is interrupted; `resume` continues it with the same result as if it had never stopped.
+    """
+    steps = len(ids_NT) // batch_size if steps is None else steps
+    if steps < 1 or len(ids_NT) < 1:
+        raise ValueError(f"{len(ids_NT)} sequences make {steps} steps of {batch_size}; give more text or fewer a step")
+    mixers = chosen_mixers(student, teacher, layers)
+    run = Run(mixers, optimizer(mixers, lr=lr, lr_projections=lr_projections), warmup=math.ceil(WARMUP * steps))
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "lr_projections": lr_projections,
+        "lr_end": lr_end,
+        "layers": list(mixers),
+        "blocks": list(ids_NT.shape),
+        "seed": seed,
+    }
+    if checkpoint is not None:
+        run.restore(checkpoint, settings, resume=resume)
+    with trainable(mixers), hooked(teacher, mixers, run.layer_loss), evaluating(teacher):
+        bar = tqdm(total=steps, initial=run.step, desc="align", unit="step", disable=not progress)
+        try:
+            while run.step < steps:
+                run.train_step(teacher, batch(ids_NT, run.step, size=batch_size, seed=seed), steps=steps, lr_end=lr_end)
+                bar.update()
+                bar.set_postfix(residual=f"{run.recent:.4f}", refresh=False)
+                if checkpoint is not None and (run.step % save_every == 0 or run.step == steps):
+                    run.save(checkpoint, settings)
+        except KeyboardInterrupt:
+            # half an update would not be the state of any step: the last saved one is kept then
+            if checkpoint is not None and not run.updating:
+                run.save(checkpoint, settings)
+            raise
+        finally:
+            bar.close()
+            run.optimizer.zero_grad(set_to_none=True)
+    return run.report(tokens=steps * batch_size * ids_NT.shape[1])
+
+
+@dataclass
+class Run:
+    """What changes while aligning, and is saved."""
+
+    mixers: dict[int, FastWeightLayer]
+    optimizer: torch.optim.Optimizer
+    warmup: int
+    step: int = 0
+    seconds: float = 0.0
+    updating: bool = False
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    first: dict[str, float] = field(default_factory=dict)  # residual of each layer in the first step
+    last: dict[str, float] = field(default_factory=dict)  # and summed over the last tenth of the steps
+
+    @property
+    def recent(self) -> float:
+        """Mean residual of the layers in the last step."""
+        return self.history[-1]["residual"] if self.history else math.nan
+
+    def layer_loss(self, layer: int, arguments: dict[str, Any], target_BTD: Tensor) -> None:
+        """Forward and backward of one mixer on what the teacher's attention was given and answered."""
+        mixer = self.mixers[layer]
+        like = mixer.o_proj.weight
+        x_BTD, rotary = arguments.pop("hidden_states"), arguments.pop("position_embeddings", None)
+        if rotary is not None:
+            rotary = tuple(part.to(like.device) for part in rotary)
+        target_BTD = target_BTD.to(like)
+        with torch.enable_grad():
+            y_BTD, _ = mixer(x_BTD.to(like), position_embeddings=rotary, **arguments)
+            loss = (y_BTD - target_BTD).square().sum() / target_BTD.square().sum()
+            loss.backward()
+        self.losses[layer] = loss.detach()
+
+    def train_step(self, teacher: PreTrainedModel, ids_BT: Tensor, *, steps: int, lr_end: float) -> None:
+        """One batch: the teacher's pass, whose hooks leave the gradients, and one update."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            teacher.base_model(input_ids=ids_BT.to(teacher.device), use_cache=False)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        factor = cosine(self.step, steps=steps, warmup=self.warmup, end=lr_end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.updating = True
+        self.optimizer.step()
+        self.step += 1
+        self.note({str(layer): float(loss) for layer, loss in self.losses.items()}, steps=steps)
+        self.seconds += time.perf_counter() - start
+        self.updating = False
+
+    def note(self, residuals: dict[str, float], *, steps: int) -> None:
+        """Keep what the report needs of this step."""
+        if self.step == 1:
+            self.first = dict(residuals)
+        if self.step > steps - tail(steps):
+            self.last = {layer: self.last.get(layer, 0.0) + value for layer, value in residuals.items()}
+        entry = {"step": self.step, "residual": sum(residuals.values()) / len(residuals)}
+        if len(self.history) > 1 and self.history[-1]["step"] % math.ceil(steps / LOGGED):
+            self.history[-1] = entry  # the newest is always there, for the progress bar
+        else:
+            self.history.append(entry)
+
+    def report(self, *, tokens: int) -> dict[str, Any]:
+        """Numbers and lists only, so that it can be written as JSON."""
+        return {
+            "steps": self.step,
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "residual_before": self.first,
+            "residual": {layer: value / tail(self.step) for layer, value in self.last.items()},
+            "history": self.history,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name; the optimiser's moments exist after the first step."""
+        found = {}
+        for name, parameter in named(self.mixers).items():
+            found[f"weight.{name}"] = parameter.detach()
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"{moment}.{name}"] = value
+        return found
+
+    def save(self, folder: Path, settings: dict[str, Any]) -> None:
+        said = {name: getattr(self, name) for name in ("step", "seconds", "history", "first", "last")}
+        save(folder, self.step, self.tensors(), {"settings": settings, **said})
+
+    def restore(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        """Continue from the newest saved step in `folder`, if there is one."""
+        saved = latest(folder, resume=resume)
+        if saved is None:
+            return
+        tensors, said = load(saved)
+        check_settings(said.pop("settings"), settings, folder=folder)
+        for name, value in said.items():
+            setattr(self, name, value)
+        for name, parameter in named(self.mixers).items():
+            with torch.no_grad():
+                parameter.copy_(tensors.pop(f"weight.{name}"))
+            state = {key.partition(".")[0]: key for key in tensors if key.partition(".")[2] == name}
+            for moment, key in state.items():
+                device = "cpu" if moment == "step" and not self.optimizer.defaults["fused"] else parameter.device
+                self.optimizer.state[parameter][moment] = tensors[key].to(device, copy=True)
+
+
+def chosen_mixers(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: Iterable[int] | None
+) -> dict[int, FastWeightLayer]:
+    """The mixers to train, by layer; refuses those that are not there, are no float32, or live in the teacher."""
+    mixers = layers_of(student)
+    wanted = sorted(mixers if layers is None else layers)
+    missing = [layer for layer in wanted if layer not in mixers]
+    if missing or not wanted:
+        raise ValueError(f"no mixers in layers {missing or wanted} of the student; it has them in {sorted(mixers)}")
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
+    for name, parameter in named({layer: mixers[layer] for layer in wanted}).items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"mixer parameter {name} is {parameter.dtype}; train float32 weights: student.float()")
+        if parameter.untyped_storage().data_ptr() in theirs:
+            raise ValueError(f"mixer parameter {name} is the teacher's own; training it would change the teacher")
+    return {layer: mixers[layer] for layer in wanted}
+
+
+def named(mixers: dict[int, FastWeightLayer]) -> dict[str, nn.Parameter]:
+    """The parameters of all mixers: `3.q_proj.weight`."""
+    return {f"{layer}.{name}": p for layer, mixer in mixers.items() for name, p in mixer.named_parameters()}
+
+
+def optimizer(mixers: dict[int, FastWeightLayer], *, lr: float, lr_projections: float) -> torch.optim.Optimizer:
+    """AdamW with the projections that were copied from the teacher at their own, lower rate."""
+    copied = {name: p for name, p in named(mixers).items() if name.split(".")[1] in PROJECTIONS}
+    fresh = [p for name, p in named(mixers).items() if name not in copied]
+    groups = [{"params": list(copied.values()), "peak": lr_projections}, {"params": fresh, "peak": lr}]
+    # fused: one pass over the weights instead of ten
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+def cosine(step: int, *, steps: int, warmup: int, end: float) -> float:
+    """The factor on the learning rate in `step`, from 0: linear up to 1, then a half cosine down to `end`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def tail(steps: int) -> int:
+    """How many steps the last tenth is."""
+    return max(1, steps // 10)
+
+
+def batch(ids_NT: Tensor, step: int, *, size: int, seed: int) -> Tensor:
+    """The blocks of one step: epoch after epoch in an order drawn from the seed and the epoch's number."""
+    places = range(step * size, (step + 1) * size)
+    epochs = {place // len(ids_NT) for place in places}
+    orders = {epoch: _order(len(ids_NT), seed=seed, epoch=epoch) for epoch in epochs}
+    return ids_NT[torch.stack([orders[place // len(ids_NT)][place % len(ids_NT)] for place in places])]
+
+
+def _order(count: int, *, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+@contextmanager
+def hooked(
+    teacher: PreTrainedModel, layers: Iterable[int], seen: Callable[[int, dict[str, Any], Tensor], None]
+) -> Iterator[None]:
+    """Call `seen(layer, arguments, output)` whenever the teacher's attention of one of the layers has run."""
+    host = find_host(teacher.config)
+    blocks = getattr(teacher.base_model, host.blocks)
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            arguments = {**kwargs, "past_key_values": None}
+            if args:
+                arguments["hidden_states"] = args[0]
+            seen(layer, arguments, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    attentions = {layer: getattr(blocks[layer], host.attention) for layer in layers}
+    handles = [module.register_forward_hook(hook_of(i), with_kwargs=True) for i, module in attentions.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def trainable(mixers: dict[int, FastWeightLayer]) -> Iterator[None]:
+    """All parameters of the mixers ask for gradients inside, and as before outside."""
+    before = {parameter: parameter.requires_grad for parameter in named(mixers).values()}
+    for parameter in before:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode inside (no dropout), and as before outside."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

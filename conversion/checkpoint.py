@@ -1,0 +1,61 @@
+"""The state of a stage on disk: a folder per saved step, complete or not there at all.
+
+    FOLDER/step-00000050/state.safetensors      tensors by name
+    FOLDER/step-00000050/state.json             everything else
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS, REST = "state.safetensors", "state.json"
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Write under another name, then rename: a kill leaves the step before. Older steps are deleted."""
+    place = folder / f"step-{step:08d}"
+    if place.is_dir():
+        return
+    unfinished = folder / f"unfinished-{step:08d}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+    (unfinished / REST).write_text(json.dumps(rest))
+    unfinished.rename(place)
+    for older in steps(folder):
+        if older.name < place.name:
+            shutil.rmtree(older)
+
+
+def load(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` was given."""
+    # clone: a mapped file's tensors need not lie at aligned addresses, where sums come out in another order
+    tensors = {name: tensor.clone() for name, tensor in load_file(place / TENSORS).items()}
+    return tensors, json.loads((place / REST).read_text())
+
+
+def steps(folder: Path) -> list[Path]:
+    """Folders of the complete saved steps, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def latest(folder: Path, *, resume: bool) -> Path | None:
+    """The newest saved step; without `resume` there must be none."""
+    saved = steps(folder)
+    if saved and not resume:
+        raise ValueError(f"{folder} holds an earlier run; give resume=True to continue it, or another folder")
+    return saved[-1] if saved else None
+
+
+def check_settings(saved: dict[str, Any], given: dict[str, Any], *, folder: Path) -> None:
+    """Refuse to continue a run with other settings than it was begun with."""
+    changed = [name for name in given if saved.get(name) != json.loads(json.dumps(given[name]))]
+    if changed:
+        told = ", ".join(f"{name} = {saved.get(name)!r}, not {given[name]!r}" for name in changed)
+        raise ValueError(f"{folder} was begun with {told}; use the same settings to resume, or another folder")

@@ -1,0 +1,131 @@
+"""Alignment: the mixers approach the teacher's attention, nothing else changes, and a resumed run is the same run."""
+
+import pytest
+import torch
+from teachers import SHAPES, tiny_teacher
+
+from hf_fwp.conversion.align import Run, align, batch, hooked
+from hf_fwp.conversion.families import copy_teacher
+
+FWP = {"rule": "gated_delta_net", "qk_norm": "l2", "time_scales": 2, "value_skip": 1, "beta_bias": True}
+SETTINGS = {"batch_size": 2, "lr": 1e-2, "lr_projections": 1e-3, "progress": False}
+
+
+@pytest.fixture
+def teacher():
+    return tiny_teacher("llama")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, SHAPES["vocab_size"], (12, 24), generator=torch.Generator().manual_seed(3))
+
+
+def student_of(teacher, layers=(0, 2)):
+    torch.manual_seed(5)
+    return copy_teacher(teacher, layers=layers, fwp=FWP)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_residual_falls_and_only_the_mixers_change(family, ids):
+    teacher = tiny_teacher(family)
+    student, before = student_of(teacher), weights(teacher)
+    start = weights(student)
+    log = align(student, teacher, ids, steps=40, **SETTINGS)
+    assert all(log["residual"][layer] < 0.8 * log["residual_before"][layer] for layer in ("0", "2"))
+    assert same(weights(teacher), before)
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.0.self_attn", "model.layers.2.self_attn")) for name in changed)
+    assert all(parameter.grad is None for parameter in [*student.parameters(), *teacher.parameters()])
+    assert not [m for m in teacher.modules() if m._forward_hooks]
+
+
+def test_the_first_residual_and_its_gradient_are_those_written_out(teacher, ids):
+    student = student_of(teacher, layers=[1])
+    hidden = teacher.model(ids[:2], output_hidden_states=True).hidden_states[1]
+    block = teacher.model.layers[1]
+    x_BTD = block.input_layernorm(hidden).detach()
+    rotary = teacher.model.rotary_emb(x_BTD, torch.arange(ids.shape[1])[None])
+    mask = torch.full((1, 1, ids.shape[1], ids.shape[1]), -torch.inf).triu(1)
+    wanted = block.self_attn(x_BTD, position_embeddings=rotary, attention_mask=mask)[0].detach()
+    given = student.hf_fwp_layers[1](x_BTD, position_embeddings=rotary)[0]
+    expected = (given - wanted).square().sum() / wanted.square().sum()
+    run = Run(student.hf_fwp_layers, None, warmup=0)
+    with hooked(teacher, [1], run.layer_loss), torch.no_grad():
+        teacher.model(ids[:2], use_cache=False)
+    torch.testing.assert_close(run.losses[1], expected.detach())
+    for name, parameter in student.hf_fwp_layers[1].named_parameters():
+        (gradient,) = torch.autograd.grad(expected, parameter, retain_graph=True)
+        torch.testing.assert_close(parameter.grad, gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def interrupted(monkeypatch, steps, *args, **settings):
+    """A run that the user stops after some steps."""
+    train_step = Run.train_step
+
+    def stopping(run, *args, **kwargs):
+        if run.step == steps:
+            raise KeyboardInterrupt
+        train_step(run, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            align(*args, **settings)
+
+
+@pytest.mark.parametrize("save_every", [3, 100], ids=["after a save", "saved by the interrupt"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(teacher, ids, tmp_path, monkeypatch, save_every):
+    whole, parts = student_of(teacher), student_of(teacher)
+    expected = align(whole, teacher, ids, steps=9, **SETTINGS)
+    settings = {**SETTINGS, "steps": 9, "checkpoint": tmp_path / "align", "save_every": save_every}
+    interrupted(monkeypatch, 5, parts, teacher, ids, **settings)
+    again = student_of(teacher)
+    log = align(again, teacher, ids, **settings, resume=True)
+    assert same(weights(again), weights(whole))
+    assert {**log, "seconds": 0} == {**expected, "seconds": 0}
+    assert len(list((tmp_path / "align").iterdir())) == 1
+
+
+def test_a_kill_while_saving_leaves_the_step_before(teacher, ids, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "steps": 4, "checkpoint": tmp_path, "save_every": 2}
+    whole, parts, again = (student_of(teacher) for _ in range(3))
+    align(whole, teacher, ids, **{**settings, "checkpoint": None})
+    interrupted(monkeypatch, 2, parts, teacher, ids, **settings)
+    (tmp_path / "unfinished-00000003").mkdir()
+    align(again, teacher, ids, **settings, resume=True)
+    assert same(weights(again), weights(whole))
+
+
+def test_earlier_runs_are_neither_overwritten_nor_mixed_up(teacher, ids, tmp_path):
+    settings = {**SETTINGS, "steps": 2, "checkpoint": tmp_path}
+    align(student_of(teacher), teacher, ids, **settings)
+    with pytest.raises(ValueError, match="resume=True"):
+        align(student_of(teacher), teacher, ids, **settings)
+    with pytest.raises(ValueError, match=r"lr = 0\.01, not 0\.5"):
+        align(student_of(teacher), teacher, ids, **{**settings, "lr": 0.5}, resume=True)
+
+
+def test_students_that_cannot_be_aligned_are_refused(teacher, ids):
+    with pytest.raises(ValueError, match="no mixers in layers"):
+        align(student_of(teacher), teacher, ids, layers=[1], **SETTINGS)
+    with pytest.raises(ValueError, match="float32"):
+        align(student_of(teacher).bfloat16(), teacher, ids, **SETTINGS)
+    with pytest.raises(ValueError, match="sequences"):
+        align(student_of(teacher), teacher, ids[:1], **SETTINGS)
+
+
+def test_every_block_is_seen_once_an_epoch(ids):
+    numbered = torch.arange(5)[:, None]
+    seen = torch.cat([batch(numbered, step, size=2, seed=1) for step in range(5)]).flatten().tolist()
+    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
+    assert seen[:5] != seen[5:]
