@@ -78,9 +78,17 @@ class Heads:
 
 @torch.no_grad()
 def attention_heads(
-    mixer: FastWeightLayer, x_NTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, scale: float
+    mixer: FastWeightLayer,
+    x_NTD: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    window: int | None = None,
 ) -> Heads:
-    """The teacher's softmax attention, from the copies of its projections in `mixer`. No T x T map is kept."""
+    """The teacher's softmax attention, from the copies of its projections in `mixer`. No T x T map is kept.
+
+    `window`: how many tokens, its own included, a query sees; None: all before it.
+    """
     options = mixer.options
     q, k = (p(x_NTD).unflatten(-1, (-1, options.head_dim)) for p in (mixer.q_proj, mixer.k_proj))
     v = mixer.v_proj(x_NTD).unflatten(-1, (-1, options.value_head_dim))
@@ -95,7 +103,8 @@ def attention_heads(
         rows = slice(start, start + QUERY_BLOCK)
         back = positions[rows, None] - positions[None, : rows.stop]
         scores = torch.einsum("nqhk,nthk->nhqt", q_rotated[:, rows], k_rotated[:, : rows.stop]) * scale
-        mass = scores.masked_fill(back < 0, -math.inf).softmax(-1)
+        unseen = (back < 0) | (back >= (window or math.inf))
+        mass = scores.masked_fill(unseen, -math.inf).softmax(-1)
         out[:, rows] = torch.einsum("nhqt,nthv->nqhv", mass, v[:, : rows.stop])
         sink[:, rows] = mass[..., 0].transpose(1, 2)
         near = (back >= 0) & (back < LOCAL) & (positions[None, : rows.stop] > 0)
@@ -105,18 +114,25 @@ def attention_heads(
 
 @torch.no_grad()
 def calibrate(
-    mixer: FastWeightLayer, x_NTD: Tensor, rotary: tuple[Tensor, Tensor] | None, *, scale: float, heldout: int
+    mixer: FastWeightLayer,
+    x_NTD: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    scale: float,
+    heldout: int,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """Set decay, write strength, rotation, bias and gate of a mixer that holds the teacher's projections.
 
     `x_NTD` are inputs of the teacher's attention; the last `heldout` sequences judge, the others fit. `scale` is the
-    teacher's factor of q·k. Returns what was chosen, per time scale and head, with the residual of each.
+    teacher's factor of q·k, `window` what its queries see. Returns what was chosen, per time scale and head, with the
+    residual of each.
     """
     if not 0 < heldout < len(x_NTD):
         raise ValueError(f"heldout is {heldout} of {len(x_NTD)} sequences; keep at least one to fit and one to judge")
     if mixer.options.state_heads != "query":
         raise ValueError("calibrate needs a state per query head; set state_heads='query'")
-    heads = attention_heads(mixer, x_NTD, rotary, scale=scale)
+    heads = attention_heads(mixer, x_NTD, rotary, scale=scale, window=window)
     gates_MNTH = _fit_gates(mixer, x_NTD, heads)
     search = _Search(mixer, heads, heldout)
     chosen: list[dict[str, list[Any]]] = []
@@ -137,7 +153,7 @@ class _Search:
 
     def __init__(self, mixer: FastWeightLayer, heads: Heads, heldout: int) -> None:
         self.mixer, self.heads, self.fit = mixer, heads, len(heads.v) - heldout
-        self.num_heads = heads.v.shape[2]
+        self.num_heads, self.device = heads.v.shape[2], heads.v.device
         plain, rotated = (heads.q, heads.k), (heads.q_rotated, heads.k_rotated)
         self.unused = {False: _least_used(*plain), True: _least_used(*rotated)}
         self.sizes = tuple(t.norm(dim=-1).mean((0, 1))[:, None] for t in plain)
@@ -154,8 +170,8 @@ class _Search:
         """(setting, read, residual per head) of the best candidate of time scale `m`, given the reads found before."""
         which = min(m, len(START) - 1)
         start = {name: value for name, value in START[which].items() if name in self.fields}
-        best = {name: torch.full((self.num_heads,), value) for name, value in start.items()}
-        kept_read, kept = None, torch.full((self.num_heads,), math.inf)
+        best = {name: torch.full((self.num_heads,), value, device=self.device) for name, value in start.items()}
+        kept_read, kept = None, torch.full((self.num_heads,), math.inf, device=self.device)
         for candidate in self._candidates(best, ROUNDS[which]):
             read = self.read(candidate, gate)
             residual = self.residual([*found, read])
@@ -198,7 +214,7 @@ class _Search:
     def _turned(self, setting: Mapping[str, Tensor]) -> Tensor:
         if "rotate" in setting:
             return setting["rotate"]
-        return torch.full((self.num_heads,), self.mixer.options.rope_heads == "all")
+        return torch.full((self.num_heads,), self.mixer.options.rope_heads == "all", device=self.device)
 
     def read(self, setting: Mapping[str, Tensor], gate: Tensor | None) -> Tensor:
         q, k = self.features(setting)

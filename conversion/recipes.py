@@ -51,10 +51,10 @@ class Recipe:
     name: str
     summary: str
     sequence_length: int = 512
-    solve_tokens: int = 20480
+    solve_tokens: int = 16384
     stream: str = "student"
-    rank_solve_tokens: int = 8192
-    rank_tokens: int = 1024
+    rank_solve_tokens: int = 5120
+    rank_tokens: int = 768
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)
     distil_tokens: int = 0

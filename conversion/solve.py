@@ -89,7 +89,7 @@ def solve(
     *,
     heldout: int = 4,
     calibrated: bool = False,
-    search: int = 4,
+    search: int = 3,
     stream: str = "student",
     progress: bool = True,
 ) -> dict[int, dict[str, Any]]:
@@ -115,9 +115,16 @@ def solve(
         mixer = student.hf_fwp_layers[layer]
         rotary, found[layer] = teacher_walk.rotary(layer), {}
         if not calibrated:
-            sample, judges = x_NTD[:search], x_NTD[len(x_NTD) - max(2, search // 3) :]
+            sample, judges = x_NTD[:search], x_NTD[len(x_NTD) - max(2, search // 2) :]
             scale = getattr(teacher_walk.attention(layer), "scaling", mixer.options.head_dim**-0.5)
-            found[layer] = calibrate(mixer, torch.cat([sample, judges]), rotary, scale=scale, heldout=len(judges))
+            found[layer] = calibrate(
+                mixer,
+                torch.cat([sample, judges]),
+                rotary,
+                scale=scale,
+                heldout=len(judges),
+                window=teacher_walk.window(layer),
+            )
             _remember_options(student, layer)
         if student_walk is not None:
             x_NTD = student_walk.inputs(layer)
@@ -135,14 +142,14 @@ def solve_layer(
     mixer: FastWeightLayer,
     projection: nn.Linear,
     x_NTD: Tensor,
-    target_NTD: Tensor,
+    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target."""
     heads_NTC: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     *,
     heldout: int,
     answer: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Solve one mixer's o_proj (and skip_proj, and their bias); its outputs [N,T,D] too where `answer` asks."""
+    """Solve one mixer's o_proj (and skip_proj, and their bias); with `answer` its outputs are written over the target."""
     kept: list[Tensor] = []
     moments: tuple[Moments, Moments] | None = None
     fitted = len(x_NTD) - heldout
@@ -160,7 +167,11 @@ def solve_layer(
     weight, fit = ridge(*moments, head_weights(mixer, projection, moments[0]))
     weight = weight.to(x_NTD.dtype)
     write_outputs(mixer, weight)
-    return torch.cat([reads @ weight for reads in kept]) if answer else x_NTD, fit
+    if answer:
+        kept.reverse()
+        for start in range(0, len(target_NTD), ROWS):
+            target_NTD[start : start + ROWS] = kept.pop() @ weight  # in place: the target has served
+    return target_NTD, fit
 
 
 def head_weights(mixer: FastWeightLayer, projection: nn.Linear, fit: Moments) -> Tensor:

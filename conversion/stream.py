@@ -76,29 +76,41 @@ class Walk:
         """cos and sin of the positions, [1, T, R], as the block is given them."""
         return self.arguments[layer].get("position_embeddings")
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens a query of this layer sees, its own included; None: all before it."""
+        return getattr(self.attention(layer), "sliding_window", getattr(self.model.config, "sliding_window", None))
+
     @torch.no_grad()
     def attend(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """(x, A, y): input and output [N,T,D] of the attention, and what its output projection is given, [N,T,H V]:
         the heads side by side. The stream moves on to the next block."""
-        given: list[Tensor] = []
-        answered: list[Tensor] = []
-        heads: list[Tensor] = []
+        x, answers, heads = (torch.empty(0) for _ in range(3))
+        seen: dict[str, Tensor] = {}
 
         def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given.append(args[0] if args else kwargs["hidden_states"])
-            answered.append(output[0])
+            seen["x"], seen["answer"] = args[0] if args else kwargs["hidden_states"], output[0]
+
+        def keep_heads(_: nn.Module, args: Any) -> None:
+            seen["heads"] = args[0]
 
         hooks = [
             self.attention(layer).register_forward_hook(keep, with_kwargs=True),
-            self.output_projection(layer).register_forward_pre_hook(lambda _, args: heads.append(args[0])),
+            self.output_projection(layer).register_forward_pre_hook(keep_heads),
         ]
         try:
             for rows in self.rows():
                 self.hidden_NTD[rows] = self._block(layer, rows)
+                if rows.start == 0:
+                    # filled in place: a list and its concatenation would need twice the memory
+                    x, answers, heads = (self._like(seen[name]) for name in ("x", "answer", "heads"))
+                x[rows], answers[rows], heads[rows] = seen["x"], seen["answer"], seen["heads"]
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(given), torch.cat(answered), torch.cat(heads)
+        return x, answers, heads
+
+    def _like(self, part: Tensor) -> Tensor:
+        return part.new_empty(len(self.ids_NT), *part.shape[1:])
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""
@@ -107,7 +119,10 @@ class Walk:
     @torch.no_grad()
     def inputs(self, layer: int) -> Tensor:
         """What the attention or mixer of this block is given, [N,T,D]; the stream stays where it is."""
-        return torch.cat([self._with_stand_in(layer, rows, None)[1] for rows in self.rows()])
+        x_NTD = torch.empty_like(self.hidden_NTD)
+        for rows in self.rows():
+            x_NTD[rows] = self._with_stand_in(layer, rows, None)[1]
+        return x_NTD
 
     @torch.no_grad()
     def advance(self, layer: int, outputs_NTD: Tensor) -> None:
@@ -116,17 +131,14 @@ class Walk:
             self.hidden_NTD[rows] = self._with_stand_in(layer, rows, outputs_NTD[rows])[0]
 
     @torch.no_grad()
-    def finish(self, layer: int, hidden_NTD: Tensor, rows: slice) -> Tensor:
+    def finish(self, layer: int, hidden_NTD: Tensor) -> Tensor:
         """The final hidden states [n,T,D] (after the last norm) of a stream that enters block `layer`."""
         for later in range(layer, len(self.blocks)):
-            hidden_NTD = self.blocks[later](hidden_NTD, **self._arguments_of(later))
+            hidden_NTD = self.blocks[later](hidden_NTD, **self.arguments[later])
         return self._last_norm(hidden_NTD)
 
     def _block(self, layer: int, rows: slice) -> Tensor:
-        return self.blocks[layer](self.hidden_NTD[rows], **self._arguments_of(layer))
-
-    def _arguments_of(self, layer: int) -> dict[str, Any]:
-        return self.arguments[layer]
+        return self.blocks[layer](self.hidden_NTD[rows], **self.arguments[layer])
 
     def _with_stand_in(self, layer: int, rows: slice, answer: Tensor | None) -> tuple[Tensor, Tensor]:
         block, stand_in = self.blocks[layer], StandIn()

@@ -1,0 +1,28 @@
+"""How a pretrained checkpoint becomes a fast-weight model. Stages are functions, each usable alone."""
+
+from .align import align
+from .calibrate import calibrate
+from .convert import convert
+from .distil import DistilTrainer, distil
+from .evaluate import evaluate
+from .keep import keep_softmax, rank_layers
+from .recipes import RECIPES, Recipe
+from .report import write_report
+from .solve import solve
+from .teacher import load_teacher
+
+__all__ = [
+    "RECIPES",
+    "DistilTrainer",
+    "Recipe",
+    "align",
+    "calibrate",
+    "convert",
+    "distil",
+    "evaluate",
+    "keep_softmax",
+    "load_teacher",
+    "rank_layers",
+    "solve",
+    "write_report",
+]

@@ -1,0 +1,318 @@
+"""The verb: convert(teacher, rule=..., keep=..., recipe=..., data=..., output=...).
+
+    plan      check every argument, count the tokens, print what will happen and how long it should take
+    solve     calibrate and solve all layers in closed form; rank them if `keep` asks for it, and solve again (solve.py)
+    align     each mixer to its attention, by gradient (align.py)
+    distil    the whole student to the teacher's predictions (distil.py)
+    report    measure on text that no stage has read (report.py)
+
+A finished stage is saved beside `output`, in `output`.partial, until the finished model is renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fwp.hosts import converted_layers
+
+from .align import align
+from .data import demo_corpus, read_data, token_blocks
+from .distil import distil
+from .families import copy_teacher
+from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
+from .plan import Plan, describe, within
+from .recipes import find_recipe, student_options
+from .report import measure, peak_memory, write_report
+from .solve import solve
+from .teacher import Teacher, load_teacher
+
+REPORT_TOKENS = 4096
+
+
+@dataclass
+class Run:
+    """A conversion under way: its models, its text, what it has found so far, and where it saves."""
+
+    plan: Plan
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    blocks: dict[str, Tensor]
+    work: Path | None
+    share: bool
+    report: dict[str, Any]
+    progress: bool = True
+
+    def stage(self, name: str, student: PreTrainedModel | None, do: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """Run a stage, or load what it gave when it was finished before."""
+        saved = None if self.work is None else self.work / name
+        if saved is not None and (saved / "stage.json").is_file():
+            self.report = json.loads((saved / "stage.json").read_text())
+            return AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype).to(self.teacher.device)
+        del student
+        started = time.perf_counter()
+        result = do()
+        self.report["stages"].setdefault(name, {})["seconds"] = time.perf_counter() - started
+        if saved is not None:
+            _save_whole(saved, result, {"stage.json": json.dumps(self.report, default=str)})
+        return result
+
+
+def convert(
+    teacher: Teacher,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    rule: str = "gated_delta_net",
+    keep: Keep = 0.25,
+    recipe: str = "quick",
+    budget: int | str | None = None,
+    data: Any = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    dry_run: bool = False,
+) -> PreTrainedModel:
+    """Swap the softmax attention of `teacher` for fast weights and repair what that broke; returns the student.
+
+    teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
+    budget: tokens for the stages that take gradient steps, or a time ("20m"). data: a text, a Path, a list of texts or
+    a datasets object; with splits "train" and "test" the report is measured on "test". output: a new folder for model,
+    tokenizer, report and card; an interrupted run continues with `resume`. dry_run: print the plan and return the
+    teacher. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before it starts.
+    """
+    options, output = find_recipe(recipe), None if output is None else Path(output)
+    student_options(rule)
+    _check_output(output, resume=resume)
+    model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
+    num_layers = model.config.num_hidden_layers
+    plan = Plan(
+        teacher=str(model.name_or_path) if isinstance(teacher, PreTrainedModel) else str(teacher),
+        rule=rule,
+        keep=keep,
+        recipe=options,
+        seed=seed,
+        num_layers=num_layers,
+        kept=kept_count(keep, num_layers),
+        data=type(data).__name__,
+    )
+    train, heldout = _texts(data)
+    plan = within(plan, budget, model)
+    blocks = _blocks(plan, train, heldout, tokenizer)
+    Console(stderr=True).print(describe(plan, model), highlight=False)
+    if dry_run:
+        return model
+    work = None if output is None else output.with_name(output.name + ".partial")
+    if work is not None:
+        _begin(work, plan, resume=resume)
+    run = Run(
+        plan, model, tokenizer, blocks, work, not isinstance(teacher, PreTrainedModel), _first_report(plan, model)
+    )
+    student = _finish(run, output)
+    student.conversion_report = run.report
+    return student
+
+
+def _texts(data: Any) -> tuple[Any, Any]:
+    """(training text, held-out text or None)."""
+    if data is None:
+        _, train, heldout = demo_corpus()
+        return train, heldout
+    if isinstance(data, dict):  # a datasets.DatasetDict is one
+        if "train" not in data:
+            raise ValueError(f"data has the splits {', '.join(map(str, data))}; it needs 'train' (and, if any, 'test')")
+        return read_data(data["train"]), read_data(data["test"]) if "test" in data else None
+    return read_data(data), None
+
+
+def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own."""
+    recipe, length = plan.recipe, plan.recipe.sequence_length
+    counts = {
+        "report": 0 if heldout is not None else REPORT_TOKENS // length,
+        "rank": -(-recipe.rank_tokens // length) if plan.ranked else 0,
+        "rank_solve": recipe.rank_solve_tokens // length if plan.ranked else 0,
+        "solve": recipe.solve_tokens // length,
+        "align": -(-recipe.align_tokens // length),
+        "distil": -(-recipe.distil_tokens // length),
+    }
+    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=sum(counts.values()) * length)
+    # documents are long: without a shuffle a stage would read few of them
+    order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
+    parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
+    if heldout is not None:
+        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=REPORT_TOKENS)
+    return parts
+
+
+def _finish(run: Run, output: Path | None) -> PreTrainedModel:
+    student = run.stage("solve", None, lambda: _solved(run))
+    recipe = run.plan.recipe
+    if recipe.align_tokens and converted_layers(student.config):
+        student = run.stage("align", student, lambda: _aligned(run, student))
+    if recipe.distil_tokens:
+        student = run.stage("distil", student, lambda: _distilled(run, student))
+    run.report |= {
+        "kept_layers": [i for i in range(run.plan.num_layers) if i not in converted_layers(student.config)],
+        "peak_memory_bytes": peak_memory(),
+    }
+    if output is None:
+        run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+        return student.eval()
+    assert run.work is not None
+    unfinished = run.work / "finished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    student.save_pretrained(unfinished)
+    assert run.tokenizer is not None
+    run.tokenizer.save_pretrained(unfinished)
+    run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+    run.report = write_report(unfinished, {**run.report, "name": output.name})
+    if output.is_dir():
+        output.rmdir()
+    unfinished.rename(output)
+    shutil.rmtree(run.work)
+    return student.eval()
+
+
+_MEASURES: dict[str, Any] = {
+    "tokens": REPORT_TOKENS,
+    "baseline_tokens": 2048,
+    "residual_tokens": 0,
+    "lengths": (512, 2048),
+    "new_tokens": 32,
+}
+
+
+def _solved(run: Run) -> PreTrainedModel:
+    """All layers converted and solved, or, after ranking, all but the kept ones."""
+    plan, teacher, recipe = run.plan, run.teacher, run.plan.recipe
+    named = plan.named()
+    layers = [layer for layer in range(plan.num_layers) if layer not in named]
+    student = copy_teacher(teacher, layers=layers, fwp=student_options(plan.rule), share=run.share)
+    found: dict[int, dict[str, Any]] = {}
+    if plan.ranked:
+        assert plan.kept is not None
+        found = solve(student, teacher, run.blocks["rank_solve"], heldout=2, stream="teacher", progress=run.progress)
+        swapped = run.blocks["rank"]
+        swapped = swapped[:, : recipe.rank_tokens // len(swapped)]
+        ranking = rank_layers(student, teacher, swapped, progress=run.progress)
+        run.report["ranking"] = ranking
+        student = keep_softmax(student, teacher, most_needed(ranking, plan.kept), share=run.share)
+    solved = solve(
+        student,
+        teacher,
+        run.blocks["solve"],
+        calibrated=plan.ranked,
+        stream=recipe.stream,
+        progress=run.progress,
+    )
+    run.report["choices"] = {layer: {**found.get(layer, {}), **solved[layer]} for layer in solved}
+    run.report["residuals"] = {layer: choice["residual"] for layer, choice in run.report["choices"].items()}
+    return student
+
+
+def _aligned(run: Run, student: PreTrainedModel) -> PreTrainedModel:
+    checkpoint = None if run.work is None else run.work / "align.steps"
+    blocks, settings = run.blocks["align"], run.plan.recipe.align
+    log = align(
+        student,
+        run.teacher,
+        blocks,
+        checkpoint=checkpoint,
+        resume=True,
+        seed=run.plan.seed,
+        progress=run.progress,
+        **settings,
+    )
+    run.report["stages"]["align"] = {"tokens": blocks.numel(), **log}
+    return student
+
+
+def _distilled(run: Run, student: PreTrainedModel) -> PreTrainedModel:
+    if run.share:
+        _own_weights(student)
+    blocks, settings = run.blocks["distil"], run.plan.recipe.distil
+    log = distil(
+        student,
+        run.teacher,
+        blocks,
+        output_dir=None if run.work is None else run.work / "distil.steps",
+        resume=True,
+        seed=run.plan.seed,
+        progress=run.progress,
+        **settings,
+    )
+    run.report["stages"]["distil"] = {"tokens": blocks.numel(), **log}
+    return student
+
+
+def _own_weights(student: PreTrainedModel) -> None:
+    """Copies of the weights that are still in the teacher's memory: they are going to be trained."""
+    for parameter in student.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def _first_report(plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
+    return {
+        "teacher": plan.teacher,
+        "rule": plan.rule,
+        "recipe": plan.recipe.name,
+        "keep": plan.keep,
+        "seed": plan.seed,
+        "num_layers": plan.num_layers,
+        "tokens": plan.recipe.tokens(ranked=plan.ranked),
+        "teacher_bytes": 4 * model.num_parameters(),
+        "data": plan.data,
+        "stages": {},
+    }
+
+
+def _check_output(output: Path | None, *, resume: bool) -> None:
+    if output is None:
+        if resume:
+            raise ValueError("resume needs the output folder of the run to continue; give output=")
+        return
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"the output folder {output} is in use; give a new folder, or delete this one")
+
+
+def _begin(work: Path, plan: Plan, *, resume: bool) -> None:
+    """Make the folder of unfinished work, or check that the one there belongs to this plan."""
+    file = work / "plan.json"
+    if file.is_file():
+        if not resume:
+            raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
+        saved, given = json.loads(file.read_text()), plan.as_json()
+        changed = [name for name in given if saved.get(name) != given[name]]
+        if changed:
+            told = ", ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in changed)
+            raise ValueError(
+                f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
+            )
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    unfinished = work / "plan.json.unfinished"
+    unfinished.write_text(json.dumps(plan.as_json(), indent=2))
+    unfinished.rename(file)
+
+
+def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    for name, text in files.items():
+        (unfinished / name).write_text(text)
+    unfinished.rename(folder)

@@ -1,0 +1,118 @@
+"""What a conversion is going to do, in words and in numbers, before it starts.
+
+Times are estimates: the tokens of every stage, times what the stage costs in forward passes of the teacher, times the
+measured time of one such pass on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .keep import Keep, kept_layers
+from .recipes import Recipe
+
+# Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
+COSTS = {"solve": 6.0, "rank": 17.0, "align": 4.0, "distil": 6.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion is going to do; equal plans give equal models."""
+
+    teacher: str
+    rule: str
+    keep: Keep
+    recipe: Recipe
+    seed: int
+    num_layers: int
+    kept: int | None  # how many layers are kept by rank; None where keep names them
+    data: str
+
+    @property
+    def ranked(self) -> bool:
+        return self.kept is not None and 0 < self.kept < self.num_layers
+
+    def named(self) -> list[int]:
+        """The layers that stay softmax, as far as they are known before ranking."""
+        if self.kept is None:
+            return kept_layers(self.keep, self.num_layers)
+        return list(range(self.num_layers)) if self.kept == self.num_layers else []
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+def describe(plan: Plan, model: PreTrainedModel) -> str:
+    """The plan in words, with estimates of time and memory."""
+    if plan.kept is None or not plan.ranked:
+        kept = f"{len(plan.named())} of {plan.num_layers} layers stay softmax"
+    else:
+        kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by measured KL"
+    recipe = plan.recipe
+    steps = [f"solve {recipe.solve_tokens} tokens"]
+    if plan.ranked:
+        steps.insert(0, f"rank on {recipe.rank_tokens}")
+    steps += [f"align {recipe.align_tokens}"] if recipe.align_tokens else []
+    steps += [f"distil {recipe.distil_tokens}"] if recipe.distil_tokens else []
+    size = model.num_parameters() * model.dtype.itemsize
+    copies = 2 + (4 if recipe.distil_tokens else 0)
+    return (
+        f"convert {plan.teacher} to {plan.rule}, recipe {recipe.name}: {kept}\n"
+        f"  {', '.join(steps)}; about {estimate(plan, model) / 60:.0f} minutes, "
+        f"{copies * size / 2**30:.1f} GiB of memory"
+    )
+
+
+def estimate(plan: Plan, model: PreTrainedModel) -> float:
+    """Seconds that the stages will take, from the measured time of one forward pass."""
+    recipe = plan.recipe
+    units = recipe.solve_tokens * COSTS["solve"]
+    units += recipe.align_tokens * COSTS["align"] + recipe.distil_tokens * COSTS["distil"]
+    if plan.ranked:
+        units += recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
+    return units * _seconds_per_token(model)
+
+
+@torch.no_grad()
+def _seconds_per_token(model: PreTrainedModel, length: int = 256) -> float:
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        model.base_model(input_ids=ids, use_cache=False)
+        times.append(time.perf_counter() - started)
+    return min(times) / length
+
+
+def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan:
+    """The plan with as many tokens for gradient steps as the budget allows."""
+    if budget is None:
+        return plan
+    units = {"s": 1, "m": 60, "h": 3600}
+    text = str(budget)
+    try:
+        if text[-1:] in units:
+            closed = replace(plan, recipe=plan.recipe.with_trained(0))
+            left = float(text[:-1]) * units[text[-1]] - estimate(closed, model)
+            tokens = round(left / (COSTS["distil"] * _seconds_per_token(model)))
+        else:
+            tokens = round(float(text[:-1]) * 1e6) if text.endswith("M") else int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"budget is {budget!r}; give a number of tokens (200000, '0.2M') or a time ('90s', '20m', '2h')"
+        ) from error
+    if not plan.recipe.trained():
+        raise ValueError(
+            f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
+        )
+    if tokens < 4 * plan.recipe.sequence_length:
+        raise ValueError(
+            f"a budget of {budget!r} leaves {max(0, tokens)} tokens to train on; give more, or 'closed-form'"
+        )
+    return replace(plan, recipe=plan.recipe.with_trained(tokens))
