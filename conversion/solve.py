@@ -142,14 +142,14 @@ def solve_layer(
     mixer: FastWeightLayer,
     projection: nn.Linear,
     x_NTD: Tensor,
-    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target."""
+    target_NTD: Tensor,
     heads_NTC: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     *,
     heldout: int,
     answer: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Solve one mixer's o_proj (and skip_proj, and their bias); with `answer` its outputs are written over the target."""
+    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target."""
     kept: list[Tensor] = []
     moments: tuple[Moments, Moments] | None = None
     fitted = len(x_NTD) - heldout
