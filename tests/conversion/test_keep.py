@@ -1,0 +1,158 @@
+"""Which layers stay softmax: every way to say it, and the ranking against swapping layers in whole models."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from teachers import LAYERS, tiny_teacher
+from torch.nn import functional as F
+
+from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.keep import keep_softmax, kept_count, kept_layers, most_needed, rank_layers
+from hf_fwp.conversion.recipes import student_options
+from hf_fwp.conversion.stream import Walk
+from hf_fwp.hosts import converted_layers
+
+
+@pytest.fixture
+def teacher():
+    return tiny_teacher("llama")
+
+
+@pytest.fixture
+def student(teacher):
+    """Layer 0 is softmax already; the others answer something, and layer 2 has options of its own."""
+    per_layer = {"2": {"rope_heads": [True, False] * 4}}
+    fwp = {**student_options("gated_delta_net"), "per_layer": per_layer}
+    student = copy_teacher(teacher, layers=[1, 2, 3], fwp=fwp)
+    with torch.no_grad():
+        for layer, mixer in student.hf_fwp_layers.items():
+            mixer.o_proj.weight.normal_(std=0.1 * layer)
+    return student
+
+
+@pytest.fixture
+def ids_NT():
+    return torch.randint(1, 67, (2, 15), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("keep", "count"), [(0, 0), (0.0, 0), (7, 7), (30, 30), (1, 1), (1.0, 30), (0.25, 8), (0.5, 15), (0.01, 0)]
+)
+def test_a_fraction_or_a_count(keep, count):
+    assert kept_count(keep, 30) == count
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers"),
+    [
+        ([], []),
+        ([5, 0], [0, 5]),
+        ((29,), [29]),
+        (range(3), [0, 1, 2]),
+        ("uniform:0", []),
+        ("uniform:0.1", [5, 15, 25]),
+        ("uniform:1", list(range(30))),
+    ],
+    ids=str,
+)
+def test_layers_by_name(keep, layers):
+    assert kept_count(keep, 30) is None
+    assert kept_layers(keep, 30) == layers
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_uniform_layers_are_evenly_spaced(share):
+    layers = kept_layers(f"uniform:{share}", 30)
+    assert len(set(layers)) == round(30 * share)
+    steps = {after - before for before, after in pairwise(layers)}
+    assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        (1.5, "keep is 1.5; a fraction lies between 0"),
+        (-0.1, "keep is -0.1; a fraction lies between 0"),
+        (float("nan"), "keep is nan; a fraction lies between 0"),
+        (-1, "keep is -1 layers, but the model has 30; give a fraction"),
+        (31, "keep is 31 layers, but the model has 30"),
+        ([99], r"keep is \[99\]; the model has layers 0 to 29: \[99\] are not layers of it"),
+        ([-1], r"\[-1\] are not layers of it"),
+        ([1, 1], "a layer is named twice"),
+        ([0.5], r"keep is \[0.5\]; give a fraction"),
+        ([True], r"keep is \[True\]; give a fraction"),
+        ("uniform:x", "keep is 'uniform:x'; give a fraction"),
+        ("uniform:1.5", "keep is 'uniform:1.5'; give a fraction"),
+        ("uniform", "keep is 'uniform'; give a fraction"),
+        ("foo:0.2", "keep is 'foo:0.2'; give a fraction"),
+        ("0.25", "keep is '0.25'; give a fraction"),
+        (True, "keep is True; give a fraction"),
+        (None, "keep is None; give a fraction"),
+        ({"layers": 2}, "give a fraction"),
+    ],
+    ids=str,
+)
+def test_what_says_no_layers_is_refused(keep, told):
+    with pytest.raises(ValueError, match=told):
+        kept_count(keep, 30)
+
+
+@torch.no_grad()
+def plain_kl(model, teacher, ids_NT):
+    ours, theirs = (each(ids_NT).logits.double().log_softmax(-1) for each in (model, teacher))
+    return float(F.kl_div(ours, theirs, log_target=True, reduction="sum")) / ids_NT.numel()
+
+
+def test_the_ranking_is_the_kl_of_swapping_one_layer_alone(student, teacher, ids_NT):
+    ranking = rank_layers(student, teacher, ids_NT, progress=False)
+    assert list(ranking) == [1, 2, 3]
+    for layer, kl in ranking.items():
+        alone = keep_softmax(student, teacher, kept={1, 2, 3} - {layer})
+        assert list(converted_layers(alone.config)) == [layer]
+        assert kl == pytest.approx(plain_kl(alone, teacher, ids_NT), rel=1e-3)
+        assert kl > 1e-4
+
+
+@torch.no_grad()
+def test_a_mixer_that_answers_like_the_attention_costs_nothing(student, teacher, ids_NT, monkeypatch):
+    walk = Walk(teacher, ids_NT)
+    answers = [walk.attend(layer)[1] for layer in range(LAYERS)]
+    for layer, mixer in student.hf_fwp_layers.items():
+        rows = iter(answers[layer])
+        size = {1: 1.0, 2: 0.0, 3: 0.9}[layer]
+        monkeypatch.setattr(mixer, "forward", lambda *_, rows=rows, size=size, **__: (size * next(rows)[None], None))
+    ranking = rank_layers(student, teacher, ids_NT, progress=False)
+    assert abs(ranking[1]) < 1e-6
+    assert most_needed(ranking, 1) == [2]
+    assert most_needed(ranking, 2) == [2, 3]
+
+
+def test_the_layers_that_hurt_most_are_needed_most():
+    ranking = {0: 0.1, 3: 0.5, 4: 0.2, 7: 0.3}
+    assert most_needed(ranking, 0) == []
+    assert most_needed(ranking, 2) == [3, 7]
+    assert most_needed(ranking, 4) == [0, 3, 4, 7]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_keeping_a_layer_leaves_the_other_mixers_as_they_are(share, student, teacher):
+    smaller = keep_softmax(student, teacher, [1], share=share)
+    assert list(converted_layers(smaller.config)) == [2, 3]
+    for layer, mixer in smaller.hf_fwp_layers.items():
+        before = student.hf_fwp_layers[layer]
+        assert mixer.options == before.options
+        for name, value in mixer.state_dict().items():
+            assert torch.equal(value, before.state_dict()[name]), name
+    theirs = teacher.model.layers[1].self_attn.q_proj.weight
+    ours = smaller.model.layers[1].self_attn.q_proj.weight
+    assert torch.equal(ours, theirs)
+    assert (ours.data_ptr() == theirs.data_ptr()) == share
+
+
+def test_a_layers_own_options_go_with_it(student, teacher):
+    assert "2" not in keep_softmax(student, teacher, [2]).config.fwp["per_layer"]
+
+
+def test_all_layers_can_be_kept(student, teacher, ids_NT):
+    assert torch.equal(keep_softmax(student, teacher, [1, 2, 3])(ids_NT).logits, teacher(ids_NT).logits)

@@ -1,0 +1,59 @@
+"""Recipes are data: they can be read, found, counted, and scaled to a budget."""
+
+import pytest
+from teachers import tiny_teacher
+
+from hf_fwp import RULES
+from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe, student_options
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_found_by_its_name(name):
+    recipe = find_recipe(name)
+    assert recipe.name == name
+    assert recipe.summary
+    assert recipe.solve_tokens % recipe.sequence_length == 0
+    assert recipe.rank_solve_tokens % recipe.sequence_length == 0
+    assert recipe.rank_tokens % recipe.sequence_length == 0
+
+
+def test_what_the_recipes_promise():
+    assert find_recipe("closed-form").trained() == 0
+    quick = find_recipe("quick")
+    assert quick.align_tokens > 0
+    assert quick.distil_tokens > 0
+    assert quick.tokens(ranked=True) <= 250_000
+
+
+def test_an_unknown_name_is_refused_with_the_closest():
+    with pytest.raises(ValueError, match="unknown recipe 'quik'; did you mean 'quick'"):
+        find_recipe("quik")
+    with pytest.raises(ValueError, match="'delta_nett'; did you mean 'delta_net'"):
+        student_options("delta_nett")
+
+
+def test_tokens_are_those_of_all_stages():
+    recipe = Recipe("x", "x", solve_tokens=7, rank_solve_tokens=30, rank_tokens=200, align_tokens=1000, distil_tokens=9)
+    assert recipe.trained() == 1009
+    assert recipe.tokens(ranked=False) == 1016
+    assert recipe.tokens(ranked=True) == 1246
+
+
+def test_a_budget_is_shared_as_before():
+    recipe = Recipe("x", "x", align_tokens=100, distil_tokens=300)
+    scaled = recipe.with_trained(1000)
+    assert (scaled.align_tokens, scaled.distil_tokens) == (250, 750)
+    assert recipe.with_trained(0).trained() == 0
+    only = Recipe("x", "x", align_tokens=100).with_trained(10)
+    assert (only.align_tokens, only.distil_tokens) == (10, 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_a_student(rule):
+    assert rule in STUDENTS
+    student = copy_teacher(tiny_teacher("llama"), layers=[1], fwp=student_options(rule))
+    mixer = student.hf_fwp_layers[1]
+    assert mixer.options.rule == rule
+    assert mixer.options.output_gate == "head_sigmoid"
+    assert not mixer.options.conv_size

@@ -1,0 +1,196 @@
+"""The closed form against plain least squares, and against what the mixer then answers."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from teachers import LAYERS, tiny_teacher
+
+from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.recipes import STUDENTS, student_options
+from hf_fwp.conversion.solve import Moments, head_weights, own_regressors, regressors, ridge, solve, solve_layer
+from hf_fwp.conversion.stream import Walk
+from hf_fwp.hosts import HOSTS, mixer_options
+
+SEQUENCES, LENGTH, HELDOUT = 10, 20, 3
+stage = importlib.import_module("hf_fwp.conversion.solve")
+calibration = importlib.import_module("hf_fwp.conversion.calibrate")
+
+
+@pytest.fixture(autouse=True)
+def _one_candidate(monkeypatch):
+    """The search has its own tests; here one setting per time scale is enough."""
+    monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (True,)},), ({"rotate": (False,)},)))
+
+
+@pytest.fixture
+def ids_NT():
+    return torch.randint(1, 67, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def student_of(teacher, *, layers=(1, 2), rule="gated_delta_net", **fwp):
+    return copy_teacher(teacher, layers=layers, fwp={**student_options(rule), **fwp})
+
+
+def problem(tokens=200):
+    r, target, heads = (torch.randn(tokens, size, dtype=torch.float64) for size in (12, 5, 7))
+    moments = Moments.empty(r, target, heads)
+    moments.add(r, target, heads)
+    return r, target, moments
+
+
+def test_without_lambda_it_is_least_squares(monkeypatch):
+    monkeypatch.setattr(stage, "LAMBDAS", (0.0,))
+    r, target, moments = problem()
+    weight, found = ridge(moments, moments, torch.randn(12, 5, dtype=torch.float64))
+    expected = torch.linalg.lstsq(r, target).solution
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
+    missed = (r @ expected - target).square().sum() / target.square().sum()
+    assert found["residual"] == found["fitted"] == pytest.approx(float(missed))
+
+
+def test_with_infinite_lambda_it_is_the_prior(monkeypatch):
+    monkeypatch.setattr(stage, "LAMBDAS", (1e12,))
+    r, target, moments = problem()
+    prior = torch.randn(12, 5, dtype=torch.float64)
+    weight, found = ridge(moments, moments, prior)
+    torch.testing.assert_close(weight, prior, rtol=1e-6, atol=1e-8)
+    missed = (r @ prior - target).square().sum() / target.square().sum()
+    assert found["residual"] == pytest.approx(found["prior"]) == pytest.approx(float(missed))
+
+
+def test_lambda_is_the_one_with_the_least_heldout_residual(monkeypatch):
+    (_, _, fit), (_, _, judge) = problem(20), problem()
+    prior = torch.zeros(12, 5, dtype=torch.float64)
+    residuals = {}
+    for lam in stage.LAMBDAS:
+        monkeypatch.setattr(stage, "LAMBDAS", (lam,))
+        residuals[lam] = ridge(fit, judge, prior)[1]["residual"]
+    monkeypatch.setattr(stage, "LAMBDAS", tuple(residuals))
+    assert ridge(fit, judge, prior)[1]["residual"] == pytest.approx(min(residuals.values()))
+
+
+@pytest.mark.parametrize("rule", STUDENTS)
+@pytest.mark.parametrize("family", HOSTS)
+@torch.no_grad()
+def test_the_mixer_answers_what_the_regression_predicted(family, rule, ids_NT):
+    teacher = tiny_teacher(family)
+    student = student_of(teacher, rule=rule)
+    before = copy.deepcopy(teacher.state_dict())
+    found = solve(student, teacher, ids_NT, heldout=HELDOUT, stream="teacher", progress=False)
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert list(found) == [1, 2]
+    walk = Walk(teacher, ids_NT)
+    for layer in range(LAYERS):
+        x_NTD, answer_NTD, _ = walk.attend(layer)
+        if layer in found:
+            mixer = student.hf_fwp_layers[layer]
+            missed = mixer(x_NTD, position_embeddings=walk.rotary(layer))[0] - answer_NTD
+            for name, part in (("residual", slice(-HELDOUT, None)), ("fitted", slice(-HELDOUT))):
+                plain = missed[part].square().sum() / answer_NTD[part].square().sum()
+                assert found[layer][name] == pytest.approx(float(plain), rel=1e-2, abs=1e-4)
+            assert found[layer]["residual"] <= found[layer]["prior"] * 1.01
+            assert found[layer]["residual"] < 1
+            assert mixer_options(student.config, layer) == mixer.options
+
+
+@torch.no_grad()
+def test_outputs_are_those_of_the_mixer(ids_NT):
+    teacher = tiny_teacher("llama")
+    mixer = student_of(teacher).hf_fwp_layers[1]
+    walk = Walk(teacher, ids_NT)
+    walk.attend(0)
+    x_NTD, target_NTD, heads_NTC = walk.attend(1)
+    moved = target_NTD.clone()
+    projection, rotary = walk.output_projection(1), walk.rotary(1)
+    outputs, _ = solve_layer(mixer, projection, x_NTD, moved, heads_NTC, rotary, heldout=HELDOUT, answer=True)
+    expected = mixer(x_NTD, position_embeddings=rotary)[0]
+    torch.testing.assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
+    assert (outputs - target_NTD).norm() > 1e-2 * target_NTD.norm()
+
+
+@torch.no_grad()
+def test_both_streams_agree_in_the_first_converted_layer(ids_NT):
+    teacher = tiny_teacher("qwen3")
+    solved = []
+    for stream in stage.STREAMS:
+        student = student_of(teacher, layers=[1])
+        solve(student, teacher, ids_NT, heldout=HELDOUT, stream=stream, progress=False)
+        solved.append(student(ids_NT).logits)
+    torch.testing.assert_close(*solved, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_students_stream_is_what_later_layers_are_fitted_on(ids_NT):
+    teacher = tiny_teacher("llama")
+    student = student_of(teacher, layers=[0, 1])
+    found = solve(student, teacher, ids_NT, heldout=HELDOUT, stream="student", progress=False)
+    ours, theirs = Walk(student, ids_NT), Walk(teacher, ids_NT)
+    ours.advance(0, student.hf_fwp_layers[0](ours.inputs(0), position_embeddings=ours.rotary(0))[0])
+    theirs.attend(0)
+    answer_NTD = theirs.attend(1)[1]
+    missed = student.hf_fwp_layers[1](ours.inputs(1), position_embeddings=ours.rotary(1))[0] - answer_NTD
+    plain = missed[-HELDOUT:].square().sum() / answer_NTD[-HELDOUT:].square().sum()
+    assert found[1]["residual"] == pytest.approx(float(plain), rel=1e-2)
+
+
+SHAPES = [{}, {"time_scales": 1}, {"value_skip": 0}, {"value_skip": 2}, {"time_scales": 3, "o_bias": False}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_every_head_has_its_own_regressors(shape, ids_NT):
+    teacher = tiny_teacher("qwen2", use_sliding_window=False)
+    mixer = student_of(teacher, **shape).hf_fwp_layers[1]
+    walk = Walk(teacher, ids_NT[:2])
+    x_NTD, rotary = walk.inputs(0), walk.rotary(0)
+    plain = regressors(mixer, x_NTD, rotary)
+    own = [set(indices.tolist()) for indices in own_regressors(mixer)]
+    ones = {plain.shape[-1] - 1} if mixer.options.o_bias else set()
+    moved = {}
+    for name, heads in (("q_proj", 4), ("v_proj", 2)):
+        weight = getattr(mixer, name).weight
+        for head, rows in enumerate(torch.arange(len(weight)).chunk(heads)):
+            kept = weight[rows].clone()
+            weight[rows] = torch.randn_like(kept)
+            changed = (regressors(mixer, x_NTD, rotary) - plain).abs().amax((0, 1)) > 1e-6
+            moved[name, head] = set(changed.nonzero().flatten().tolist())
+            weight[rows] = kept
+    for head in range(4):
+        assert own[head] == moved["q_proj", head] | (moved["v_proj", head // 2] & own[head]) | ones
+        assert own[head] != moved["q_proj", head - 1] | (moved["v_proj", head // 2] & own[head]) | ones
+    for group in range(2):
+        assert own[2 * group] | own[2 * group + 1] == moved["v_proj", group] | ones
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@torch.no_grad()
+def test_the_prior_is_each_head_from_its_own_regressors(shuffled, ids_NT, monkeypatch):
+    monkeypatch.setattr(stage, "HEAD_LAMBDA", 0.0)
+    teacher = tiny_teacher("qwen3").double()
+    mixer = student_of(teacher).hf_fwp_layers[1]
+    walk = Walk(teacher, ids_NT)
+    walk.attend(0)
+    rotary, projection = walk.rotary(1), walk.output_projection(1)
+    r = regressors(mixer, walk.inputs(1), rotary)
+    own = own_regressors(mixer)
+    V = mixer.options.value_head_dim
+    heads = torch.cat([r[..., mine] @ torch.randn(len(mine), V, dtype=r.dtype) for mine in own], dim=-1)
+    target = projection(heads)
+    moments = Moments.empty(r, target, heads)
+    moments.add(r, target, heads)
+    if shuffled:
+        monkeypatch.setattr(stage, "own_regressors", lambda _: own[2:] + own[:2])
+    missed = (r @ head_weights(mixer, projection, moments) - target).norm() / target.norm()
+    assert missed > 1e-2 if shuffled else missed < 1e-4
+
+
+def test_what_cannot_be_solved_is_refused(ids_NT):
+    teacher = tiny_teacher("llama")
+    student = student_of(teacher)
+    with pytest.raises(ValueError, match="unknown stream 'both'; the streams are student, teacher"):
+        solve(student, teacher, ids_NT, stream="both")
+    with pytest.raises(ValueError, match="5 sequences are too few to solve: 4 are held out"):
+        solve(student, teacher, ids_NT[:5], heldout=4)
