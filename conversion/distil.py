@@ -142,7 +142,6 @@ def distil(
         save_total_limit=1,
         logging_steps=max(1, steps // LOGGED),
         bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
         use_cpu=student.device.type == "cpu",
         dataloader_drop_last=True,
         dataloader_pin_memory=student.device.type != "cpu",
@@ -171,6 +170,8 @@ def distil(
             lr_mixers=lr,
         )
         trainer.remove_callback(PrinterCallback)
+        if gradient_checkpointing:
+            student.gradient_checkpointing_enable()
         trained = trainer.train(resume_from_checkpoint=last)
         if peft_config is not None:
             model.merge_and_unload()
@@ -259,4 +260,5 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(needed)
             parameter.grad = None
         student.config.use_cache = use_cache
+        student.gradient_checkpointing_disable()
         student.eval()

@@ -68,12 +68,12 @@ def test_the_first_residual_and_its_gradient_are_those_written_out(teacher, ids)
         torch.testing.assert_close(parameter.grad, gradient, msg=name, rtol=1e-4, atol=1e-5)
 
 
-def interrupted(monkeypatch, steps, *args, **settings):
-    """A run that the user stops after some steps."""
+def interrupted(monkeypatch, stop, *args, **settings):
+    """A run that the user stops when `stop` steps are done."""
     train_step = Run.train_step
 
     def stopping(run, *args, **kwargs):
-        if run.step == steps:
+        if run.step == stop:
             raise KeyboardInterrupt
         train_step(run, *args, **kwargs)
 

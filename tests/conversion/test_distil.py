@@ -159,6 +159,15 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(teacher, ids, tmp_pa
     assert log["history"] == expected["history"]
 
 
+def test_gradient_checkpointing_changes_nothing(teacher, ids):
+    plain, checkpointed = student_of(teacher), student_of(teacher)
+    distil(plain, teacher, ids, steps=2, **SETTINGS)
+    distil(checkpointed, teacher, ids, steps=2, gradient_checkpointing=True, **SETTINGS)
+    assert not checkpointed.is_gradient_checkpointing
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(checkpointed.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_lora_trains_what_peft_says_and_is_merged(teacher, ids):
     from peft import LoraConfig
 
