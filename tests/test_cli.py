@@ -3,6 +3,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from hf_fwp import cli
+from hf_fwp.conversion.recipes import RECIPES
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 
@@ -176,10 +178,12 @@ def test_no_traceback_reaches_the_terminal():
     assert run.stderr.strip().splitlines()[-1].startswith("hf-fwp: convert needs --output")
 
 
-def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path):
+def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, monkeypatch):
+    few = replace(RECIPES["closed-form"], sequence_length=64, solve_tokens=512, rank_solve_tokens=320, rank_tokens=64)
+    monkeypatch.setitem(RECIPES, "closed-form", few)
     output = tmp_path / "student"
     words = ("convert", teacher, "--recipe", "closed-form", "--keep", "1", "--data", corpus, "--output", output)
-    converted = invoke(*words, "--budget", "4096", "--json")
+    converted = invoke(*words, "--json")
     assert converted.exit_code == 0, converted.output
     assert json.loads(converted.stdout)
     assert (output / "config.json").is_file()
