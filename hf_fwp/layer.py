@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
 from .features import QK_NORMS, Favor, IdentityLinear, make_feature_map
 from .options import MixerOptions, find_rule
-from .packing import packed_segments, positions_in_segments, push_left, take, valid_tokens
+from .packing import Window, packed_segments, push_left, take, valid_tokens
 
 GATES = {
     "silu": F.silu,
@@ -224,7 +224,7 @@ class FastWeightLayer(nn.Module):
         self, tokens: MixerInputs, states: States, *, cu_seqlens: Tensor | None, in_place: bool
     ) -> tuple[Tensor, States]:
         x_BTD, options = tokens.hidden_BTD, self.options
-        window = Window.of(tokens, cu_seqlens)
+        window = Window.of(tokens.mask_BT, cu_seqlens, total=len(tokens))
         new_states: States = {}
         projected = []
         for name in ("q", "k", "v"):
@@ -339,34 +339,6 @@ def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
     if isinstance(module, (FastWeightLayer, ShortConvolution, Favor, IdentityLinear)):
         module.init_weights()
-
-
-class Window:
-    """Looks back a few tokens: over a history kept from before, not across the start of a sequence."""
-
-    def __init__(self, mask_BT: Tensor | None, offsets_BT1: Tensor | None) -> None:
-        self.mask_BT = mask_BT
-        self.offsets_BT1 = offsets_BT1
-
-    @classmethod
-    def of(cls, tokens: MixerInputs, cu_seqlens: Tensor | None) -> Window:
-        if cu_seqlens is None:
-            return cls(tokens.mask_BT, None)
-        return cls(tokens.mask_BT, positions_in_segments(cu_seqlens, total=len(tokens))[None, :, None])
-
-    def taps(self, x_BTC: Tensor, size: int, history: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """[x_t, x_{t-1}, ..., x_{t-size+1}] and the last size - 1 real inputs, which continue it."""
-        batch, length, channels = x_BTC.shape
-        if history is None:
-            history = x_BTC.new_zeros(batch, size - 1, channels)
-        longer = torch.cat([history, x_BTC], dim=1)
-        taps = [longer[:, size - 1 - j : size - 1 - j + length] for j in range(size)]
-        if self.offsets_BT1 is not None:
-            taps = [torch.where(self.offsets_BT1 >= j, tap, 0) for j, tap in enumerate(taps)]
-        if self.mask_BT is None:
-            return taps, longer[:, length:]
-        last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
-        return taps, take(longer, last)
 
 
 def rotate(x_BTHC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:

@@ -92,3 +92,32 @@ def take(x: Tensor, order_BT: Tensor) -> Tensor:
     """x [B, T, ...] with its time dimension put in the given order."""
     index = order_BT.view(*order_BT.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
+
+
+class Window:
+    """Looks back a few tokens: over a history kept from before, not across the start of a sequence."""
+
+    def __init__(self, mask_BT: Tensor | None, offsets_BT1: Tensor | None) -> None:
+        self.mask_BT = mask_BT
+        self.offsets_BT1 = offsets_BT1
+
+    @classmethod
+    def of(cls, mask_BT: Tensor | None, cu_seqlens: Tensor | None, *, total: int) -> Window:
+        """The window over `total` tokens, padded at their end or packed."""
+        if cu_seqlens is None:
+            return cls(mask_BT, None)
+        return cls(mask_BT, positions_in_segments(cu_seqlens, total=total)[None, :, None])
+
+    def taps(self, x_BTC: Tensor, size: int, history: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """[x_t, x_{t-1}, ..., x_{t-size+1}] and the last size - 1 real inputs, which continue it."""
+        batch, length, channels = x_BTC.shape
+        if history is None:
+            history = x_BTC.new_zeros(batch, size - 1, channels)
+        longer = torch.cat([history, x_BTC], dim=1)
+        taps = [longer[:, size - 1 - j : size - 1 - j + length] for j in range(size)]
+        if self.offsets_BT1 is not None:
+            taps = [torch.where(self.offsets_BT1 >= j, tap, 0) for j, tap in enumerate(taps)]
+        if self.mask_BT is None:
+            return taps, longer[:, length:]
+        last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
+        return taps, take(longer, last)

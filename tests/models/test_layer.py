@@ -6,8 +6,8 @@ from tiny_fwp import assert_close
 from transformers.cache_utils import DynamicCache
 
 from hf_fwp import RULES, FastWeightLayer, MixerOptions
-from hf_fwp.cache import MixerInputs
-from hf_fwp.layer import ShortConvolution, Window
+from hf_fwp.layer import ShortConvolution
+from hf_fwp.packing import Window
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 BARE = {"conv_size": 0, "feature_map": "identity", "qk_norm": "l2", "output_gate": "none", "output_norm": False}
@@ -148,7 +148,7 @@ def test_a_convolution_of_the_current_token_changes_nothing(rule):
 @torch.no_grad()
 def test_a_convolution_equals_torch():
     convolution = ShortConvolution(24, 4).double()
-    taps, kept = Window.of(MixerInputs(hidden()), None).taps(hidden(), 4, None)
+    taps, kept = Window.of(None, None, total=11).taps(hidden(), 4, None)
     padded = torch.nn.functional.pad(hidden().transpose(1, 2), (3, 0))
     expected = torch.nn.functional.conv1d(padded, convolution.weight, groups=24).transpose(1, 2)
     assert_close(convolution(taps), expected)
