@@ -11,11 +11,12 @@ A finished stage is saved beside `output`, in `output`.partial, until the finish
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ def convert(
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     if tokenizer is None:
         raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the teacher is {model.dtype}; least squares and training need float32 weights: give dtype=torch.float32"
+        )
     num_layers = model.config.num_hidden_layers
     plan = Plan(
         teacher=str(model.name_or_path) if isinstance(teacher, PreTrainedModel) else str(teacher),
@@ -108,14 +113,16 @@ def convert(
         num_layers=num_layers,
         kept=kept_count(keep, num_layers),
         data=type(data).__name__,
+        budget=budget,
     )
     train, heldout = _texts(data)
-    plan = within(plan, budget, model)
+    work = None if output is None else output.with_name(output.name + ".partial")
+    plan = (_as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
     blocks = _blocks(plan, train, heldout, tokenizer)
+    plan = replace(plan, text=_fingerprint(blocks))
     Console(stderr=True).print(describe(plan, model), highlight=False)
     if dry_run:
         return model
-    work = None if output is None else output.with_name(output.name + ".partial")
     if work is not None:
         _begin(work, plan, resume=resume)
     run = Run(
@@ -287,6 +294,26 @@ def _check_output(output: Path | None, *, resume: bool) -> None:
         return
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"the output folder {output} is in use; give a new folder, or delete this one")
+
+
+def _as_begun(work: Path, plan: Plan) -> Plan | None:
+    """The plan with the tokens that an interrupted run was begun with: a budget of time would be measured anew."""
+    file = work / "plan.json"
+    if not file.is_file():
+        return None
+    saved = json.loads(file.read_text())
+    if plan.budget is None or saved.get("budget") != plan.budget or saved["recipe"]["name"] != plan.recipe.name:
+        return None
+    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens")}
+    return replace(plan, recipe=replace(plan.recipe, **tokens))
+
+
+def _fingerprint(blocks: dict[str, Tensor]) -> str:
+    """The same for the same tokens in the same stages."""
+    digest = hashlib.sha256()
+    for name, ids_NT in blocks.items():
+        digest.update(name.encode() + ids_NT.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _begin(work: Path, plan: Plan, *, resume: bool) -> None:

@@ -33,6 +33,8 @@ class Plan:
     num_layers: int
     kept: int | None  # how many layers are kept by rank; None where keep names them
     data: str
+    budget: int | str | None = None
+    text: str = ""  # fingerprint of the token blocks
 
     @property
     def ranked(self) -> bool:
@@ -111,8 +113,13 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
         raise ValueError(
             f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
         )
-    if tokens < 4 * plan.recipe.sequence_length:
-        raise ValueError(
-            f"a budget of {budget!r} leaves {max(0, tokens)} tokens to train on; give more, or 'closed-form'"
-        )
-    return replace(plan, recipe=plan.recipe.with_trained(tokens))
+    scaled, least = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
+    wanted = {"align": plan.recipe.align_tokens, "distil": plan.recipe.distil_tokens}
+    left = {"align": scaled.align_tokens, "distil": scaled.distil_tokens}
+    for stage in wanted:
+        if wanted[stage] and left[stage] < least:
+            raise ValueError(
+                f"a budget of {budget!r} leaves {max(0, left[stage])} tokens to {stage} on, and {least} are the least; "
+                "give more, or 'closed-form'"
+            )
+    return replace(plan, recipe=scaled)

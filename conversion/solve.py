@@ -13,6 +13,7 @@ stream, whose earlier layers are solved already; with "teacher" from the teacher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class Moments:
 
 def ridge(fit: Moments, judge: Moments, prior_RD: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The weights [R, D], drawn to `prior_RD` by the lambda that `judge` likes best, and the residuals on both."""
-    gram, prior = fit.gram.double(), prior_RD.double()
+    gram, prior = fit.gram.to(torch.float64, copy=True), prior_RD.double()
     missing = fit.cross.double() - gram @ prior
     diagonal = gram.diagonal().clone()
     floor = 1e-9 * diagonal.mean()  # a regressor that is always zero
@@ -77,7 +78,10 @@ def ridge(fit: Moments, judge: Moments, prior_RD: Tensor) -> tuple[Tensor, dict[
             break  # more of lambda would only be worse
         best = (residual, lam, weight)
     assert best is not None, "LAMBDAS is not empty"
-    found = {"residual": best[0], "fitted": fit.residual(best[2]), "prior": judge.residual(prior), "lambda": best[1]}
+    alone = judge.residual(prior)
+    if alone < best[0]:
+        best = (alone, math.inf, prior)
+    found = {"residual": best[0], "fitted": fit.residual(best[2]), "prior": alone, "lambda": best[1]}
     return best[2], found
 
 

@@ -156,14 +156,15 @@ def test_every_rule_is_searched(rule, ids_NT):
 @torch.no_grad()
 def test_a_known_setting_is_found(ids_NT, monkeypatch):
     monkeypatch.setattr(stage, "START", ({"half_life": 9.0, "beta": 0.1, "bias": 0.35, "rotate": False},))
-    rounds = ({"half_life": (2.0, 12.0, 70.0), "rotate": (False, True)}, {"bias": (0.1, 0.9)}, {"beta": (0.03, 0.5)})
+    grid = {"half_life": (2.0, 12.0, 70.0), "rotate": (False, True), "bias": (0.1, 0.9), "beta": (0.1, 0.5)}
+    rounds = (grid, {"half_life": (1000.0,)})  # a later round leaves what is best already
     monkeypatch.setattr(stage, "ROUNDS", (rounds,))
     mixer, x_NTD, rotary, scale = scene(ids_NT, dtype=torch.float64, time_scales=1, output_gate="none")
     heads = attention_heads(mixer, x_NTD, rotary, scale=scale)
     truth = {
         "half_life": [2.0, 12.0, 70.0, 12.0],
         "rotate": [True, False, True, False],
-        "bias": [0.35, 0.9, 0.35, 0.1],
+        "bias": [0.1, 0.9, 0.9, 0.1],
         "beta": [0.1, 0.1, 0.5, 0.5],
     }
     read = stage._Search(mixer, heads, 2).read({name: torch.tensor(value) for name, value in truth.items()}, None)
@@ -172,7 +173,7 @@ def test_a_known_setting_is_found(ids_NT, monkeypatch):
     made = Heads(**{**vars(heads), "out": answered})
     monkeypatch.setattr(stage, "attention_heads", lambda *_, **__: made)
     found = calibrate(mixer, x_NTD, rotary, scale=scale, heldout=2)["time_scales"][0]
-    assert max(found.pop("residual")) < 1e-3
+    assert max(found.pop("residual")) < 1e-2
     for name, values in found.items():
         assert values == pytest.approx(truth[name]), name
 

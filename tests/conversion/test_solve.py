@@ -47,7 +47,8 @@ def test_without_lambda_it_is_least_squares(monkeypatch):
     expected = torch.linalg.lstsq(r, target).solution
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
     missed = (r @ expected - target).square().sum() / target.square().sum()
-    assert found["residual"] == found["fitted"] == pytest.approx(float(missed))
+    assert found["residual"] == pytest.approx(float(missed))
+    assert found["fitted"] == found["residual"]
 
 
 def test_with_infinite_lambda_it_is_the_prior(monkeypatch):
@@ -57,7 +58,8 @@ def test_with_infinite_lambda_it_is_the_prior(monkeypatch):
     weight, found = ridge(moments, moments, prior)
     torch.testing.assert_close(weight, prior, rtol=1e-6, atol=1e-8)
     missed = (r @ prior - target).square().sum() / target.square().sum()
-    assert found["residual"] == pytest.approx(found["prior"]) == pytest.approx(float(missed))
+    assert found["residual"] == pytest.approx(float(missed))
+    assert found["prior"] == pytest.approx(float(missed))
 
 
 def test_lambda_is_the_one_with_the_least_heldout_residual(monkeypatch):
@@ -91,7 +93,7 @@ def test_the_mixer_answers_what_the_regression_predicted(family, rule, ids_NT):
             for name, part in (("residual", slice(-HELDOUT, None)), ("fitted", slice(-HELDOUT))):
                 plain = missed[part].square().sum() / answer_NTD[part].square().sum()
                 assert found[layer][name] == pytest.approx(float(plain), rel=1e-2, abs=1e-4)
-            assert found[layer]["residual"] <= found[layer]["prior"] * 1.01
+            assert found[layer]["residual"] <= found[layer]["prior"]
             assert found[layer]["residual"] < 1
             assert mixer_options(student.config, layer) == mixer.options
 
@@ -160,7 +162,7 @@ def test_every_head_has_its_own_regressors(shape, ids_NT):
             weight[rows] = kept
     for head in range(4):
         assert own[head] == moved["q_proj", head] | (moved["v_proj", head // 2] & own[head]) | ones
-        assert own[head] != moved["q_proj", head - 1] | (moved["v_proj", head // 2] & own[head]) | ones
+        assert own[head] != moved["q_proj", (head + 1) % 4] | (moved["v_proj", head // 2] & own[head]) | ones
     for group in range(2):
         assert own[2 * group] | own[2 * group + 1] == moved["v_proj", group] | ones
 

@@ -1,0 +1,245 @@
+"""The verb, from a teacher's folder to a model that reloads, and everything it refuses."""
+
+import copy
+import importlib
+import json
+
+import datasets
+import pytest
+import torch
+from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
+
+from hf_fwp.conversion.convert import convert
+from hf_fwp.conversion.recipes import RECIPES, Recipe
+from hf_fwp.hosts import converted_layers
+
+LAYERS, LENGTH = 3, 16
+verb = importlib.import_module("hf_fwp.conversion.convert")
+calibration = importlib.import_module("hf_fwp.conversion.calibrate")
+
+SMALL = {"sequence_length": LENGTH, "solve_tokens": 7 * LENGTH, "rank_solve_tokens": 5 * LENGTH, "rank_tokens": LENGTH}
+TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """The stages as they are, on few tokens; the measurements have tests of their own."""
+    monkeypatch.setattr(verb, "REPORT_TOKENS", 2 * LENGTH)
+    few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    monkeypatch.setattr(verb, "_MEASURES", few)
+    monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},), ({"rotate": (False, True)},)))
+    monkeypatch.setitem(RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL))
+    monkeypatch.setitem(RECIPES, "quick", Recipe("quick", "small", **SMALL, **TRAINED))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return teacher_folder(tmp_path_factory.mktemp("teacher") / "tiny", layers=LAYERS)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def weights_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(ours, theirs):
+    assert set(ours) == set(theirs)
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+@pytest.mark.parametrize("recipe", ["closed-form", "quick"])
+def test_from_a_folder_to_a_model_that_reloads(recipe, folder, ids, tmp_path):
+    student = convert(folder, keep=1, recipe=recipe, data=TEXTS, output=tmp_path / "made")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+    names = {path.name for path in (tmp_path / "made").iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "report.json", "README.md"}
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert report["recipe"] == recipe
+    assert report["kept_layers"] == student.conversion_report["kept_layers"]
+    assert len(report["ranking"]) == LAYERS
+    assert set(report["stages"]) == {"solve"} | ({"align", "distil"} if recipe == "quick" else set())
+    assert report["evaluation"]["kl"] >= 0
+    assert len(converted_layers(student.config)) == LAYERS - 1
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert_same(weights_of(reloaded), weights_of(student))
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, student(ids).logits)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    cached = reloaded.generate(ids, **settings)
+    assert torch.equal(cached, reloaded.generate(ids, use_cache=False, **settings))
+    assert AutoTokenizer.from_pretrained(tmp_path / "made")("fast").input_ids == byte_tokenizer()("fast").input_ids
+
+
+def test_a_model_object_is_neither_modified_nor_shared(ids):
+    teacher = tiny_llama(layers=LAYERS).train()
+    before, config = weights_of(teacher), copy.deepcopy(teacher.config.to_dict())
+    made = [
+        convert(teacher, tokenizer=byte_tokenizer(), keep=0.34, recipe="quick", data=TEXTS, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert_same(weights_of(teacher), before)
+    assert teacher.config.to_dict() == config
+    assert teacher.training
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    assert not any(parameter.data_ptr() in theirs for parameter in made[0].parameters())
+    assert_same(weights_of(made[0]), weights_of(made[1]))
+    assert any(not torch.equal(value, weights_of(made[2]).get(key)) for key, value in weights_of(made[0]).items())
+
+
+@pytest.mark.parametrize("stage", ["solve", "align", "distil", "measure"])
+def test_an_interrupted_run_continues_to_the_same_model(stage, folder, tmp_path, monkeypatch):
+    said = {"keep": [1], "recipe": "quick", "data": TEXTS}
+    whole = convert(folder, output=tmp_path / "whole", **said)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, stage, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, output=tmp_path / "made", **said)
+    assert not (tmp_path / "made").exists()
+    if stage == "align":
+        with pytest.raises(ValueError, match="holds an interrupted run; continue it with resume=True"):
+            convert(folder, output=tmp_path / "made", **said)
+        for changed in ({"keep": [0]}, {"seed": 1}, {"rule": "delta_net"}, {"data": TEXTS[1:]}):
+            with pytest.raises(ValueError, match="holds a run with other arguments"):
+                convert(folder, output=tmp_path / "made", **{**said, **changed}, resume=True)
+    resumed = convert(folder, output=tmp_path / "made", **said, resume=True)
+    assert_same(weights_of(resumed), weights_of(whole))
+    assert not (tmp_path / "made.partial").exists()
+
+
+def test_a_run_with_a_budget_of_time_can_be_resumed(folder, tmp_path, monkeypatch):
+    said = {"keep": [1], "recipe": "quick", "data": TEXTS, "budget": "20m", "output": tmp_path / "made"}
+    plan = importlib.import_module("hf_fwp.conversion.plan")
+    monkeypatch.setattr(plan, "_seconds_per_token", lambda _: 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "align", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, **said)
+    monkeypatch.setattr(plan, "_seconds_per_token", lambda _: 0.4)  # measured anew, it is never the same
+    assert converted_layers(convert(folder, **said, resume=True).config) == (0, 2)
+
+
+def planned(capsys, folder, **said):
+    convert(folder, **{"data": TEXTS, "keep": [], "recipe": "quick", **said}, dry_run=True)
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys, monkeypatch):
+    told = planned(capsys, folder, keep=0.34, output=tmp_path / "made")
+    assert f"1 of {LAYERS} layers stay softmax, ranked by measured KL" in told
+    assert "solve 112 tokens" in told
+    assert "align 128, distil 128" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_is_tokens_or_a_time(folder, capsys, monkeypatch):
+    assert "align 200, distil 200" not in planned(capsys, folder)
+    assert "align 200, distil 200" in planned(capsys, folder, budget=400)
+    assert "align 500, distil 500" in planned(capsys, folder, budget="0.001M")
+    monkeypatch.setattr(importlib.import_module("hf_fwp.conversion.plan"), "_seconds_per_token", lambda _: 0.1)
+    told = [planned(capsys, folder, budget=budget) for budget in ("5m", "0.5h")]
+    shorter, longer = (int(words.partition("distil ")[2].partition(";")[0]) for words in told)
+    assert 0 < shorter < longer
+
+
+@pytest.mark.parametrize("kind", ["text", "path", "list", "dataset", "splits"])
+def test_data_comes_in_many_forms(kind, folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    data = {
+        "text": "\n".join(TEXTS),
+        "path": tmp_path / "text.txt",
+        "list": TEXTS,
+        "dataset": table,
+        "splits": datasets.DatasetDict(train=table, test=datasets.Dataset.from_dict({"text": ["held out " * 50]})),
+    }[kind]
+    assert "solve 112 tokens" in planned(capsys, folder, data=data)
+
+
+@pytest.mark.parametrize(
+    ("keep", "converted"),
+    [([0, 2], (1,)), ("uniform:0.34", (0, 2)), (0, (0, 1, 2)), (1.0, ())],
+    ids=str,
+)
+def test_layers_that_were_named_stay_softmax(keep, converted, folder):
+    student = convert(folder, keep=keep, recipe="closed-form", data=TEXTS)
+    assert converted_layers(student.config) == converted
+    assert student.conversion_report["kept_layers"] == [i for i in range(LAYERS) if i not in converted]
+
+
+BAD = [
+    ({"rule": "delta_nett"}, "'delta_nett'; did you mean 'delta_net'"),
+    ({"recipe": "quik"}, "unknown recipe 'quik'; did you mean 'quick'"),
+    ({"keep": 1.5}, "keep is 1.5"),
+    ({"keep": [7]}, r"\[7\] are not layers of it"),
+    ({"keep": "uniform:x"}, "keep is 'uniform:x'"),
+    ({"data": ""}, "data holds no text"),
+    ({"data": []}, "data holds no text"),
+    ({"data": "too short"}, r"the data has \d+ tokens, but \d+ are needed"),
+    ({"data": {"test": TEXTS}}, "it needs 'train'"),
+    ({"data": 3}, "cannot read data of type int"),
+    ({"budget": "soon"}, "budget is 'soon'; give a number of tokens"),
+    ({"budget": 100}, "leaves 50 tokens to align on, and 64 are the least"),
+    ({"budget": 1000, "recipe": "closed-form"}, "takes no gradient steps"),
+    ({"resume": True}, "resume needs the output folder"),
+    ({"dtype": torch.bfloat16}, r"give dtype=torch\.float32"),
+]
+
+
+@pytest.mark.parametrize(("said", "told"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_arguments_are_refused(said, told, folder):
+    with pytest.raises(ValueError, match=told):
+        convert(folder, **{"data": TEXTS, "recipe": "quick", "keep": [1], **said})
+
+
+def test_a_missing_or_empty_file_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        convert(folder, data=tmp_path / "none.txt")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="data holds no text"):
+        convert(folder, data=tmp_path / "empty.txt")
+
+
+def test_an_output_folder_in_use_is_refused(folder, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for output in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(ValueError, match="is in use; give a new folder"):
+            convert(folder, data=TEXTS, output=output)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (AutoConfig.for_model("gpt2"), "unknown model family 'gpt2'"),
+        (AutoConfig.for_model("deepseek_v3"), "multi-head latent attention"),
+        (T5Config(), "encoder-decoder"),
+    ],
+    ids=["family", "mla", "encoder-decoder"],
+)
+def test_a_teacher_of_another_kind_is_refused(config, told, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        convert(tmp_path, data=TEXTS)
+
+
+def test_truncated_weights_are_refused(tmp_path):
+    folder = teacher_folder(tmp_path / "tiny")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        convert(folder, data=TEXTS)
+
+
+def test_a_model_without_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="without a tokenizer; give one as tokenizer="):
+        convert(tiny_llama(), data=TEXTS)
