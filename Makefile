@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/hf-fwp demo --output out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-full: $(STAMP)
 	(date -u +%F; git rev-parse HEAD; $(BIN)/python -m pytest -q -m "not gpu") 2>&1 | tee docs/test-full.txt
