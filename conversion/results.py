@@ -6,7 +6,6 @@ python -m hf_fwp.conversion.results --recipe quick  one recipe
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 from .convert import convert
 from .data import brown
 from .evaluate import evaluate
-from .report import commit, environment
-from .teacher import load_teacher, smollm2_gguf
+from .teacher import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("closed-form", "quick")
 KEEP = (0, 0.5, 0.75)
-HEADER = ("recipe", "kept softmax", "perplexity", "of the teacher's", "KL", "agreement", "minutes", "commit")
+HEADER = ("recipe", "kept softmax", "perplexity", "of the teacher's", "KL", "agreement", "minutes", "memory", "commit")
 
 
 def results(
@@ -46,26 +44,39 @@ def results(
 
 def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int) -> dict[str, Any]:
     train, heldout = brown()
-    started = time.perf_counter()
-    student = convert(
-        smollm2_gguf(),
-        rule="gated_delta_net",
-        keep=share,
-        recipe=recipe,
-        data={"train": train, "test": heldout},
-        output=output,
-        resume=True,
-        seed=seed,
-    )
-    minutes = (time.perf_counter() - started) / 60
-    teacher, tokenizer = load_teacher(smollm2_gguf())
-    measured = evaluate(student, against=teacher, tokenizer=tokenizer, data=heldout, tokens=tokens)
-    return {"recipe": recipe, "keep": share, "minutes": minutes, "commit": commit(), "evaluation": measured}
+    if not output.is_dir():
+        convert(
+            smollm2_gguf(),
+            rule="gated_delta_net",
+            keep=share,
+            recipe=recipe,
+            data={"train": train, "test": heldout},
+            output=output,
+            resume=True,
+            seed=seed,
+        )
+    report = json.loads((output / "report.json").read_text())
+    measured = evaluate(output, against=smollm2_gguf(), data=heldout, tokens=tokens)
+    return {
+        "recipe": recipe,
+        "keep": share,
+        "seconds": sum(stage["seconds"] for stage in report["stages"].values()),
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        "teacher_bytes": report["teacher_bytes"],
+        "environment": report["environment"],
+        "evaluation": measured,
+    }
+
+
+def measured_rows(output: str | Path) -> list[dict[str, Any]]:
+    """The rows that have been measured so far, in the order of the table."""
+    files = [Path(output) / f"{recipe}-{share}.json" for recipe in RECIPES for share in KEEP]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
-    on = environment()
+    on = rows[0]["environment"]
     lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
     teacher = rows[0]["evaluation"]
     return "\n".join(
@@ -74,7 +85,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
             f"{teacher['tokens']} held-out tokens of the Brown corpus, {on['date'][:10]}, {on['device']}, "
-            f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
+            f"{on['threads']} threads; minutes without the report, memory of the whole process against the teacher's "
+            f"weights; torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             "printed by `make results`.",
         ]
     )
@@ -89,8 +101,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{measured['ratio']:.2f} x",
         f"{measured['kl']:.3f}",
         f"{measured['agreement']:.2f}",
-        f"{row['minutes']:.0f}",
-        f"`{row['commit']}`",
+        f"{row['seconds'] / 60:.1f}",
+        f"{row['peak_memory_bytes'] / row['teacher_bytes']:.1f} x",
+        f"`{row['environment']['commit']}`",
     )
 
 
@@ -111,9 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="out/results")
     given = parser.parse_args(arguments)
     recipes = RECIPES if given.recipe is None else (given.recipe,)
-    table = as_table(results(recipes=recipes, tokens=given.tokens, output=given.output))
-    if given.recipe is None:
-        quote(table)
+    results(recipes=recipes, tokens=given.tokens, output=given.output)
+    table = as_table(measured_rows(given.output))
+    quote(table)
     print(table)
 
 
