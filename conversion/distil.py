@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fwp.layer import FastWeightLayer
@@ -43,6 +44,7 @@ class DistilTrainer(Trainer):
             raise ValueError(f"{self.args.n_gpu} GPUs in one process; start one process each: accelerate launch")
         self.model_accepts_loss_kwargs = True
         self.lr_mixers = lr_mixers
+        self.seconds = 0.0
         self.teacher = teacher.eval()
         self.student_head, self.teacher_head = (output_head(m) for m in (bare(self.model), teacher))
         if len(self.student_head.weight) != len(self.teacher_head.weight):
@@ -82,6 +84,17 @@ class DistilTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count.clamp_min(1)
+
+    def finish(self, checkpoint: str | None) -> None:
+        """Train from a checkpoint, or from the start, to args.max_steps."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:
+                # train() would go on to one step too many
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return
+        self.seconds = self.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Mixers at their rate, the rest at args.learning_rate; weight decay as in args."""
@@ -172,12 +185,12 @@ def distil(
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:
             student.gradient_checkpointing_enable()
-        trained = trainer.train(resume_from_checkpoint=last)
+        trainer.finish(last)
         if peft_config is not None:
             model.merge_and_unload()
     history = [{"step": e["step"], "kl": e["loss"]} for e in trainer.state.log_history if "loss" in e]
-    seconds = trained.metrics["train_runtime"]
-    return {"steps": steps, "tokens": steps * batch_size * ids_NT.shape[1], "seconds": seconds, "history": history}
+    tokens = steps * batch_size * ids_NT.shape[1]
+    return {"steps": steps, "tokens": tokens, "seconds": trainer.seconds, "history": history}
 
 
 def valid_positions(inputs: dict[str, Any]) -> Tensor:

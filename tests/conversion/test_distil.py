@@ -157,6 +157,9 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(teacher, ids, tmp_pa
     log = distil(again, teacher, ids, **settings, resume=True)
     assert same(weights(again), weights(whole))
     assert log["history"] == expected["history"]
+    finished = student_of(teacher)
+    assert distil(finished, teacher, ids, **settings, resume=True)["history"] == expected["history"]
+    assert same(weights(finished), weights(whole))
 
 
 def test_gradient_checkpointing_changes_nothing(teacher, ids):
