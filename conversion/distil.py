@@ -8,6 +8,7 @@ over the N valid tokens; no cross-entropy. Everything but the loss is transforme
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,33 +139,20 @@ def distil(
     if steps < 1 or len(ids_NT) < batch_size:
         raise ValueError(f"{len(ids_NT)} sequences are not one step of {batch_size}; give more text or fewer a step")
     last = checkpoint_in(output_dir, resume=resume)
-    args = TrainingArguments(
-        output_dir=str(output_dir or "unused"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr_rest,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": lr_end},
-        warmup_steps=math.ceil(warmup * steps),
-        adam_beta1=BETAS[0],
-        adam_beta2=BETAS[1],
-        weight_decay=0.0,
-        max_grad_norm=CLIP,
-        save_strategy="no" if output_dir is None else "steps",
-        save_steps=save_every,
-        save_total_limit=1,
-        logging_steps=max(1, steps // LOGGED),
-        bf16=bf16,
-        use_cpu=student.device.type == "cpu",
-        dataloader_drop_last=True,
-        dataloader_pin_memory=student.device.type != "cpu",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=not progress,
-        report_to=[],
-        seed=seed,
-    )
-    with as_before(student) as parameters, evaluating(teacher):
+    with tempfile.TemporaryDirectory() as scratch, as_before(student) as parameters, evaluating(teacher):
+        args = training_arguments(
+            output_dir or Path(scratch),
+            student.device,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr_rest,
+            lr_end=lr_end,
+            warmup=warmup,
+            save_every=None if output_dir is None else save_every,
+            bf16=bf16,
+            seed=seed,
+            progress=progress,
+        )
         model: Any = student
         if peft_config is None:
             for parameter in parameters:
@@ -191,6 +179,49 @@ def distil(
     history = [{"step": e["step"], "kl": e["loss"]} for e in trainer.state.log_history if "loss" in e]
     tokens = steps * batch_size * ids_NT.shape[1]
     return {"steps": steps, "tokens": tokens, "seconds": trainer.seconds, "history": history}
+
+
+def training_arguments(
+    output_dir: Path,
+    device: torch.device,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    lr_end: float,
+    warmup: float,
+    save_every: int | None,
+    bf16: bool,
+    seed: int,
+    progress: bool,
+) -> TrainingArguments:
+    """What the Trainer is told: Adam, a cosine that ends at `lr_end` of `lr`, checkpoints, no reports to anybody."""
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": lr_end},
+        warmup_steps=math.ceil(warmup * steps),
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        save_strategy="no" if save_every is None else "steps",
+        save_steps=save_every or steps,
+        save_total_limit=1,
+        logging_steps=max(1, steps // LOGGED),
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=not progress,
+        report_to=[],
+        seed=seed,
+    )
 
 
 def valid_positions(inputs: dict[str, Any]) -> Tensor:
