@@ -96,7 +96,7 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
     """The plan with as many tokens for gradient steps as the budget allows."""
     if budget is None:
         return plan
-    units = {"s": 1, "m": 60, "h": 3600}
+    units, sizes = {"s": 1, "m": 60, "h": 3600}, {"k": 1e3, "M": 1e6}
     text = str(budget)
     try:
         if text[-1:] in units:
@@ -104,10 +104,10 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
             left = float(text[:-1]) * units[text[-1]] - estimate(closed, model)
             tokens = round(left / (COSTS["distil"] * _seconds_per_token(model)))
         else:
-            tokens = round(float(text[:-1]) * 1e6) if text.endswith("M") else int(text)
+            tokens = round(float(text[:-1]) * sizes[text[-1]]) if text[-1:] in sizes else int(text)
     except ValueError as error:
         raise ValueError(
-            f"budget is {budget!r}; give a number of tokens (200000, '0.2M') or a time ('90s', '20m', '2h')"
+            f"budget is {budget!r}; give a number of tokens (200000, '200k', '0.2M') or a time ('90s', '20m', '2h')"
         ) from error
     if not plan.recipe.trained():
         raise ValueError(

@@ -166,14 +166,11 @@ def demo(
         str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")
     ] = "closed-form",
     output: Annotated[Path, typer.Option(help="New folder for the model and its report.")] = Path("out/demo"),
-    tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     json: AsJson = False,
 ) -> None:
     """The main job, start to end, on a real small checkpoint."""
-    report = conversion("demo")(
-        teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, tokens=tokens, seed=seed
-    )
+    report = conversion("demo")(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, seed=seed)
     if json:
         show(report, as_json=True)
     else:
