@@ -84,6 +84,7 @@ RECIPES: dict[str, Recipe] = {
             "closed-form, then align and distil: 0.1M tokens in all",
             align_tokens=16384,
             distil_tokens=81920,
+            distil={"save_every": 10},
         ),
     )
 }
