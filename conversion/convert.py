@@ -196,9 +196,9 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
 
 _MEASURES: dict[str, Any] = {
     "tokens": REPORT_TOKENS,
-    "baseline_tokens": 2048,
+    "baseline_tokens": 1024,
     "residual_tokens": 0,
-    "lengths": (512, 2048),
+    "lengths": (256, 1024),
     "new_tokens": 32,
 }
 
