@@ -101,7 +101,8 @@ def convert(
         dtype=parse_dtype(dtype),
         dry_run=dry_run,
     )
-    show(getattr(model, "conversion_report", {}), as_json=json, title=f"saved in {output}")
+    if not dry_run:
+        show(model.conversion_report, as_json=json, title=f"saved in {output}")
 
 
 @app.command()
