@@ -1,101 +1,37 @@
 """The linear class, parallel over the tokens of a chunk: PyTorch only, with a hand-written backward.
 
 Inside a chunk of C tokens that starts from the state S0, with G the inclusive cumulative sum of g and
-Γ_ij = exp(G_i - G_j) for i ≥ j, else 0 (Yang et al. 2024, arXiv 2406.06484 and 2412.06464, without their corrected
-values W and U):
+Γ_ij = exp(G_i - G_j) for i ≥ j, else 0 (Yang et al. 2024, arXiv 2406.06484 and 2412.06464):
 
-    A  = strictly lower part of  β ⊙ (K Kᵀ) ⊙ Γ           P  = scale · (Q Kᵀ) ⊙ Γ
-    X  = V - exp(G) ⊙ (K S0)                              R  = (I + A)⁻¹ (β ⊙ X)              what is really written
+    A  = strictly lower part of  β ⊙ (K Kᵀ) ⊙ Γ           P  = scale · (Q Kᵀ) ⊙ Γ             T = (I + A)⁻¹
+    U  = T_β V            W = T_W K                       R  = U - W S0                       what is really written
     O  = scale · exp(G) ⊙ (Q S0) + P R                    S1 = exp(G_C) S0 + Kᵀ (exp(G_C - G) ⊙ R)
 
-Without erasing (the sum rule) A = 0 and X = V. The backward walks the chunks in reverse with dS1 known:
+T_β and T_W are T with its columns multiplied by β and by β exp(G). Without erasing (the sum rule) T = I and W = 0.
+Only R and S1 have to wait for the chunk before; everything else is computed for many chunks at once.
+The backward walks the chunks in reverse with dS1 known:
 
-    dR = Pᵀ dO + exp(G_C - G) ⊙ (K dS1)                   dY = (I + A)⁻ᵀ dR
-    dV = β ⊙ dY          dβ = Σ_v dY ⊙ R / β              dA = -dY Rᵀ           dP = dO Rᵀ
-    Z  = -β ⊙ exp(G) ⊙ dY         N = β ⊙ dA ⊙ Γ (strict)         Ω = dP ⊙ Γ
+    dR = Pᵀ dO + exp(G_C - G) ⊙ (K dS1)                   dS0 = exp(G_C) dS1 + scale · Qᵀ (exp(G) ⊙ dO) - Wᵀ dR
+    dV = T_βᵀ dR          Z = -T_Wᵀ dR                    dβ = Σ_v dV ⊙ R / β²
+    N  = -(dV Rᵀ) ⊙ Γ (strict)                            Ω = (dO Rᵀ) ⊙ Γ
     dQ = (exp(G) ⊙ dO) S0ᵀ + Ω K                          dK = (exp(G_C - G) ⊙ R) dS1ᵀ + Z S0ᵀ + (N + Nᵀ) K + Ωᵀ Q
-    dS0 = exp(G_C) dS1 + Qᵀ (exp(G) ⊙ dO) + Kᵀ Z
-    dG = Σ_k (Q ⊙ dQ - K ⊙ dK) + 2 ε,   ε = Σ_v dY ⊙ (R - β ⊙ V),   dG_C += ⟨S1, dS1⟩,   dg = sums of dG from the end
+    dG = Σ_k (Q ⊙ dQ - K ⊙ dK) + 2 ε,   ε = Σ_v dV ⊙ (R / β - V),   dG_C += ⟨S1, dS1⟩,   dg = sums of dG from the end
 
-The backward gets the inputs and the state at every chunk's start; A, P, X and R are computed again.
+The backward gets the inputs and the state at every chunk's start; all the rest is computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PAIRS = 16  # rows x value heads side by side
-ROWS = 2048  # tokens x pairs prepared at once, to stay in cache
-L2NORM_EPS = 1e-6
-SOLVE = 16  # rows of a triangle that are solved by substitution
-TINY = 1e-20
+from .blocks import Block, Inputs, Segment, load, load_scaled, segments, store
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of one run over whole sequences, or (in the backward) the gradients with the same shapes."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor | None
-    g: Tensor | None
-    scale: float = 1.0
-    erase: bool = True
-    l2norm: bool = False
-
-    def span(self, start: int, end: int) -> Inputs:
-        """The same for the tokens from start to end; views."""
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("q", "k", "v", "beta", "g"):
-            cut[name] = None if cut[name] is None else cut[name][:, start:end]
-        return Inputs(**cut)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if torch.float64 in (self.q.dtype, self.k.dtype, self.v.dtype) else torch.float32
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of the batch and some heads: what is worked on at once, so that it stays in cache."""
-
-    rows: slice
-    heads: slice
-    group: int  # value heads per key head
-    share: bool  # one query per key head, read by the whole group
-    queries: int  # queries per value head
-
-    @property
-    def value_heads(self) -> slice:
-        return slice(self.heads.start * self.group, self.heads.stop * self.group)
-
-    @property
-    def out_heads(self) -> slice:
-        return slice(self.value_heads.start * self.queries, self.value_heads.stop * self.queries)
-
-    @property
-    def query_heads(self) -> slice:
-        return self.heads if self.share else self.out_heads
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive chunks of equal length."""
-
-    first: int  # number of its first chunk
-    start: int
-    count: int
-    length: int
-
-    @property
-    def span(self) -> slice:
-        return slice(self.start, self.start + self.count * self.length)
+SOLVE = 32  # rows of a triangle that are solved by substitution
+TINY = 1e-10  # stands for a smaller β in the backward, which divides by its square
 
 
 @dataclass
@@ -110,79 +46,37 @@ class Chunks:
     decay_q: Tensor | None  # the same for every query row
     remaining: Tensor | None  # exp(G_C - G)
     gamma: Tensor | None  # [M, C, C]
-    inverse: Tensor | None  # (I + A)⁻¹
+    solve: Tensor | None  # T_β, [M, C, C]
+    solve_keys: Tensor | None  # T_W
     reads: Tensor  # P, [M, R*C, C]
+    written: Tensor  # U, [M, C, V]; R once the states are known
+    weights: Tensor | None  # W, [M, C, K]
     q_norm: Tensor | None  # 1 / length of q and k, [M, R*C, 1]
     k_norm: Tensor | None
 
+    @property
+    def k_remaining(self) -> Tensor:
+        """exp(G_C - G) ⊙ K: what meets the state at the chunk's end."""
+        return self.k if self.remaining is None else self.k * self.remaining
 
-def blocks(x: Inputs) -> Iterator[Block]:
-    """Split batch and heads into blocks of about PAIRS states."""
-    batch, heads, value_heads, query_heads = x.k.shape[0], x.k.shape[2], x.v.shape[2], x.q.shape[2]
-    group = value_heads // heads
-    share = query_heads == heads
-    queries = 1 if share else query_heads // value_heads
-    rows_at_once = max(1, PAIRS // value_heads)
-    heads_at_once = min(heads, max(1, PAIRS // group))
-    for row in range(0, batch, rows_at_once):
-        for head in range(0, heads, heads_at_once):
-            rows = slice(row, min(batch, row + rows_at_once))
-            yield Block(rows, slice(head, min(heads, head + heads_at_once)), group, share, queries)
-
-
-def chunk_length(key_size: int, value_size: int) -> int:
-    """A part of the work per token grows with the chunk, another part, meeting the state, shrinks with it."""
-    return 32 if max(key_size, value_size) <= 64 else 64
-
-
-def segments(x: Inputs, pairs: int) -> list[Segment]:
-    """Full chunks, a few at once, then what is left over as a shorter chunk."""
-    chunk = chunk_length(x.k.shape[3], x.v.shape[3])
-    full, rest = divmod(x.k.shape[1], chunk)
-    at_once = max(1, ROWS // (pairs * chunk))
-    found = [Segment(c, c * chunk, min(at_once, full - c), chunk) for c in range(0, full, at_once)]
-    if rest:
-        found.append(Segment(full, full * chunk, 1, rest))
-    return found
-
-
-def load(x_BTHD: Tensor, rows: slice, heads: slice, segment: Segment, dtype: torch.dtype, repeat: int = 1) -> Tensor:
-    """A contiguous copy [chunks * rows * heads * repeat, C, D]; every head `repeat` times."""
-    x = x_BTHD[rows, segment.span, heads].unflatten(1, (segment.count, segment.length)).permute(1, 0, 3, 2, 4)
-    if repeat > 1:
-        x = x.unsqueeze(3).expand(-1, -1, -1, repeat, -1, -1)
-    copy = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-    return copy.view(-1, *x.shape[-2:])
-
-
-def store(target_BTHD: Tensor, rows: slice, heads: slice, segment: Segment, x: Tensor, repeat: int = 1) -> None:
-    """The inverse of `load`; repeated heads are summed."""
-    target = target_BTHD[rows, segment.span, heads].unflatten(1, (segment.count, segment.length)).permute(1, 0, 3, 2, 4)
-    if repeat > 1:
-        shape = target.shape
-        target.copy_(x.view(*shape[:3], repeat, *shape[3:]).sum(3))
-    else:
-        target.copy_(x.view(target.shape))
-
-
-def normalize_rows(x: Tensor) -> Tensor:
-    """Bring the rows to length 1 in place; returns what they were multiplied by."""
-    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(L2NORM_EPS).rsqrt_()
-    x.mul_(factor)
-    return factor
+    @property
+    def left(self) -> Tensor | None:
+        """exp(G_C), [M, 1, 1]: what is left of a state after the chunk."""
+        return None if self.decay is None else self.decay[:, -1:]
 
 
 def prepare(x: Inputs, block: Block, segment: Segment, *, backward: bool = False) -> Chunks:
     """Everything of a segment that does not depend on the state."""
     at = (block.rows, block.value_heads, segment, x.dtype)
-    q = load(x.q, block.rows, block.query_heads, segment, x.dtype, block.group if block.share else 1)
-    k = load(x.k, block.rows, block.heads, segment, x.dtype, block.group)
-    q_norm = normalize_rows(q) if x.l2norm else None
-    k_norm = normalize_rows(k) if x.l2norm else None
-    q = q.mul_(x.scale).view(k.shape[0], -1, k.shape[-1])
+    at_q = (block.rows, block.query_heads, segment, x.dtype, block.group if block.share else 1)
+    at_k = (block.rows, block.heads, segment, x.dtype, block.group)
+    q, q_norm = load_scaled(x.q, *at_q, l2norm=x.l2norm, scale=x.scale)
+    k, k_norm = load_scaled(x.k, *at_k, l2norm=x.l2norm)
+    v = load(x.v, *at)
+    q = q.view(k.shape[0], -1, k.shape[-1])
     beta = None if x.beta is None else load(x.beta.unsqueeze(-1), *at)
     if backward and beta is not None:
-        beta.masked_fill_(beta == 0, TINY)  # so that R / β exists
+        beta.masked_fill_(beta.abs() < TINY, TINY)
 
     decay = decay_q = remaining = gamma = None
     if x.g is not None:
@@ -191,16 +85,20 @@ def prepare(x: Inputs, block: Block, segment: Segment, *, backward: bool = False
         remaining = (total[:, -1:] - total).exp_()
         decay = total.exp_()
         decay_q = decay if block.queries == 1 else decay.repeat(1, block.queries, 1)
-    inverse = None
-    if x.erase:
-        system = torch.bmm(k, k.mT)
-        if gamma is not None:
-            system.mul_(gamma)
-        if beta is not None:
-            system.mul_(beta)
-        inverse = invert(system)
     reads = apply_gamma(torch.bmm(q, k.mT), gamma, block.queries)
-    return Chunks(q, k, load(x.v, *at), beta, decay, decay_q, remaining, gamma, inverse, reads, q_norm, k_norm)
+    if not x.erase:
+        written, solve, solve_keys, weights = v if beta is None else v * beta, None, None, None
+    else:
+        system = torch.bmm(k, k.mT)
+        for factor in (gamma, beta):
+            system = system if factor is None else system.mul_(factor)
+        inverse = invert(system)
+        solve = inverse if beta is None else inverse.mul_(beta.mT)
+        solve_keys = solve if decay is None else solve * decay.mT
+        written, weights = torch.bmm(solve, v), torch.bmm(solve_keys, k)
+    return Chunks(
+        q, k, v, beta, decay, decay_q, remaining, gamma, solve, solve_keys, reads, written, weights, q_norm, k_norm
+    )
 
 
 def apply_gamma(x: Tensor, gamma: Tensor | None, queries: int) -> Tensor:
@@ -214,72 +112,75 @@ def apply_gamma(x: Tensor, gamma: Tensor | None, queries: int) -> Tensor:
 
 
 def invert(system: Tensor) -> Tensor:
-    """(I + strictly lower part)⁻¹: substitution in 16 x 16 blocks, then merges of neighbours.
+    """(I + strictly lower part)⁻¹: substitution in blocks of SOLVE rows, then merges of neighbours.
 
-    One substitution over 64 rows has twice the error when keys are correlated; a Neumann series has no correct digit.
+    A Neumann series has no correct digit when keys are correlated.
     """
-    size = system.shape[-1]
-    if size <= SOLVE or size % 2:
-        eye = torch.eye(size, dtype=system.dtype, device=system.device).expand_as(system)
-        return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
-    half, count = size // 2, system.shape[0]
-    corners = torch.cat([system[:, :half, :half], system[:, half:, half:]])
-    upper, lower = invert(corners).split(count)
+    size = width = system.shape[-1]
+    while width > SOLVE and width % 2 == 0:
+        width //= 2
+    eye = torch.eye(width, dtype=system.dtype, device=system.device)
+    solved = torch.linalg.solve_triangular(blocks_along(system, width), eye, upper=False, unitriangular=True)
+    if width == size:
+        return solved.view_as(system)
     inverse = torch.zeros_like(system)
-    inverse[:, :half, :half] = upper
-    inverse[:, half:, half:] = lower
-    inverse[:, half:, :half] = torch.bmm(lower, torch.bmm(system[:, half:, :half], upper)).neg_()
+    blocks_along(inverse, width).copy_(solved)
+    while width < size:
+        # [[X, 0], [L, Y]]⁻¹ = [[X⁻¹, 0], [-Y⁻¹ L X⁻¹, Y⁻¹]]
+        upper, lower = (blocks_along(inverse, width)[:, i::2].flatten(0, 1) for i in (0, 1))
+        between = blocks_along(system, width, below=1)[:, ::2].flatten(0, 1)
+        merged = torch.bmm(lower, torch.bmm(between, upper)).neg_()
+        target = blocks_along(inverse, width, below=1)[:, ::2]
+        target.copy_(merged.view(target.shape))
+        width *= 2
     return inverse
+
+
+def blocks_along(x: Tensor, width: int, *, below: int = 0) -> Tensor:
+    """View of the width x width blocks on the diagonal of [M, C, C], or on the one `below` it: [M, blocks, w, w]."""
+    matrices, rows, columns = x.stride()
+    shape = (len(x), x.shape[-1] // width - below, width, width)
+    return x[:, below * width :].as_strided(
+        shape, (matrices, width * (rows + columns), rows, columns), x.storage_offset() + below * width * rows
+    )
 
 
 def forward_block(x: Inputs, block: Block, state: Tensor, out: Tensor, kept: Tensor | None) -> None:
     """Run a block over all its chunks. `state` [rows, heads, K, V] is updated; `kept` gets the states between."""
     s = state.flatten(0, 1)
-    if kept is not None:
-        s = kept[0].copy_(state).flatten(0, 1)
     for segment in segments(x, s.shape[0]):
         c = prepare(x, block, segment)
-        o = torch.empty(*c.q.shape[:2], s.shape[-1], dtype=s.dtype, device=s.device)
-        solve = c.inverse if c.beta is None or c.inverse is None else c.inverse.mul_(c.beta.mT)
-        last = None if c.decay is None else c.decay[:, -1:]
-        columns = (c.q, c.k, c.v, solve, c.reads, c.beta, c.decay, c.decay_q, c.remaining, last, o)
-        parts = zip(*(per_chunk(column, segment.count) for column in columns), strict=True)
-        for i, (q, k, v, inverse, reads, beta, decay, decay_q, remaining, left, read) in enumerate(parts):
-            written = written_values(k, v, s, inverse, beta, decay)
-            torch.bmm(q, s, out=read)
-            if decay_q is not None:
-                read.mul_(decay_q)
-            read.baddbmm_(reads, written)
-            if remaining is not None:
-                written.mul_(remaining)
-            s = decayed(s, left, s if kept is None else kept[segment.first + i + 1].flatten(0, 1))
-            s.baddbmm_(k.mT, written)
+        states = torch.empty(segment.count + 1, *s.shape, dtype=s.dtype, device=s.device)
+        forward_scan(c, states, s)
+        before = states[:-1].flatten(0, 1)
+        o = torch.bmm(c.q, before)
+        if c.decay_q is not None:
+            o.mul_(c.decay_q)
+        o.baddbmm_(c.reads, c.written)
         store(out, block.rows, block.out_heads, segment, o)
-    if kept is not None:
-        state.copy_(s.view(state.shape))
+        s = states[-1]
+        if kept is not None:
+            kept[segment.first : segment.first + segment.count + 1] = states.view(-1, *state.shape)
+    state.copy_(s.view(state.shape))
+
+
+def forward_scan(c: Chunks, states: Tensor, first: Tensor) -> None:
+    """The part that goes from chunk to chunk: U becomes R, and `states` [chunks + 1, pairs, K, V] are filled."""
+    states[0].copy_(first)
+    columns = (c.written, c.weights, c.k_remaining, c.left, states[:-1].flatten(0, 1), states[1:].flatten(0, 1))
+    parts = zip(*(per_chunk(column, len(states) - 1) for column in columns), strict=True)
+    for written, weights, k, left, s, after in parts:
+        if weights is not None:
+            written.baddbmm_(weights, s, alpha=-1)
+        if left is None:
+            torch.baddbmm(s, k.mT, written, out=after)
+        else:
+            torch.mul(s, left, out=after).baddbmm_(k.mT, written)
 
 
 def per_chunk(x: Tensor | None, count: int) -> Any:
     """Views of the chunks of [chunks * pairs, ...]."""
-    return [None] * count if x is None else x.chunk(count)
-
-
-def decayed(s: Tensor, left: Tensor | None, target: Tensor) -> Tensor:
-    """What is left of s at the end of a chunk, written to `target` (which may be s)."""
-    if left is not None:
-        return torch.mul(s, left, out=target)
-    return s if target is s else target.copy_(s)
-
-
-def written_values(
-    k: Tensor, v: Tensor, s: Tensor, solve: Tensor | None, beta: Tensor | None, decay: Tensor | None
-) -> Tensor:
-    """R, from the state at the chunk's start; `solve` is (I + A)⁻¹ with its columns multiplied by β."""
-    if solve is None:
-        return v if beta is None else v * beta
-    retrieved = torch.bmm(k, s)
-    missing = torch.sub(v, retrieved, out=retrieved) if decay is None else torch.addcmul(v, decay, retrieved, value=-1)
-    return torch.bmm(solve, missing)
+    return [None] * count if x is None else x.unflatten(0, (count, -1)).unbind()
 
 
 def backward_block(x: Inputs, block: Block, grad: Inputs, d_out: Tensor, d_state: Tensor, kept: Tensor) -> None:
@@ -291,101 +192,95 @@ def backward_block(x: Inputs, block: Block, grad: Inputs, d_out: Tensor, d_state
         states = kept[segment.first : segment.first + segment.count + 1].reshape(-1, *kept.shape[-2:])
         before, after = states[:-pairs], states[pairs:]
         do = load(d_out, block.rows, block.out_heads, segment, x.dtype).view(*c.q.shape[:2], -1)
-        solve = c.inverse if c.inverse is None or c.beta is None else c.inverse * c.beta.mT
-        written = written_values(c.k, c.v, before, solve, c.beta, c.decay)
-
+        if c.weights is not None:
+            c.written.baddbmm_(c.weights, before, alpha=-1)
         dr = torch.bmm(c.reads.mT, do)
-        omega = apply_gamma(torch.bmm(do, written.mT), c.gamma, block.queries)
+        omega = apply_gamma(torch.bmm(do, c.written.mT), c.gamma, block.queries)
         if c.decay_q is not None:
             do.mul_(c.decay_q)
-        dy, z, ds_all = backward_scan(c, segment.count, dr, do, ds)
+        ds_all = backward_scan(c, segment.count, dr, do, ds)
         ds.copy_(ds_all[:pairs])
+        ds_after = ds_all[pairs:]
 
         dq = torch.bmm(do, before.mT).baddbmm_(omega, c.k)
-        remains = written if c.remaining is None else written * c.remaining
-        dk = torch.bmm(remains, ds_all[pairs:].mT).baddbmm_(omega.mT, c.q)
-        if z is not None:
-            dk.baddbmm_(z, before.mT).baddbmm_(erase_pairs(c, dy, written), c.k)
-        along_state = (after, ds_all[pairs:])
-        store_gradients(x, block, segment, grad, c, dq=dq, dk=dk, dy=dy, written=written, along_state=along_state)
-
-
-def backward_scan(c: Chunks, count: int, dr: Tensor, do: Tensor, ds: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The part that goes from chunk to chunk: dY, Z, and dS before the first chunk and after every one.
-
-    `dr` arrives without its share from dS.
-    """
-    dy = dr if c.inverse is None else torch.empty_like(dr)
-    z = None if c.inverse is None else torch.empty_like(dr)
-    weight = None if c.inverse is None else erase_weight(c)
-    last = None if c.decay is None else c.decay[:, -1:]
-    ds_all = torch.empty((count + 1) * ds.shape[0], *ds.shape[1:], dtype=ds.dtype, device=ds.device)
-    ds = ds_all[-ds.shape[0] :].copy_(ds)
-    columns = (c.q, c.k, do, dr, c.inverse, weight, dy, z, c.remaining, last, ds_all[: -ds.shape[0]])
-    parts = list(zip(*(per_chunk(column, count) for column in columns), strict=True))
-    for q, k, d_read, d_written, inverse, erasing, d_missing, erased, remaining, left, target in reversed(parts):
-        if remaining is None:
-            d_written.baddbmm_(k, ds)
+        dk = torch.bmm(c.written, ds_after.mT)
+        if c.remaining is not None:
+            dk.mul_(c.remaining)
+        dk.baddbmm_(omega.mT, c.q)
+        if c.solve is None or c.solve_keys is None:
+            dv = dr if c.beta is None else dr.mul_(c.beta)
+            along_written = None if c.beta is None else row_sums(dv, c.written)
         else:
-            d_written.addcmul_(remaining, torch.bmm(k, ds))
-        ds = decayed(ds, left, target)
-        ds.baddbmm_(q.mT, d_read)
-        if inverse is not None:
-            torch.bmm(inverse.mT, d_written, out=d_missing)
-            torch.mul(d_missing, erasing, out=erased)
-            ds.baddbmm_(k.mT, erased)
-    return dy, z, ds_all
+            dv = torch.bmm(c.solve.mT, dr)
+            erased = torch.bmm(dv, c.written.mT)
+            along_written = erased.diagonal(dim1=1, dim2=2).unsqueeze(-1).clone()
+            erased = erased.tril_(-1) if c.gamma is None else erased.mul_(c.gamma)
+            erased.diagonal(dim1=1, dim2=2).zero_()
+            dk.baddbmm_(torch.bmm(c.solve_keys.mT, dr), before.mT, alpha=-1)
+            dk.baddbmm_(erased, c.k, alpha=-1).baddbmm_(erased.mT, c.k, alpha=-1)
+        found = Found(dq, dk, dv, along_written, inner(after, ds_after))
+        store_gradients(x, block, segment, grad, c, found)
 
 
-def erase_weight(c: Chunks) -> Tensor:
-    """-β exp(G)."""
-    weight = torch.ones_like(c.k[:, :, :1]) if c.beta is None else c.beta
-    return -weight if c.decay is None else -weight * c.decay
+@dataclass(frozen=True)
+class Found:
+    """Gradients of what a segment's chunks used, [M, ...]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    along_written: Tensor | None  # Σ_v dV ⊙ R
+    along_state: Tensor  # ⟨S1, dS1⟩
 
 
-def erase_pairs(c: Chunks, dy: Tensor, written: Tensor) -> Tensor:
-    """N + Nᵀ, the gradient of K Kᵀ inside A."""
-    pairs = torch.bmm(dy, written.mT).neg_()
-    if c.gamma is not None:
-        pairs.mul_(c.gamma)
-    if c.beta is not None:
-        pairs.mul_(c.beta)
-    pairs.tril_(-1)
-    return pairs + pairs.mT
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """[M, 1, 1]: the inner products of the matrices of two [M, K, V]."""
+    return (a * b).sum((1, 2), keepdim=True)
 
 
-def store_gradients(
-    x: Inputs,
-    block: Block,
-    segment: Segment,
-    grad: Inputs,
-    c: Chunks,
-    *,
-    dq: Tensor,
-    dk: Tensor,
-    dy: Tensor,
-    written: Tensor,
-    along_state: tuple[Tensor, Tensor],
-) -> None:
+def backward_scan(c: Chunks, count: int, dr: Tensor, do: Tensor, ds: Tensor) -> Tensor:
+    """The part that goes from chunk to chunk: dS before the first chunk and after every one, along the first dimension.
+
+    `dr` arrives without its share from dS, `do` multiplied by exp(G).
+    """
+    pairs = ds.shape[0]
+    ds_all = torch.empty((count + 1) * pairs, *ds.shape[1:], dtype=ds.dtype, device=ds.device)
+    torch.bmm(c.q.mT, do, out=ds_all[:-pairs])
+    ds = ds_all[-pairs:].copy_(ds)
+    columns = (dr, c.k_remaining, c.weights, c.left, ds_all[:-pairs])
+    for d_written, k, weights, left, before in reversed(
+        list(zip(*(per_chunk(column, count) for column in columns), strict=True))
+    ):
+        d_written.baddbmm_(k, ds)
+        ds = before.add_(ds) if left is None else before.addcmul_(ds, left)
+        if weights is not None:
+            ds.baddbmm_(weights.mT, d_written, alpha=-1)
+    return ds_all
+
+
+def store_gradients(x: Inputs, block: Block, segment: Segment, grad: Inputs, c: Chunks, found: Found) -> None:
     """From the gradients of what the chunks used to the gradients of what the caller gave."""
     at = (block.rows, block.value_heads, segment)
+    dq, dk, dv, along_written = found.q, found.k, found.v, found.along_written
     along_q = row_sums(c.q, dq) if x.l2norm or x.g is not None else None
     along_k = row_sums(c.k, dk) if x.l2norm or x.g is not None else None
-    along_written = row_sums(dy, written) if x.erase or x.beta is not None else None
     if grad.beta is not None and c.beta is not None and along_written is not None:
+        along_written = along_written / c.beta
         store(grad.beta.unsqueeze(-1), *at, along_written / c.beta)
     if grad.g is not None and along_q is not None and along_k is not None:
         per_key = along_q.view(along_k.shape[0], block.queries, -1, 1).sum(1) - along_k
         if x.erase and along_written is not None:
-            per_key += 2 * (along_written - row_sums(dy, c.v if c.beta is None else c.v * c.beta))
-        after, ds_after = along_state
-        per_key[:, -1, 0] += torch.linalg.vecdot(after.flatten(1), ds_after.flatten(1))
+            per_key += 2 * (along_written - row_sums(dv, c.v))
+        per_key[:, -1:] += found.along_state
         store(grad.g.unsqueeze(-1), *at, per_key.flip(1).cumsum(1).flip(1))
-    dq.mul_(x.scale)
-    if c.q_norm is not None and c.k_norm is not None:
-        dq.addcmul_(c.q, along_q / -x.scale).mul_(c.q_norm.view(*dq.shape[:2], 1))
-        dk.addcmul_(c.k, -along_k).mul_(c.k_norm)
-    store(grad.v, *at, dy if c.beta is None else dy.mul_(c.beta))
+    if c.q_norm is None or c.k_norm is None:
+        dq.mul_(x.scale)
+    else:
+        # q is the unit vector times the scale
+        q_norm = c.q_norm.view(*dq.shape[:2], 1)
+        dq.mul_(q_norm * x.scale).addcmul_(c.q, along_q * q_norm, value=-1 / x.scale)
+        dk.mul_(c.k_norm).addcmul_(c.k, along_k * c.k_norm, value=-1)
+    store(grad.v, *at, dv)
     store(grad.k, block.rows, block.heads, segment, dk, block.group)
     store(grad.q, block.rows, block.query_heads, segment, dq, block.group if block.share else 1)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Inputs, blocks, chunk_length
 from .checks import sequence_bounds
-from .chunked import Inputs, backward_block, blocks, chunk_length, forward_block
+from .chunked import backward_block, forward_block
 
 
 def chunked(

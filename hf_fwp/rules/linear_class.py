@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .base import States, keep_valid, recurrence
+from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
 
 BACKENDS = ("reference", "torch", "step")
-L2NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ def test_opcheck(packed, erase):
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_breaks(operator, packed):
     rule = {"linear_attention": "linear_attention", "delta_rule": "delta_net"}.get(operator, "gated_delta_net")
-    q, k, v = (torch.randn(1, 70, 2, 4, requires_grad=True) for _ in range(3))
-    gates = {n: (-torch.rand(1, 70, 2)).requires_grad_() for n in RULES[rule].inputs}
+    q, k, v = (torch.nn.functional.normalize(torch.randn(1, 70, 2, 4), dim=-1).requires_grad_() for _ in range(3))
+    gates = {n: (torch.rand(1, 70, 2) - float(n == "g")).requires_grad_() for n in RULES[rule].inputs}
     bounds = torch.tensor([0, 30, 70]) if packed else None
 
     def loss():

@@ -92,7 +92,7 @@ def test_i7_a_step_can_be_reversed():
 
 @pytest.mark.parametrize("chunk", [1, 16, 64, 128])
 def test_i8_any_chunk_length_gives_the_recurrence(chunk, monkeypatch):
-    for module in ("chunked", "chunked_op"):
+    for module in ("blocks", "chunked_op"):
         monkeypatch.setattr(f"hf_fwp.rules.{module}.chunk_length", lambda *_: chunk)
     for rule in RULES:
         given = problems.tensors(Problem(rule, length=70, layout="padded"))
