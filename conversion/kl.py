@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOGITS = 1 << 24  # logits that exist at once: 64 MiB in float32
-ROWS = 8  # tokens that are worked on at once between two matrix products: their logits stay in cache
+LOGITS = 1 << 24  # logits of each model that exist at once: 64 MiB in float32
+ROWS = 8  # tokens worked on at once between two matrix products: their logits stay in cache, in full precision
 
 
 def kl_of_heads(student_ND: Tensor, teacher_ND: Tensor, student_head: nn.Linear, teacher_head: nn.Linear) -> Tensor:
@@ -46,17 +46,23 @@ class KLOfHeads(torch.autograd.Function):
             for x, needed in zip((student_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
         ]
         total = torch.zeros((), dtype=wide, device=student_ND.device)
-        at_once = max(1, LOGITS // len(weight_VD))
+        at_once = min(len(student_ND), max(1, LOGITS // len(weight_VD)))
         with torch.autocast(student_ND.device.type, enabled=False):
             weight_VD, teacher_VD = weight_VD.to(narrow), teacher_VD.to(narrow)
+            # written to again and again: fresh memory of this size costs more than the matrix products
+            ours_NV, theirs_NV = (student_ND.new_empty(at_once, len(weight_VD), dtype=narrow) for _ in range(2))
+            of_chunk_VD = torch.empty_like(weight_VD) if ctx.grads[1] is not None and narrow != wide else None
             for start in range(0, len(student_ND), at_once):
                 tokens = slice(start, start + at_once)
                 h_ND = student_ND[tokens].to(narrow)
-                q_NV = logits(h_ND, weight_VD, bias_V).to(wide)
-                p_NV = logits(teacher_ND[tokens].to(narrow), teacher_VD, teacher_bias_V).to(wide)
-                total += sum(divergence_(*rows) for rows in zip(q_NV.split(ROWS), p_NV.split(ROWS), strict=True))
+                q_NV = logits(h_ND, weight_VD, bias_V, ours_NV[: len(h_ND)])
+                p_NV = logits(teacher_ND[tokens].to(narrow), teacher_VD, teacher_bias_V, theirs_NV[: len(h_ND)])
+                for of_student, of_teacher in zip(q_NV.split(ROWS), p_NV.split(ROWS), strict=True):
+                    kl, error = divergence(of_student.to(wide), of_teacher.to(wide))
+                    total += kl
+                    of_student.copy_(error)
                 if learning:
-                    add_gradients(ctx.grads, tokens, q_NV.to(narrow), h_ND, weight_VD)
+                    add_gradients(ctx.grads, tokens, q_NV, h_ND, weight_VD, of_chunk_VD)
         return total
 
     @staticmethod
@@ -65,37 +71,36 @@ class KLOfHeads(torch.autograd.Function):
         return (*(grad if grad is None else grad.mul_(outer[0]) for grad in grads), None, None, None, None)
 
 
-def logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """W h + b."""
-    return nn.functional.linear(hidden_ND, weight_VD, None if bias_V is None else bias_V.to(weight_VD.dtype))
+def logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_NV: Tensor) -> Tensor:
+    """W h + b, written to `out_NV`."""
+    torch.mm(hidden_ND, weight_VD.mT, out=out_NV)
+    return out_NV if bias_V is None else out_NV.add_(bias_V.to(out_NV.dtype))
 
 
-def divergence_(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """sum over tokens of KL(teacher ‖ student); the student's logits become q - p, the teacher's are used up.
-
-    KL = sum_v e^t (t - s) / z_t - log z_t + log z_s, s and t being the logits minus their largest, z = sum_v e^.
-    """
-    student_NV.sub_(student_NV.amax(-1, keepdim=True))
-    teacher_NV.sub_(teacher_NV.amax(-1, keepdim=True))
-    apart_NV = teacher_NV - student_NV
-    p_NV, q_NV = teacher_NV.exp_(), student_NV.exp_()
-    sums_p, sums_q = p_NV.sum(-1, keepdim=True), q_NV.sum(-1, keepdim=True)
-    expected = torch.linalg.vecdot(p_NV, apart_NV).unsqueeze(-1) / sums_p
-    q_NV.div_(sums_q).sub_(p_NV.div_(sums_p))
-    return (expected - sums_p.log() + sums_q.log()).sum()
+def divergence(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over tokens of KL(teacher ‖ student), its gradient q - p on the student's logits)."""
+    log_q_NV, log_p_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    p_NV = log_p_NV.exp()
+    kl = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)).sum()
+    return kl, log_q_NV.exp_().sub_(p_NV)
 
 
 def add_gradients(
-    grads: list[Tensor | None], tokens: slice, error_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor
+    grads: list[Tensor | None],
+    tokens: slice,
+    error_NV: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    of_chunk_VD: Tensor | None,
 ) -> None:
-    """From the gradient on these tokens' logits to those on hidden states, weight and bias."""
+    """From the gradient on these logits to those on hidden states, weight (by way of `of_chunk_VD`) and bias."""
     hidden, weight, bias = grads
     if hidden is not None:
         hidden[tokens] = error_NV @ weight_VD
-    if weight is not None and weight.dtype == error_NV.dtype:
+    if weight is not None and of_chunk_VD is None:
         weight.addmm_(error_NV.mT, hidden_ND)
     elif weight is not None:
-        weight += error_NV.mT @ hidden_ND
+        weight.add_(torch.mm(error_NV.mT, hidden_ND, out=of_chunk_VD))
     if bias is not None:
         bias += error_NV.sum(0)
 

@@ -13,6 +13,7 @@ S states (time scales x heads), R reads, D hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -253,6 +254,7 @@ class FastWeightLayer(nn.Module):
             scale=options.scale,
             backend=options.backend,
             options=options.rule_options,
+            qk_l2norm=options.qk_norm == "l2",
             in_place=in_place,
             ran=ran,
         )
@@ -285,14 +287,17 @@ class FastWeightLayer(nn.Module):
         self, plain: tuple[Tensor, Tensor] | None, rotated: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Queries for each read, keys for each state: of the head it belongs to, rotated or not."""
-        rotates = self.options.rotates
+        scales, rotates = self.options.time_scales, self.options.rotates
         reads_per_state = self.options.num_reads // self.options.num_states
-        queries = [rotates[read // reads_per_state] for read in range(self.options.num_reads)]
-        return _choose(plain, rotated, 0, queries, self.options), _choose(plain, rotated, 1, rotates, self.options)
+        queries = [turned for turned in rotates for _ in range(reads_per_state)]
+        of_queries, of_keys = zip(*((None, None) if x is None else x for x in (plain, rotated)), strict=True)
+        return _choose(*of_queries, queries, scales), _choose(*of_keys, rotates, scales)
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        norm = QK_NORMS[self.options.qk_norm]
         q, k = self.feature_map(q, k)
+        if self.options.qk_norm == "l2":  # the rule does it
+            return q, k
+        norm = QK_NORMS[self.options.qk_norm]
         return norm(q), norm(k)
 
     def _values_of_states(self, v_BTC: Tensor) -> Tensor:
@@ -351,23 +356,29 @@ def rotate(x_BTHC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     return turned if not passed.shape[-1] else torch.cat([turned, passed], dim=-1)
 
 
-def _choose(
-    plain: tuple[Tensor, Tensor] | None,
-    rotated: tuple[Tensor, Tensor] | None,
-    which: int,
-    rotates: tuple[bool, ...] | list[bool],
-    options: MixerOptions,
-) -> Tensor:
-    """[B, T, len(rotates), K]: for each state or read the head it comes from, rotated or not."""
-    per_scale = len(rotates) // options.time_scales
-    sources = (plain, rotated)
-    heads = next(source for source in sources if source is not None)[which].shape[2]
-    group = per_scale // heads
-    picked = [
-        sources[turned][which][:, :, index % per_scale // group]  # type: ignore[index]
-        for index, turned in enumerate(rotates)
-    ]
-    return torch.stack(picked, dim=2)
+def _choose(plain: Tensor | None, rotated: Tensor | None, turned: Sequence[bool], scales: int) -> Tensor:
+    """[B, T, len(turned), K]: for each state or read the head it comes from, rotated where `turned` says so."""
+    per_scale = len(turned) // scales
+    plain, rotated = (
+        x if x is None or x.shape[2] == per_scale else x.repeat_interleave(per_scale // x.shape[2], dim=2)
+        for x in (plain, rotated)
+    )
+    parts = []
+    for start in range(0, len(turned), per_scale):
+        of_scale = turned[start : start + per_scale]
+        if plain is None or rotated is None or len(set(of_scale)) == 1:
+            parts.append(rotated if of_scale[0] else plain)
+        else:
+            parts.append(torch.where(_flags(of_scale, plain.device)[:, None], rotated, plain))
+    return torch.cat(parts, dim=2) if scales > 1 else parts[0]
+
+
+def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
+    """A bool tensor made on the device: a copy from the host could not be captured in a CUDA graph."""
+    words = [flags[start : start + 32] for start in range(0, len(flags), 32)]
+    bits = [sum(flag << i for i, flag in enumerate(word)) for word in words]
+    places = [torch.arange(len(word), device=device) for word in words]
+    return torch.cat([(word >> place) & 1 for word, place in zip(bits, places, strict=True)]).bool()
 
 
 def _one_row(tokens: MixerInputs) -> MixerInputs:
