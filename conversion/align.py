@@ -48,6 +48,7 @@ def align(
     checkpoint: Path | None = None,
     resume: bool = False,
     save_every: int = 50,
+    bf16: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -55,13 +56,16 @@ def align(
 
     Without `steps`, one pass over the blocks. q/k/v/o projections learn at `lr_projections`, the rest of a mixer at
     `lr`; both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every `save_every` steps and
-    when it is interrupted; `resume` continues it with the same result as if it had never stopped.
+    when it is interrupted; `resume` continues it with the same result as if it had never stopped. `bf16`: matrix
+    products in bf16, weights in float32; None: where the device is made for it.
     """
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < 1:
         raise ValueError(f"{len(ids_NT)} sequences make {steps} steps of {batch_size}; give more text or fewer a step")
     mixers = chosen_mixers(student, teacher, layers)
-    run = Run(mixers, optimizer(mixers, lr=lr, lr_projections=lr_projections), warmup=math.ceil(WARMUP * steps))
+    bf16 = fast_bf16(student.device) if bf16 is None else bf16
+    adam = optimizer(mixers, lr=lr, lr_projections=lr_projections)
+    run = Run(mixers, adam, warmup=math.ceil(WARMUP * steps), bf16=bf16)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -70,6 +74,7 @@ def align(
         "lr_end": lr_end,
         "layers": list(mixers),
         "blocks": list(ids_NT.shape),
+        "bf16": bf16,
         "seed": seed,
     }
     if checkpoint is not None:
@@ -101,6 +106,7 @@ class Run:
     mixers: dict[int, FastWeightLayer]
     optimizer: torch.optim.Optimizer
     warmup: int
+    bf16: bool
     step: int = 0
     seconds: float = 0.0
     updating: bool = False
@@ -132,7 +138,9 @@ class Run:
         """One batch: the teacher's pass, whose hooks leave the gradients, and one update."""
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
+        # entered anew in every step: it keeps the weights that it has cast until it is left
+        narrow = torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.bf16)
+        with torch.no_grad(), narrow:
             teacher.base_model(input_ids=ids_BT.to(teacher.device), use_cache=False)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -230,6 +238,14 @@ def optimizer(mixers: dict[int, FastWeightLayer], *, lr: float, lr_projections: 
     groups = [{"params": list(copied.values()), "peak": lr_projections}, {"params": fresh, "peak": lr}]
     # fused: one pass over the weights instead of ten
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return device.type == "cpu" and bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
 def cosine(step: int, *, steps: int, warmup: int, end: float) -> float:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fwp.layer import FastWeightLayer
 
-from .align import BETAS, CLIP, evaluating
+from .align import BETAS, CLIP, evaluating, fast_bf16
 from .kl import kl_of_heads
 
 LOGGED = 50  # entries of the history, about
@@ -122,7 +122,7 @@ def distil(
     output_dir: Path | None = None,
     resume: bool = False,
     save_every: int = 50,
-    bf16: bool = False,
+    bf16: bool | None = None,
     gradient_checkpointing: bool = False,
     peft_config: Any = None,
     seed: int = 0,
@@ -133,6 +133,7 @@ def distil(
     Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest`; both rise over the first
     `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the Trainer saves a checkpoint
     every `save_every` steps, from which `resume` continues with the same result as if it had never stopped.
+    `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
     """
     check_student(student, teacher)
     steps = len(ids_NT) // batch_size if steps is None else steps
@@ -149,7 +150,7 @@ def distil(
             lr_end=lr_end,
             warmup=warmup,
             save_every=None if output_dir is None else save_every,
-            bf16=bf16,
+            bf16=fast_bf16(student.device) if bf16 is None else bf16,
             seed=seed,
             progress=progress,
         )
@@ -303,6 +304,8 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
             parameter.grad = None
+        for wrapped in ("forward", "_original_forward"):  # accelerate leaves autocast around the model's forward
+            student.__dict__.pop(wrapped, None)
         student.config.use_cache = use_cache
         student.gradient_checkpointing_disable()
         student.eval()

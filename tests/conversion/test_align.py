@@ -34,12 +34,13 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_residual_falls_and_only_the_mixers_change(family, ids):
+def test_the_residual_falls_and_only_the_mixers_change(family, bf16, ids):
     teacher = tiny_teacher(family)
     student, before = student_of(teacher), weights(teacher)
     start = weights(student)
-    log = align(student, teacher, ids, steps=40, **SETTINGS)
+    log = align(student, teacher, ids, steps=40, bf16=bf16, **SETTINGS)
     assert all(log["residual"][layer] < 0.8 * log["residual_before"][layer] for layer in ("0", "2"))
     assert same(weights(teacher), before)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, start[name])}
@@ -59,7 +60,7 @@ def test_the_first_residual_and_its_gradient_are_those_written_out(teacher, ids)
     wanted = block.self_attn(x_BTD, position_embeddings=rotary, attention_mask=mask)[0].detach()
     given = student.hf_fwp_layers[1](x_BTD, position_embeddings=rotary)[0]
     expected = (given - wanted).square().sum() / wanted.square().sum()
-    run = Run(student.hf_fwp_layers, None, warmup=0)
+    run = Run(student.hf_fwp_layers, None, warmup=0, bf16=False)
     with hooked(teacher, [1], run.layer_loss), torch.no_grad():
         teacher.model(ids[:2], use_cache=False)
     torch.testing.assert_close(run.losses[1], expected.detach())

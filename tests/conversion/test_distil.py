@@ -80,6 +80,15 @@ def test_bf16_only_for_the_matrix_products_and_only_on_request():
     assert 0 < (rounded - exact).abs() / exact < 0.02
 
 
+def test_after_training_in_bf16_the_model_computes_in_float32_again(teacher, ids):
+    student = student_of(teacher)
+    distil(student, teacher, ids, steps=2, bf16=True, **SETTINGS)
+    twin = student_of(teacher)
+    twin.load_state_dict(student.state_dict())
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, twin(ids).logits)
+
+
 def test_the_gradient_of_every_parameter_tied_embeddings_included(teacher, ids, tmp_path):
     teacher, student = teacher.double(), student_of(teacher.double()).double()
     loss = trainer_of(student, teacher, tmp_path).compute_loss(student, {"input_ids": ids[:3]})
