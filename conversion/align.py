@@ -26,6 +26,7 @@ from hf_fwp.hosts import find_host
 from hf_fwp.layer import FastWeightLayer, layers_of
 
 from .checkpoint import check_settings, latest, load, save
+from .memory import freed_memory_kept
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BETAS = (0.9, 0.95)
@@ -79,7 +80,7 @@ def align(
     }
     if checkpoint is not None:
         run.restore(checkpoint, settings, resume=resume)
-    with trainable(mixers), hooked(teacher, mixers, run.layer_loss), evaluating(teacher):
+    with trainable(mixers), hooked(teacher, mixers, run.layer_loss), evaluating(teacher), freed_memory_kept():
         bar = tqdm(total=steps, initial=run.step, desc="align", unit="step", disable=not progress)
         try:
             while run.step < steps:

@@ -1,7 +1,7 @@
 """The state of a stage on disk: a folder per saved step, complete or not there at all.
 
-    FOLDER/step-00000050/state.safetensors      tensors by name
-    FOLDER/step-00000050/state.json             everything else
+FOLDER/step-00000050/state.safetensors      tensors by name
+FOLDER/step-00000050/state.json             everything else
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from hf_fwp.layer import FastWeightLayer
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .kl import kl_of_heads
+from .memory import freed_memory_kept
 
 LOGGED = 50  # entries of the history, about
 
@@ -140,7 +141,12 @@ def distil(
     if steps < 1 or len(ids_NT) < batch_size:
         raise ValueError(f"{len(ids_NT)} sequences are not one step of {batch_size}; give more text or fewer a step")
     last = checkpoint_in(output_dir, resume=resume)
-    with tempfile.TemporaryDirectory() as scratch, as_before(student) as parameters, evaluating(teacher):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        as_before(student) as parameters,
+        evaluating(teacher),
+        freed_memory_kept(),
+    ):
         args = training_arguments(
             output_dir or Path(scratch),
             student.device,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 LOGITS = 1 << 24  # logits of each model that exist at once: 64 MiB in float32
+ADDED = 1024  # rows of the weight's gradient that are added at once
 ROWS = 8  # tokens worked on at once between two matrix products: their logits stay in cache, in full precision
 
 
@@ -99,8 +100,11 @@ def add_gradients(
         hidden[tokens] = error_NV @ weight_VD
     if weight is not None and of_chunk_VD is None:
         weight.addmm_(error_NV.mT, hidden_ND)
-    elif weight is not None:
-        weight.add_(torch.mm(error_NV.mT, hidden_ND, out=of_chunk_VD))
+    elif weight is not None and of_chunk_VD is not None:
+        torch.mm(error_NV.mT, hidden_ND, out=of_chunk_VD)
+        # in parts: adding another dtype first makes a copy
+        for part_VD, more_VD in zip(weight.split(ADDED), of_chunk_VD.split(ADDED), strict=True):
+            part_VD.add_(more_VD)
     if bias is not None:
         bias += error_NV.sum(0)
 

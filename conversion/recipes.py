@@ -81,9 +81,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("closed-form", "calibrate and solve, no gradient step: minutes on a CPU"),
         Recipe(
             "quick",
-            "closed-form, then align and distil: 0.1M tokens in all",
+            "closed-form, then align and distil: 0.2M tokens in all",
             align_tokens=16384,
-            distil_tokens=81920,
+            distil_tokens=159744,
             distil={"save_every": 10},
         ),
     )
