@@ -1,9 +1,11 @@
 """How a pretrained checkpoint becomes a fast-weight model. Stages are functions, each usable alone."""
 
+from typing import Any
+
 from .align import align
 from .calibrate import calibrate
 from .convert import convert
-from .distil import DistilTrainer, distil
+from .distil import distil
 from .evaluate import evaluate
 from .keep import keep_softmax, rank_layers
 from .recipes import RECIPES, Recipe
@@ -26,3 +28,11 @@ __all__ = [
     "solve",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistilTrainer":
+        from .trainer import DistilTrainer  # transformers' Trainer takes a second and 90 MB to import
+
+        return DistilTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

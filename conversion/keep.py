@@ -10,7 +10,7 @@ far (SmolLM2-135M, half of the layers kept: perplexity 44 against 53).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from hf_fwp.hosts import converted_layers
 
 from .families import copy_teacher
 from .stream import Walk
+
+POSITIONS = 64  # tokens whose probabilities are computed at once
 
 Keep = float | int | Sequence[int] | str
 ALLOWED = 'a fraction (0.25), a count (7), a list of layers ([0, 5]) or "uniform:0.25"'
@@ -73,7 +75,7 @@ def rank_layers(
     """KL in nats per token that each converted layer of `student` causes when it is swapped in alone."""
     walk, after = Walk(teacher, ids_NT), Walk(teacher, ids_NT[:1])
     rows = [slice(i, i + 1) for i in range(len(ids_NT))]
-    truth = [_log_probabilities(teacher, walk.finish(0, walk.hidden_NTD[row])) for row in rows]
+    truth = [torch.cat(list(_log_probabilities(teacher, walk.finish(0, walk.hidden_NTD[row])))) for row in rows]
     found: dict[int, float] = {}
     layers = converted_layers(student.config)
     for layer in tqdm(range(max(layers, default=-1) + 1), desc="rank", unit="layer", disable=not progress):
@@ -86,8 +88,9 @@ def rank_layers(
             answer = mixer(x_NTD[row], position_embeddings=walk.rotary(layer))[0]
             after.hidden_NTD = before[row]
             after.advance(layer, answer)
-            log_q = _log_probabilities(teacher, after.finish(layer + 1, after.hidden_NTD))
-            total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")) / log_p.shape[1]
+            answers = _log_probabilities(teacher, after.finish(layer + 1, after.hidden_NTD))
+            parts = zip(answers, log_p.split(POSITIONS), strict=True)
+            total += sum(float(F.kl_div(q, p, log_target=True, reduction="sum")) for q, p in parts) / len(log_p)
         found[layer] = total / len(rows)
     return found
 
@@ -111,6 +114,7 @@ def keep_softmax(
     return smaller
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_NTD: Tensor) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, hidden_NTD: Tensor) -> Iterator[Tensor]:
+    """[POSITIONS, V] after [POSITIONS, V] of all tokens in a row."""
     head = model.get_output_embeddings()
-    return head(hidden_NTD).float().log_softmax(-1)
+    return (head(part).float().log_softmax(-1) for part in hidden_NTD.flatten(0, 1).split(POSITIONS))

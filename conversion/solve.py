@@ -27,6 +27,7 @@ from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer
 
 from .calibrate import calibrate
+from .memory import give_back_freed_memory
 from .stream import ROWS, Walk
 
 LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
@@ -111,25 +112,25 @@ def solve(
     found: dict[int, dict[str, Any]] = {}
     last = len(teacher_walk.blocks) if stream == "student" else max(layers, default=-1) + 1
     for layer in tqdm(range(last), desc="solve", unit="layer", disable=not progress):
-        x_NTD, target_NTD, heads_NTC = teacher_walk.attend(layer)
         if layer not in layers:
-            if student_walk is not None:
-                student_walk.attend(layer)
+            for walk in filter(None, (teacher_walk, student_walk)):
+                walk.move(layer)
             continue
+        x_NTD, target_NTD, heads_NTC = teacher_walk.attend(layer)
         mixer = student.hf_fwp_layers[layer]
         rotary, found[layer] = teacher_walk.rotary(layer), {}
         if not calibrated:
-            sample, judges = x_NTD[:search], x_NTD[len(x_NTD) - max(2, search // 2) :]
-            scale = getattr(teacher_walk.attention(layer), "scaling", mixer.options.head_dim**-0.5)
+            judges = max(2, search // 2)
             found[layer] = calibrate(
                 mixer,
-                torch.cat([sample, judges]),
+                torch.cat([x_NTD[:search], x_NTD[len(x_NTD) - judges :]]),
                 rotary,
-                scale=scale,
-                heldout=len(judges),
+                scale=getattr(teacher_walk.attention(layer), "scaling", mixer.options.head_dim**-0.5),
+                heldout=judges,
                 window=teacher_walk.window(layer),
             )
             _remember_options(student, layer)
+            give_back_freed_memory()
         if student_walk is not None:
             x_NTD = student_walk.inputs(layer)
         projection = teacher_walk.output_projection(layer)
@@ -139,6 +140,8 @@ def solve(
         found[layer] |= fit
         if student_walk is not None:
             student_walk.advance(layer, outputs)
+        del x_NTD, target_NTD, heads_NTC, outputs  # before the next layer's are made
+        give_back_freed_memory()
     return found
 
 
@@ -154,7 +157,6 @@ def solve_layer(
     answer: bool,
 ) -> tuple[Tensor, dict[str, float]]:
     """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target."""
-    kept: list[Tensor] = []
     moments: tuple[Moments, Moments] | None = None
     fitted = len(x_NTD) - heldout
     for start in range(0, len(x_NTD), ROWS):
@@ -165,16 +167,14 @@ def solve_layer(
         for part, moment in zip((slice(0, split), slice(split, None)), moments, strict=True):
             if len(x_NTD[rows][part]):
                 moment.add(*(each[part] for each in tokens))
-        if answer:
-            kept.append(tokens[0])
     assert moments is not None, "there are sequences"
     weight, fit = ridge(*moments, head_weights(mixer, projection, moments[0]))
-    weight = weight.to(x_NTD.dtype)
-    write_outputs(mixer, weight)
+    write_outputs(mixer, weight.to(x_NTD.dtype))
     if answer:
-        kept.reverse()
-        for start in range(0, len(target_NTD), ROWS):
-            target_NTD[start : start + ROWS] = kept.pop() @ weight  # in place: the target has served
+        for start in range(0, len(x_NTD), ROWS):
+            # read once more: the regressors of all tokens would take as much memory as three streams
+            rows = slice(start, start + ROWS)
+            target_NTD[rows] = mixer(x_NTD[rows], position_embeddings=rotary)[0]  # in place: the target has served
     return target_NTD, fit
 
 

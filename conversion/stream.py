@@ -81,6 +81,12 @@ class Walk:
         return getattr(self.attention(layer), "sliding_window", getattr(self.model.config, "sliding_window", None))
 
     @torch.no_grad()
+    def move(self, layer: int) -> None:
+        """Move the stream on to the next block."""
+        for rows in self.rows():
+            self.hidden_NTD[rows] = self._block(layer, rows)
+
+    @torch.no_grad()
     def attend(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """(x, A, y): input and output [N,T,D] of the attention, and what its output projection is given, [N,T,H V]:
         the heads side by side. The stream moves on to the next block."""

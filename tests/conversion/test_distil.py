@@ -7,9 +7,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_fwp.conversion import kl
-from hf_fwp.conversion.distil import DistilTrainer, distil, parameter_groups
+from hf_fwp.conversion.distil import distil
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.kl import kl_of_heads
+from hf_fwp.conversion.trainer import DistilTrainer, parameter_groups
 
 FWP = {"rule": "gated_delta_net", "qk_norm": "l2", "time_scales": 2, "value_skip": 1, "beta_bias": True}
 SETTINGS = {"batch_size": 2, "lr": 5e-3, "lr_rest": 1e-3, "progress": False}
