@@ -16,7 +16,8 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-full: $(STAMP)
-	(date -u +%F; git rev-parse HEAD; $(BIN)/python -m pytest -q -m "not gpu") 2>&1 | tee docs/test-full.txt
+	mkdir -p docs
+	(date -u +%F; git describe --always --dirty; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not gpu") 2>&1 | tee docs/test-full.txt
 
 results: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.results

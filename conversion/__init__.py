@@ -1,6 +1,6 @@
 """How a pretrained checkpoint becomes a fast-weight model. Stages are functions, each usable alone."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .align import align
 from .calibrate import calibrate
@@ -12,6 +12,9 @@ from .recipes import RECIPES, Recipe
 from .report import write_report
 from .solve import solve
 from .teacher import load_teacher
+
+if TYPE_CHECKING:
+    from .trainer import DistilTrainer
 
 __all__ = [
     "RECIPES",

@@ -59,7 +59,8 @@ class Run:
         saved = None if self.work is None else self.work / name
         if saved is not None and (saved / "stage.json").is_file():
             self.report = json.loads((saved / "stage.json").read_text())
-            return AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype).to(self.teacher.device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype)
+            return loaded.to(self.teacher.device)
         del student
         started = time.perf_counter()
         result = do()
@@ -128,7 +129,7 @@ def convert(
     run = Run(
         plan, model, tokenizer, blocks, work, not isinstance(teacher, PreTrainedModel), _first_report(plan, model)
     )
-    student = _finish(run, output)
+    student: Any = _finish(run, output)
     student.conversion_report = run.report
     return student
 

@@ -78,7 +78,7 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Any model, converted or not, and its tokenizer if it has one. A model object is returned as it is."""
     if isinstance(model, nn.Module):
-        return model, _open_tokenizer(tokenizer, model.name_or_path)
+        return model, _open_tokenizer(tokenizer, model.name_or_path or "")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if str(model).endswith(".gguf") or AutoConfig.from_pretrained(model).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
@@ -87,8 +87,8 @@ def open_model(
         check_weights(folder)
     else:
         folder = Path(snapshot_download(os.fspath(model), ignore_patterns=["*.bin", "*.gguf", "*.onnx", "*.h5"]))
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    return loaded, _open_tokenizer(tokenizer, folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return loaded.to(device).eval(), _open_tokenizer(tokenizer, folder)
 
 
 def _open_tokenizer(
@@ -348,8 +348,7 @@ def answer(model: PreTrainedModel, prompt: str, tokenizer: PreTrainedTokenizerBa
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    generate: Any = model.generate
     with evaluating(model):
-        out_BT: Any = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-        )
+        out_BT = generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return str(tokenizer.decode(out_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

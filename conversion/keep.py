@@ -11,6 +11,7 @@ far (SmolLM2-135M, half of the layers kept: perplexity 44 against 53).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import converted_layers
+from hf_fwp.layer import layers_of
 
 from .families import copy_teacher
 from .stream import Walk
@@ -83,7 +85,7 @@ def rank_layers(
         x_NTD, _, _ = walk.attend(layer)
         if layer not in layers:
             continue
-        mixer, total = student.hf_fwp_layers[layer], 0.0
+        mixer, total = layers_of(student)[layer], 0.0
         for row, log_p in zip(rows, truth, strict=True):
             answer = mixer(x_NTD[row], position_embeddings=walk.rotary(layer))[0]
             after.hidden_NTD = before[row]
@@ -110,11 +112,11 @@ def keep_softmax(
     layers = [layer for layer in converted_layers(student.config) if layer not in kept]
     smaller = copy_teacher(teacher, layers=layers, fwp=fwp, share=share)
     for layer in layers:
-        smaller.hf_fwp_layers[layer].load_state_dict(student.hf_fwp_layers[layer].state_dict())
+        layers_of(smaller)[layer].load_state_dict(layers_of(student)[layer].state_dict())
     return smaller
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_NTD: Tensor) -> Iterator[Tensor]:
     """[POSITIONS, V] after [POSITIONS, V] of all tokens in a row."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     return (head(part).float().log_softmax(-1) for part in hidden_NTD.flatten(0, 1).split(POSITIONS))

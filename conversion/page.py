@@ -183,6 +183,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How it was made, as rows of a table."""
     on, stages = report.get("environment", {}), report.get("stages", {})
     spent = sum(stage.get("seconds", 0) for stage in stages.values())
+    answers: dict[Any, str] = {True: "yes", False: "no"}
     rows: list[tuple[str, Any]] = [
         ("teacher", teacher_name(report)),
         ("layers kept as softmax", ", ".join(map(str, report.get("kept_layers", [])))),
@@ -190,7 +191,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens used for the conversion", report.get("tokens")),
         *((f"stage {name}", _shown(_single(stage))) for name, stage in stages.items()),
         ("all stages", f"{spent / 60:.1f} minutes" if spent else None),
-        ("reloaded, the same logits bit for bit", {True: "yes", False: "no"}.get(report.get("reloaded_bitwise"))),
+        ("reloaded, the same logits bit for bit", answers.get(report.get("reloaded_bitwise"))),
         ("peak memory", bytes_shown(report["peak_memory_bytes"]) if report.get("peak_memory_bytes") else None),
         ("teacher's weights in float32", bytes_shown(report["teacher_bytes"]) if report.get("teacher_bytes") else None),
         ("seed", report.get("seed")),

@@ -16,9 +16,13 @@ from transformers import PreTrainedModel
 
 from .keep import Keep, kept_layers
 from .recipes import Recipe
+from .report import peak_memory
 
 # Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
 COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8}
+# Tensors [tokens, hidden size] that are in memory at once: while solving, and per layer for the backward of distil.
+STREAMS, ACTIVATIONS = 9, 40
+BATCH = 4  # sequences a step, where the recipe does not say
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,24 @@ def describe(plan: Plan, model: PreTrainedModel) -> str:
         steps.insert(0, f"rank on {recipe.rank_tokens}")
     steps += [f"align {recipe.align_tokens}"] if recipe.align_tokens else []
     steps += [f"distil {recipe.distil_tokens}"] if recipe.distil_tokens else []
-    size = model.num_parameters() * model.dtype.itemsize
-    copies = 2 + (4 if recipe.distil_tokens else 0)
     return (
         f"convert {plan.teacher} to {plan.rule}, recipe {recipe.name}: {kept}\n"
         f"  {', '.join(steps)}; about {estimate(plan, model) / 60:.0f} minutes, "
-        f"{copies * size / 2**30:.1f} GiB of memory"
+        f"{memory(plan, model) / 2**30:.1f} GiB of memory"
     )
+
+
+def memory(plan: Plan, model: PreTrainedModel) -> float:
+    """Bytes that the process will hold at most, given that it holds the teacher by now."""
+    recipe, weights = plan.recipe, model.num_parameters() * model.dtype.itemsize
+    token = model.config.hidden_size * model.dtype.itemsize
+    so_far = peak_memory() or 2 * weights  # loading takes the weights twice
+    extra = STREAMS * recipe.solve_tokens * token
+    if recipe.distil_tokens:
+        batch = recipe.distil.get("batch_size", BATCH) * recipe.sequence_length
+        # the student, its gradients and Adam's two moments
+        extra = max(extra, 4 * weights + ACTIVATIONS * plan.num_layers * batch * token)
+    return max(so_far, so_far - weights + extra)
 
 
 def estimate(plan: Plan, model: PreTrainedModel) -> float:

@@ -11,9 +11,10 @@ from .report import TIMES, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 OURS, THEIRS, OTHER = "#0b6e4f", "#8d99a6", "#d08c2e"
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -63,9 +64,8 @@ def _layers_plot(report: Mapping[str, Any]) -> str | None:
     figure = _figure((9, 2.3 * len(shown)))
     kept = {int(layer) for layer in report.get("kept_layers", [])}
     last = report.get("num_layers", 1 + max(int(layer) for _, values in shown for layer in values)) - 1
-    for axes, (label, values) in zip(
-        figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0], shown, strict=True
-    ):
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, values) in zip(panels, shown, strict=True):
         layers = [int(layer) for layer in values]
         axes.bar(layers, list(values.values()), color=[THEIRS if layer in kept else OURS for layer in layers])
         for layer in kept - set(layers):
@@ -73,8 +73,8 @@ def _layers_plot(report: Mapping[str, Any]) -> str | None:
         axes.set_ylabel(label)
         axes.grid(axis="x", visible=False)
         axes.set_xlim(-0.7, last + 0.7)
-    axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     return _image(figure)
 
 

@@ -1,6 +1,7 @@
-"""The table of results in the README: every recipe at every share of kept layers, on the same held-out text.
+"""The tables of results in the README: every recipe at every share of kept layers, on the same held-out text; before
+them the speed of the operators.
 
-python -m hf_fwp.conversion.results                 all of it; rows that are there already are not measured again
+python -m hf_fwp.conversion.results                 all of it; what is there already is not measured again
 python -m hf_fwp.conversion.results --recipe quick  one recipe
 """
 
@@ -12,6 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from hf_fwp.bench.cpu import bench_cpu, markdown
+
 from .convert import convert
 from .data import brown
 from .evaluate import evaluate
@@ -19,6 +22,7 @@ from .report import write_whole
 from .teacher import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEED = ROOT / "hf_fwp" / "bench" / "results" / "cpu.json"
 RECIPES = ("closed-form", "quick")
 KEEP = (0, 0.5, 0.75)
 HEADER = ("recipe", "kept softmax", "perplexity", "of the teacher's", "KL", "agreement", "minutes", "commit")
@@ -111,12 +115,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def quote(table: str, readme: Path = ROOT / "README.md") -> None:
-    """Put the table where the README quotes it."""
-    before, start, rest = readme.read_text().partition("<!-- results -->\n")
-    _, end, after = rest.partition("<!-- /results -->")
+def quote(table: str, name: str = "results", readme: Path = ROOT / "README.md") -> None:
+    """Put the table where the README quotes it, between <!-- name --> and <!-- /name -->."""
+    before, start, rest = readme.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
     if not start or not end:
-        raise ValueError(f"{readme} has no <!-- results --> ... <!-- /results --> to write between")
+        raise ValueError(f"{readme} has no <!-- {name} --> ... <!-- /{name} --> to write between")
     readme.write_text(f"{before}{start}{table}\n{end}{after}")
 
 
@@ -128,6 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="out/results")
     given = parser.parse_args(arguments)
     recipes = RECIPES if given.recipe is None else (given.recipe,)
+    if not SPEED.is_file():
+        SPEED.parent.mkdir(parents=True, exist_ok=True)
+        bench_cpu(json=SPEED)
+    quote(markdown(json.loads(SPEED.read_text())), "speed")
     results(recipes=recipes, tokens=given.tokens, output=given.output)
     table = as_table(measured_rows(given.output))
     quote(table)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import converted_layers
-from hf_fwp.layer import FastWeightLayer
+from hf_fwp.layer import FastWeightLayer, layers_of
 
 from .calibrate import calibrate
 from .memory import give_back_freed_memory
@@ -48,7 +48,9 @@ class Moments:
     def empty(cls, reads: Tensor, target: Tensor, heads: Tensor) -> Moments:
         """Sums over no tokens, of the widths that these have."""
         size = reads.shape[-1]
-        return cls(*(reads.new_zeros(size, width) for width in (size, target.shape[-1], heads.shape[-1])))
+        widths = (size, target.shape[-1], heads.shape[-1])
+        gram, cross, of_heads = (reads.new_zeros(size, width) for width in widths)
+        return cls(gram, cross, of_heads)
 
     def add(self, r: Tensor, target: Tensor, heads: Tensor) -> None:
         """Tokens r [..., R], their targets [..., D] and the teacher's heads [..., H V]."""
@@ -117,7 +119,7 @@ def solve(
                 walk.move(layer)
             continue
         x_NTD, target_NTD, heads_NTC = teacher_walk.attend(layer)
-        mixer = student.hf_fwp_layers[layer]
+        mixer = layers_of(student)[layer]
         rotary, found[layer] = teacher_walk.rotary(layer), {}
         if not calibrated:
             judges = max(2, search // 2)
@@ -227,6 +229,6 @@ def write_outputs(mixer: FastWeightLayer, weight_RD: Tensor) -> None:
 
 def _remember_options(student: PreTrainedModel, layer: int) -> None:
     """What calibration decided about a mixer's shape goes into the config it will be reloaded from."""
-    options: Sequence[bool] | str = student.hf_fwp_layers[layer].options.rope_heads
+    options: Sequence[bool] | str = layers_of(student)[layer].options.rope_heads
     per_layer = student.config.fwp.setdefault("per_layer", {}).setdefault(str(layer), {})
     per_layer["rope_heads"] = options if isinstance(options, str) else list(options)

@@ -120,7 +120,8 @@ class Walk:
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""
-        return self.attention(layer).get_submodule(self.projection_name)
+        projection: Any = self.attention(layer).get_submodule(self.projection_name)
+        return projection
 
     @torch.no_grad()
     def inputs(self, layer: int) -> Tensor:
@@ -162,7 +163,7 @@ class Walk:
         return hidden, stand_in.given
 
     @torch.no_grad()
-    def _arguments(self, base: PreTrainedModel) -> list[dict[str, Any]]:
+    def _arguments(self, base: nn.Module) -> list[dict[str, Any]]:
         """What each block is called with beside the hidden states: equal for all unpadded sequences of one length."""
         seen: list[dict[str, Any]] = []
         hooks = [
@@ -177,7 +178,7 @@ class Walk:
         return [{name: value for name, value in kwargs.items() if name != "past_key_values"} for kwargs in seen]
 
     @torch.no_grad()
-    def _embedded(self, base: PreTrainedModel, rows: slice) -> Tensor:
+    def _embedded(self, base: nn.Module, rows: slice) -> Tensor:
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: Any) -> None:

@@ -33,7 +33,7 @@ class DistilTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.lr_mixers = lr_mixers
         self.seconds = 0.0
-        self.teacher = teacher.eval()
+        self.teacher: Any = teacher.eval()
         self.student_head, self.teacher_head = (output_head(m) for m in (bare(self.model), teacher))
         if len(self.student_head.weight) != len(self.teacher_head.weight):
             sizes = len(self.student_head.weight), len(self.teacher_head.weight)
@@ -52,10 +52,11 @@ class DistilTrainer(Trainer):
         valid_BT = valid_positions(inputs)
         kept = {name: value for name, value in inputs.items() if name != "labels"}
         student_BTD = last_hidden_state(model, bare(self.accelerator.unwrap_model(model)), kept)
-        with torch.no_grad():
-            teacher_BTD = self.teacher.base_model(**kept, use_cache=False).last_hidden_state
-        hidden = (x[valid_BT.to(x.device)] for x in (student_BTD, teacher_BTD))
-        loss = kl_of_heads(*hidden, self.student_head, self.teacher_head)
+        with self.accelerator.autocast():  # accelerate puts it around the student alone
+            with torch.no_grad():
+                teacher_BTD = self.teacher.base_model(**kept, use_cache=False).last_hidden_state
+            student_ND, teacher_ND = (x[valid_BT.to(x.device)] for x in (student_BTD, teacher_BTD))
+            loss = kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head)
         if num_items_in_batch is None:
             loss = loss / valid_BT.sum().clamp_min(1)
         else:
@@ -70,7 +71,8 @@ class DistilTrainer(Trainer):
             return None
         count = torch.stack([valid_positions(inputs).sum() for inputs in batch_samples]).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
+            counts: Any = self.accelerator.gather(count)
+            count = counts.sum()
         return count.clamp_min(1)
 
     def finish(self, checkpoint: str | None) -> None:

@@ -49,7 +49,7 @@ __all__ = [
     "gated_delta_rule",
     "layers_of",
     "linear_attention",
-    *_LAZY,
+    *_LAZY,  # pyright: ignore[reportUnsupportedDunderAll]  it follows no names but literal ones
 ]
 
 

@@ -213,9 +213,7 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._replay = [inputs.change(each) for inputs in self._replay]
 
 
-def current_padding(
-    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> Tensor | None:
+def current_padding(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
     """The 2-D mask of the current tokens, for `generate` with a cache of fixed size; also when there is one token."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None

@@ -290,8 +290,8 @@ class FastWeightLayer(nn.Module):
         scales, rotates = self.options.time_scales, self.options.rotates
         reads_per_state = self.options.num_reads // self.options.num_states
         queries = [turned for turned in rotates for _ in range(reads_per_state)]
-        of_queries, of_keys = zip(*((None, None) if x is None else x for x in (plain, rotated)), strict=True)
-        return _choose(*of_queries, queries, scales), _choose(*of_keys, rotates, scales)
+        (q, k), (q_turned, k_turned) = ((None, None) if x is None else x for x in (plain, rotated))
+        return _choose(q, q_turned, queries, scales), _choose(k, k_turned, rotates, scales)
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.feature_map(q, k)

@@ -158,13 +158,37 @@ def cpu_name() -> str:
     return model[0] if model else platform.processor() or platform.machine()
 
 
+HEADER = ("B, T, H, D", "dtype", "what", "hf_fwp ms", "transformers ms", "times faster")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One row of the table, in the order of HEADER."""
+    numbers = (f"{row['ms']:.2f}", f"{row['transformers_ms']:.2f}", f"{row['ratio']:.2f}")
+    return str(row["shape"])[1:-1], row["dtype"], row["what"], *numbers
+
+
 def table(result: dict[str, Any]) -> rich.table.Table:
     about = result["machine"]
     title = f"gated delta rule on {about['cpu']}, {about['threads']} threads, torch {about['torch']}"
     found = rich.table.Table(title=title)
-    for column in ("B, T, H, D", "dtype", "what", "hf_fwp ms", "transformers ms", "times faster"):
+    for column in HEADER:
         found.add_column(column)
     for row in result["rows"]:
-        numbers = (f"{row['ms']:.2f}", f"{row['transformers_ms']:.2f}", f"{row['ratio']:.2f}")
-        found.add_row(str(row["shape"])[1:-1], row["dtype"], row["what"], *numbers)
+        found.add_row(*cells(row))
     return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table as the README quotes it, with what it was measured on below."""
+    about = result["machine"]
+    lines = [HEADER, tuple("---" for _ in HEADER), *(cells(row) for row in result["rows"])]
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            f"Gated delta rule beside `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` of "
+            f"transformers {about['transformers']}, in turns in one process, median of {result['repeats']}; "
+            f"{about['date']}, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit "
+            f"`{about['commit']}`; printed by `hf-fwp bench cpu`.",
+        ]
+    )

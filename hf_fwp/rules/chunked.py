@@ -273,7 +273,7 @@ def store_gradients(x: Inputs, block: Block, segment: Segment, grad: Inputs, c: 
             per_key += 2 * (along_written - row_sums(dv, c.v))
         per_key[:, -1:] += found.along_state
         store(grad.g.unsqueeze(-1), *at, per_key.flip(1).cumsum(1).flip(1))
-    if c.q_norm is None or c.k_norm is None:
+    if c.q_norm is None or c.k_norm is None or along_q is None or along_k is None:
         dq.mul_(x.scale)
     else:
         # q is the unit vector times the scale

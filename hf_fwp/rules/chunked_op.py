@@ -124,7 +124,7 @@ def linear_class_backward(
     else:
         d_state.copy_(d_final)
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
-    grad = Inputs(*grads[:3], *(None if given is None else d for given, d in zip((beta, g), grads[3:], strict=True)))
+    grad = Inputs(*grads[:3], None if beta is None else grads[3], None if g is None else grads[4])
     with torch.autocast(v.device.type, enabled=False):
         for start, end, rows, first in sequences(k, v, cu_seqlens):
             if start == end:
@@ -139,11 +139,11 @@ def linear_class_backward(
 
 def new_gradients(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, g: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor]:
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Empty contiguous tensors for the gradients."""
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    grads += tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, g))
-    return grads, new_outputs(q, k, v, cu_seqlens, keep=False)[1]
+    d_beta, d_g = (v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, g))
+    return (*grads, d_beta, d_g), new_outputs(q, k, v, cu_seqlens, keep=False)[1]
 
 
 @linear_class_backward.register_fake

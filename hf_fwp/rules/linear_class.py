@@ -57,13 +57,13 @@ def apply_linear_class(
     backend = choose_backend(call, q, k, v, beta, g, *states.values())
     if call.ran is not None:
         call.ran.append(backend)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return _reference(call, q, k, v, beta=beta, g=g, states=states, scale=scale, **constants)
+        return _reference(call, q, k, v, beta=beta, g=g, states=states, scale=factor, **constants)
     if backend == "step":
-        out, state = _decode(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=scale)
+        out, state = _decode(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
     else:
-        out, state = _chunked(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=scale)
+        out, state = _chunked(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
     return out, {"state": state}
 
 

@@ -81,6 +81,14 @@ def test_bf16_only_for_the_matrix_products_and_only_on_request():
     assert 0 < (rounded - exact).abs() / exact < 0.02
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_holds_for_the_teacher_too(teacher, ids, bf16):
+    seen = set()
+    teacher.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, args, out: seen.add(out.dtype))
+    distil(student_of(teacher), teacher, ids, steps=1, bf16=bf16, **SETTINGS)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
 def test_after_training_in_bf16_the_model_computes_in_float32_again(teacher, ids):
     student = student_of(teacher)
     distil(student, teacher, ids, steps=2, bf16=True, **SETTINGS)

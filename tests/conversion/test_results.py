@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hf_fwp.bench.cpu import markdown
 from hf_fwp.conversion import results
 from hf_fwp.conversion.report import environment
 
@@ -34,8 +35,13 @@ def test_a_row_says_what_was_measured(folder):
 def test_the_table_replaces_the_one_before(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    results.quote("new", readme)
+    results.quote("new", readme=readme)
     assert readme.read_text() == "before\n<!-- results -->\nnew\n<!-- /results -->\nafter\n"
     readme.write_text("no place for it")
     with pytest.raises(ValueError, match="no <!-- results -->"):
-        results.quote("new", readme)
+        results.quote("new", readme=readme)
+
+
+def test_the_readme_quotes_the_speed_that_was_measured():
+    measured = json.loads(results.SPEED.read_text())
+    assert markdown(measured) in (results.ROOT / "README.md").read_text()
