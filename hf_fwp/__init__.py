@@ -25,10 +25,9 @@ if (_checkout / "setup.cfg").is_file() and (_checkout / "conversion").is_dir():
 AutoConfig.register(FwpConfig.model_type, FwpConfig, exist_ok=True)
 register_hosts()
 
-# Names whose modules are loaded when first used: name -> (module, attribute or None for the module itself).
+# Names whose modules are loaded when first used: name -> (module, attribute).
 _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
-    "inspect": ("hf_fwp.inspection", None),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),
     "FwpPreTrainedModel": ("hf_fwp.modeling", "FwpPreTrainedModel"),
@@ -57,8 +56,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module_name, attribute = _LAZY[name]
-    module = importlib.import_module(module_name)
-    return module if attribute is None else getattr(module, attribute)
+    return getattr(importlib.import_module(module_name), attribute)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_fwp
+
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 0.3
 RUNS = 5
@@ -43,3 +45,7 @@ def test_import_does_not_load(package, loaded):
 @pytest.fixture(scope="module")
 def loaded() -> list[str]:
     return measured()["loaded"]
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(hf_fwp, name) is not None for name in hf_fwp.__all__)
