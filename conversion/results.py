@@ -135,9 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not SPEED.is_file():
         SPEED.parent.mkdir(parents=True, exist_ok=True)
         bench_cpu(json=SPEED)
-    quote(markdown(json.loads(SPEED.read_text())), "speed")
     results(recipes=recipes, tokens=given.tokens, output=given.output)
     table = as_table(measured_rows(given.output))
+    quote(markdown(json.loads(SPEED.read_text())), "speed")
     quote(table)
     print(table)
 
