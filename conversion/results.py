@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SPEED = ROOT / "hf_fwp" / "bench" / "results" / "cpu.json"
 RECIPES = ("closed-form", "quick")
 KEEP = (0, 0.5, 0.75)
-HEADER = ("recipe", "kept softmax", "perplexity", "of the teacher's", "KL", "agreement", "minutes", "commit")
+HEADER = (
+    "recipe",
+    "kept softmax",
+    "perplexity",
+    "of the teacher's",
+    "KL",
+    "agreement",
+    "minutes",
+    "peak memory",
+    "commit",
+)
 
 
 def results(
@@ -96,7 +106,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
             f"{teacher['tokens']} held-out tokens of the Brown corpus, {on['date'][:10]}, {on['device']}, "
             f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
-            "minutes of the conversion, without measuring it; printed by `make results`.",
+            f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
+            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); printed by `make results`.",
         ]
     )
 
@@ -111,6 +122,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{measured['kl']:.3f}",
         f"{measured['agreement']:.2f}",
         f"{row['seconds'] / 60:.1f}",
+        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
         f"`{row['environment']['commit']}`",
     )
 

@@ -30,6 +30,7 @@ def test_a_row_says_what_was_measured(folder):
     cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
     assert cells["of the teacher's"] == "2.00 x"
     assert cells["minutes"] == "4.0"
+    assert cells["peak memory"] == "2.8 GiB"
 
 
 def test_the_table_replaces_the_one_before(tmp_path):
