@@ -37,7 +37,7 @@ def test_the_stream_is_the_models_own(teacher, ids_NT):
     walk = Walk(teacher, ids_NT)
     for layer in range(LAYERS):
         torch.testing.assert_close(walk.hidden_NTD, seen.hidden_states[layer], rtol=0, atol=1e-5)
-        walk.attend(layer)
+        (walk.move if layer % 2 else walk.attend)(layer)
     last = torch.cat([walk.finish(LAYERS, walk.hidden_NTD[rows]) for rows in walk.rows()])
     torch.testing.assert_close(last, seen.hidden_states[-1], rtol=0, atol=1e-5)
     torch.testing.assert_close(teacher.lm_head(last), seen.logits, rtol=0, atol=1e-4)
