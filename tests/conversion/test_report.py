@@ -2,7 +2,10 @@
 
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from tiny import TEXTS, byte_tokenizer, tiny_llama
 
 from hf_fwp.conversion import report as reports
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.report import bytes_shown, license_of, measure, number, write_report
+from hf_fwp.conversion.report import bytes_shown, license_of, measure, number, peak_memory, write_report
 
 HISTORY = [{"step": 1, "residual": 0.5}, {"step": 2, "residual": 0.3}]
 
@@ -215,3 +218,11 @@ def test_numbers_are_shown_with_three_digits_that_count():
     shown = [number(value) for value in (0, 0.01234, 1.005, 47.62, 999.6, 80597.2, 3.2e7, 12, None, "x", True)]
     assert shown == ["0", "0.0123", "1.00", "47.6", "1000", "80597", "3.20e+07", "12.0", "-", "x", "True"]
     assert [bytes_shown(value) for value in (None, 0, 900, 23 * 2**20)] == ["-", "0 B", "900 B", "23.0 MiB"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells the peak of one program")
+def test_the_peak_of_memory_is_not_that_of_the_parent():
+    held = torch.ones(2**28)  # 1 GiB
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        peak = process.submit(peak_memory).result()
+    assert peak_memory() > held.nbytes > peak > 2**20
