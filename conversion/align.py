@@ -244,8 +244,8 @@ def optimizer(mixers: dict[int, FastWeightLayer], *, lr: float, lr_projections: 
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for products of bf16 matrices."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not every torch that is supported has it
     return device.type == "cpu" and bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 

@@ -34,7 +34,7 @@ from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .plan import Plan, describe, within
 from .recipes import find_recipe, student_options
-from .report import measure, peak_memory, write_report
+from .report import environment, measure, peak_memory, write_report
 from .solve import solve
 from .teacher import Teacher, load_teacher
 
@@ -284,6 +284,7 @@ def _first_report(plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
         "tokens": plan.recipe.tokens(ranked=plan.ranked),
         "teacher_bytes": 4 * model.num_parameters(),
         "data": plan.data,
+        "environment": environment(),  # at the start: a checkout can move on while its code runs
         "stages": {},
     }
 
