@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import Inputs, blocks, chunk_length
+from .blocks import Block, Inputs, Kept, Scratch, blocks, chunk_length, keep_in, kept_size, segments
 from .checks import sequence_bounds
 from .chunked import backward_block, forward_block
 
@@ -25,23 +26,23 @@ def chunked(
     erase: bool,
     l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state. The states between chunks are kept only when a gradient will be asked for."""
+    """Outputs and final state. The backward's share is kept only when a gradient will be asked for."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
     out, final, _ = linear_class_forward(q, k, v, beta, g, state, cu_seqlens, scale, erase, l2norm, keep)
     return out, final
 
 
 def kept_rows(length: int, chunk: int, cu_seqlens: Tensor | None) -> int:
-    """How many states between chunks there can be: one before every chunk and one at the end, for every sequence."""
+    """How many chunks there can be, and one state more, for every sequence."""
     if cu_seqlens is None:
         return -(-length // chunk) + 1
     return length // chunk + 2 * (cu_seqlens.shape[0] - 1)
 
 
 def new_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, keep: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, erase: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty tensors for the outputs, the final state and the states between chunks."""
+    """Empty tensors for the outputs, the final state and what the backward needs of every chunk."""
     batch, length, _, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
@@ -49,11 +50,12 @@ def new_outputs(
     out = v.new_empty(batch, length, max(q.shape[2], value_heads), value_size)
     final = v.new_empty(sequences, value_heads, key_size, value_size, dtype=dtype)
     rows = kept_rows(length, chunk_length(key_size, value_size), cu_seqlens) if keep else 0
-    return out, final, v.new_empty(rows, batch, value_heads, key_size, value_size, dtype=dtype)
+    size = rows * batch * value_heads * kept_size(Inputs(q, k, v, None, None, erase=erase)) if keep else 0
+    return out, final, v.new_empty(size, dtype=dtype)
 
 
 def sequences(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, slice, int]]:
-    """(start, end, rows of the state, first of the states between chunks) of every sequence, or of the whole batch."""
+    """(start, end, rows of the state, first of the kept rows) of every sequence, or of the whole batch."""
     if cu_seqlens is None:
         return [(0, k.shape[1], slice(None), 0)]
     found, first, chunk = [], 0, chunk_length(k.shape[3], v.shape[3])
@@ -61,6 +63,21 @@ def sequences(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int
         found.append((start, end, slice(n, n + 1), first))
         first += -(-(end - start) // chunk) + 1
     return found
+
+
+def kept_by_block(kept: Tensor, x: Inputs, first: int) -> Iterator[tuple[Block, Kept]]:
+    """The blocks of one run and what each keeps; `first` is the run's first kept row. All segments share one buffer
+    when nothing is kept."""
+    rows = kept_rows(x.k.shape[1], chunk_length(x.k.shape[3], x.v.shape[3]), None)
+    size, at = kept_size(x), first * x.k.shape[0] * x.v.shape[2] * kept_size(x)
+    for block in blocks(x):
+        pairs = x.v[block.rows, :1, block.value_heads].shape[::2].numel()
+        if kept.numel():
+            yield block, keep_in(kept[at : at + rows * pairs * size], x, pairs)
+            at += rows * pairs * size
+        else:
+            longest = max(segment.count for segment in segments(x, pairs))
+            yield block, keep_in(x.v.new_empty((longest + 1) * pairs * size, dtype=x.dtype), x, pairs)
 
 
 @torch.library.custom_op("hf_fwp::linear_class_forward", mutates_args=())
@@ -77,29 +94,30 @@ def linear_class_forward(
     l2norm: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, final state, states between chunks)."""
-    out, final, kept = new_outputs(q, k, v, cu_seqlens, keep)
+    """(out, final state, what the backward needs of every chunk)."""
+    out, final, kept = new_outputs(q, k, v, cu_seqlens, erase, keep)
     if state is None:
         final.zero_()
     else:
         final.copy_(state)
     if cu_seqlens is not None:
-        kept.zero_()  # packed sequences rarely fill every row
+        kept.zero_()  # packed sequences rarely fill it
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
+    scratch = Scratch(x.dtype, v.device)
     with torch.autocast(v.device.type, enabled=False):
         for start, end, rows, first in sequences(k, v, cu_seqlens):
             if start == end:
                 continue
             part, part_out, part_state = x.span(start, end), out[:, start:end], final[rows]
-            for block in blocks(part):
-                at = (block.rows, block.value_heads)
-                forward_block(part, block, part_state[at], part_out, kept[(slice(first, None), *at)] if keep else None)
+            for block, found in kept_by_block(kept, part, first):
+                found.clear_rest()
+                forward_block(part, block, part_state[block.rows, block.value_heads], part_out, found, scratch)
     return out, final, kept
 
 
 @linear_class_forward.register_fake
 def _(q, k, v, beta, g, state, cu_seqlens, scale, erase, l2norm, keep):
-    return new_outputs(q, k, v, cu_seqlens, keep)
+    return new_outputs(q, k, v, cu_seqlens, erase, keep)
 
 
 @torch.library.custom_op("hf_fwp::linear_class_backward", mutates_args=())
@@ -125,15 +143,15 @@ def linear_class_backward(
         d_state.copy_(d_final)
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     grad = Inputs(*grads[:3], None if beta is None else grads[3], None if g is None else grads[4])
+    scratch = Scratch(x.dtype, v.device)
     with torch.autocast(v.device.type, enabled=False):
         for start, end, rows, first in sequences(k, v, cu_seqlens):
             if start == end:
                 continue
             part, part_grad = x.span(start, end), grad.span(start, end)
-            for block in blocks(part):
-                at = (block.rows, block.value_heads)
-                states = kept[(slice(first, None), *at)]
-                backward_block(part, block, part_grad, d_out[:, start:end], d_state[rows][at], states)
+            for block, found in kept_by_block(kept, part, first):
+                d_block = d_state[rows][block.rows, block.value_heads]
+                backward_block(part, block, part_grad, d_out[:, start:end], d_block, found, scratch)
     return *grads, d_state
 
 
@@ -143,7 +161,7 @@ def new_gradients(
     """Empty contiguous tensors for the gradients."""
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     d_beta, d_g = (v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (beta, g))
-    return (*grads, d_beta, d_g), new_outputs(q, k, v, cu_seqlens, keep=False)[1]
+    return (*grads, d_beta, d_g), new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)[1]
 
 
 @linear_class_backward.register_fake
@@ -162,7 +180,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, beta, g, cu_seqlens, kept = ctx.saved_tensors
     if d_out is None:
-        d_out = v.new_zeros(()).expand(new_outputs(q, k, v, cu_seqlens, keep=False)[0].shape)
+        d_out = v.new_zeros(()).expand(new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)[0].shape)
     dq, dk, dv, d_beta, d_g, d_state = linear_class_backward(
         d_out, d_final, q, k, v, beta, g, cu_seqlens, kept, ctx.scale, ctx.erase, ctx.l2norm
     )
