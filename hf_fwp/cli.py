@@ -205,9 +205,11 @@ def conversion(module: str, name: str | None = None) -> Any:
 @reports_errors
 def bench_cpu(
     json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 11,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 2,
 ) -> None:
     """Time the operators on this processor beside transformers' own, in one process."""
-    importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json)
+    importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
 
 
 def parse_keep(text: str) -> float | int | list[int] | str:

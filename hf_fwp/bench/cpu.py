@@ -34,7 +34,7 @@ def bench_cpu(
     json: str | Path | None = None,
     shapes: Sequence[tuple[int, int, int, int]] = SHAPES,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
-    repeats: int = 5,
+    repeats: int = 11,
     threads: int = 2,
 ) -> dict[str, Any]:
     """Time forward, forward + backward and one decode step; print a table, and write it to `json` when given."""
