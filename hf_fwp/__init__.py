@@ -28,6 +28,7 @@ register_hosts()
 # Names whose modules are loaded when first used: name -> (module, attribute).
 _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
+    "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),
     "FwpPreTrainedModel": ("hf_fwp.modeling", "FwpPreTrainedModel"),

@@ -1,0 +1,1 @@
+"""Models and checkpoints of others: what they gain from the operators here."""
