@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from .configuration import FwpConfig
 from .hosts import register_hosts
+from .interop.fla import register_checkpoints
 from .layer import FastWeightLayer, backends_of, layers_of
 from .ops import delta_rule, gated_delta_rule, linear_attention
 from .options import MixerOptions
@@ -24,6 +25,7 @@ if (_checkout / "setup.cfg").is_file() and (_checkout / "conversion").is_dir():
 
 AutoConfig.register(FwpConfig.model_type, FwpConfig, exist_ok=True)
 register_hosts()
+register_checkpoints()
 
 # Names whose modules are loaded when first used: name -> (module, attribute).
 _LAZY = {

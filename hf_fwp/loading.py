@@ -18,6 +18,15 @@ else:
 
 ALIGNMENT = 64
 
+# Pattern in the names that flash-linear-attention saves -> ours. None of them occurs in a checkpoint of this package;
+# `norm` is what o_norm was called in old ones.
+RENAMED = {
+    r"^model\.embeddings\.": "model.embed_tokens.",
+    r"\.attn_norm\.": ".mixer_norm.",
+    r"\.attn\.(o_)?norm\.": ".mixer.o_norm.",
+    r"\.attn\.": ".mixer.",
+}
+
 
 def align_weights(model: nn.Module) -> None:
     """Move the weights of a model on the CPU to memory of their own, if the address of one of them is not aligned.
@@ -37,4 +46,18 @@ class AlignedLoading(Model):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
         align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+class RenamedLoading(AlignedLoading):
+    """A model that also loads weights under the names of RENAMED, and saves them under its own."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, key_mapping=RENAMED | (key_mapping or {}), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # what a model remembers of its loading is undone when it is saved
+        model._weight_conversions = [
+            conversion for conversion in model._weight_conversions if conversion.source_patterns[0] not in RENAMED
+        ]
         return loaded

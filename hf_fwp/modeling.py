@@ -32,14 +32,14 @@ from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
-from .loading import AlignedLoading
+from .loading import RenamedLoading
 from .packing import packed_segments, positions_in_segments, valid_tokens
 
 Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
-class FwpPreTrainedModel(AlignedLoading, PreTrainedModel):
+class FwpPreTrainedModel(RenamedLoading, PreTrainedModel):
     """What every head shares with the base model."""
 
     config: FwpConfig
