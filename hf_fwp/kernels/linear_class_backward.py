@@ -62,11 +62,11 @@ def scan_backward(
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
         k_norm = inverse_length(k_tile, L2NORM)
-        total, last = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+        coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
         store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
-        dw = (tl.exp(last - total) * k_norm)[:, None] * dot(k_tile, d_state, DOT, PRECISION)
-        d_state = tl.exp(last) * d_state
-        gamma = decay_between(total, total, lower)
+        dw = (remaining * k_norm)[:, None] * dot(k_tile, d_state, DOT, PRECISION)
+        d_state = after * d_state
+        gamma = decay_between(coarse, fine, coarse, fine, lower)
         for r in range(R):
             if SHARE:
                 hq, heads = h, H
@@ -77,11 +77,11 @@ def scan_backward(
             do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
             reads = dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * gamma * q_norm[:, None] * k_norm[None, :]
             dw += dot(tl.trans(reads), do, DOT, PRECISION)
-            d_state += dot(tl.trans(q_tile), (q_norm * tl.exp(total))[:, None] * do, DOT, PRECISION)
+            d_state += dot(tl.trans(q_tile), (q_norm * decay)[:, None] * do, DOT, PRECISION)
         if ERASE:
             t = load_matrix(solve, (slot + i) * HV + hv, rows, tl.arange(0, C), C, C)
             dw = dot(tl.trans(t), dw, DOT, PRECISION)
-            rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA) * tl.exp(total) * k_norm
+            rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA) * decay * k_norm
             d_state -= dot(tl.trans(k_tile), rate[:, None] * dw, DOT, PRECISION)
         store_tile(d_written, at, hv, HV, V, rows, values, here, tl.where(valid[:, None], dw, 0.0))
     store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
@@ -117,9 +117,8 @@ def gradients(
     k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
     q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
     k_norm, q_norm = inverse_length(k_tile, L2NORM), inverse_length(q_tile, L2NORM)
-    total, last = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+    coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
     rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
-    decay = tl.exp(total)
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
@@ -151,7 +150,7 @@ def gradients(
             d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
         omega += dot(do, tl.trans(written), DOT, PRECISION)
         d_q += decay[:, None] * dot(do, tl.trans(s), DOT, PRECISION)
-        d_k += dot((share * tl.exp(last - total))[:, None] * written, tl.trans(ds), DOT, PRECISION)
+        d_k += dot((share * remaining)[:, None] * written, tl.trans(ds), DOT, PRECISION)
         along_value += tl.sum(dw * v_tile, 1)
         along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
         if HAS_BETA:
@@ -159,9 +158,9 @@ def gradients(
 
     unit_k = k_tile.to(tl.float32) * k_norm[:, None]
     unit_q = q_tile.to(tl.float32) * q_norm[:, None]
-    along_state = share * along_state * tl.exp(last) + tl.sum(tl.sum(unit_k * d_k, 1), 0)
+    along_state = share * along_state * after + tl.sum(tl.sum(unit_k * d_k, 1), 0)
     along_state += share * tl.sum(rate * along_key, 0)
-    gamma = decay_between(total, total, rows[:, None] >= tl.arange(0, C)[None, :])
+    gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
     omega *= scale * gamma
     d_q = scale * d_q + dot(omega * k_norm[None, :], k_tile, DOT, PRECISION)
     d_k += dot(tl.trans(omega * q_norm[:, None]), q_tile, DOT, PRECISION)

@@ -26,6 +26,7 @@ from .tiles import (
     load_rate,
     load_tile,
     sequence_span,
+    split_sum,
     store_matrix,
     store_tile,
     valid_rows,
@@ -54,11 +55,10 @@ def _square(k):
 
 
 @triton.jit
-def _eliminate(a, x, j, lines, columns):
-    """One step of (I + A)⁻¹: column j of A times row j of the solution is taken off."""
-    column = tl.sum(tl.where(columns[None, :] == j, a, 0.0), 1)
-    row = tl.sum(tl.where(lines[:, None] == j, x, 0.0), 0)
-    return x - column[:, None] * row[None, :]
+def _after(coarse, fine, coarse_next, fine_next):
+    """The sums of 16 rows, continued from those of the rows before."""
+    last = tl.arange(0, 16) == 15
+    return coarse_next + tl.sum(tl.where(last, coarse, 0.0), 0), fine_next + tl.sum(tl.where(last, fine, 0.0), 0)
 
 
 @triton.jit
@@ -118,31 +118,35 @@ def invert_chunks(
     if L2NORM:
         norm0, norm1 = tl.rsqrt(square0 + EPS), tl.rsqrt(square1 + EPS)
         norm2, norm3 = tl.rsqrt(square2 + EPS), tl.rsqrt(square3 + EPS)
-    g0 = tl.cumsum(step0, 0)
-    g1 = tl.cumsum(step1, 0) + tl.sum(step0, 0)
-    g2 = tl.cumsum(step2, 0) + tl.sum(step0 + step1, 0)
-    g3 = tl.cumsum(step3, 0) + tl.sum(step0 + step1 + step2, 0)
+    (c0, f0), (c1, f1), (c2, f2), (c3, f3) = split_sum(step0), split_sum(step1), split_sum(step2), split_sum(step3)
+    c1, f1 = _after(c0, f0, c1, f1)
+    c2, f2 = _after(c1, f1, c2, f2)
+    c3, f3 = _after(c2, f2, c3, f3)
     rate0, rate1, rate2, rate3 = rate0 * norm0, rate1 * norm1, rate2 * norm2, rate3 * norm3
     strict = lines[:, None] > columns[None, :]
     below = lines[:, None] >= 0
-    a00 *= rate0[:, None] * norm0[None, :] * decay_between(g0, g0, strict)
-    a11 *= rate1[:, None] * norm1[None, :] * decay_between(g1, g1, strict)
-    a22 *= rate2[:, None] * norm2[None, :] * decay_between(g2, g2, strict)
-    a33 *= rate3[:, None] * norm3[None, :] * decay_between(g3, g3, strict)
-    a10 *= rate1[:, None] * norm0[None, :] * decay_between(g1, g0, below)
-    a20 *= rate2[:, None] * norm0[None, :] * decay_between(g2, g0, below)
-    a21 *= rate2[:, None] * norm1[None, :] * decay_between(g2, g1, below)
-    a30 *= rate3[:, None] * norm0[None, :] * decay_between(g3, g0, below)
-    a31 *= rate3[:, None] * norm1[None, :] * decay_between(g3, g1, below)
-    a32 *= rate3[:, None] * norm2[None, :] * decay_between(g3, g2, below)
+    a00 *= rate0[:, None] * norm0[None, :] * decay_between(c0, f0, c0, f0, strict)
+    a11 *= rate1[:, None] * norm1[None, :] * decay_between(c1, f1, c1, f1, strict)
+    a22 *= rate2[:, None] * norm2[None, :] * decay_between(c2, f2, c2, f2, strict)
+    a33 *= rate3[:, None] * norm3[None, :] * decay_between(c3, f3, c3, f3, strict)
+    a10 *= rate1[:, None] * norm0[None, :] * decay_between(c1, f1, c0, f0, below)
+    a20 *= rate2[:, None] * norm0[None, :] * decay_between(c2, f2, c0, f0, below)
+    a21 *= rate2[:, None] * norm1[None, :] * decay_between(c2, f2, c1, f1, below)
+    a30 *= rate3[:, None] * norm0[None, :] * decay_between(c3, f3, c0, f0, below)
+    a31 *= rate3[:, None] * norm1[None, :] * decay_between(c3, f3, c1, f1, below)
+    a32 *= rate3[:, None] * norm2[None, :] * decay_between(c3, f3, c2, f2, below)
 
-    x00 = tl.where(lines[:, None] == columns[None, :], 1.0, 0.0)
-    x11, x22, x33 = x00, x00, x00
+    # the four triangles side by side, [16, 16, 2, 2]
+    a = tl.join(tl.join(a00, a22), tl.join(a11, a33))
+    line, column = lines[:, None, None, None], columns[None, :, None, None]
+    x = tl.where(line == column, 1.0, a * 0.0)
     for j in range(15):
-        x00 = _eliminate(a00, x00, j, lines, columns)
-        x11 = _eliminate(a11, x11, j, lines, columns)
-        x22 = _eliminate(a22, x22, j, lines, columns)
-        x33 = _eliminate(a33, x33, j, lines, columns)
+        # column j of A times row j of the solution is taken off
+        below_j = tl.sum(tl.where(column == j, a, 0.0), 1, keep_dims=True)
+        x -= below_j * tl.sum(tl.where(line == j, x, 0.0), 0, keep_dims=True)
+    even, odd = tl.split(x)
+    x00, x22 = tl.split(even)
+    x11, x33 = tl.split(odd)
     # row by row of blocks: X_ij = -X_ii Σ_l A_il X_lj
     x10 = _minus(x11, tl.dot(a10, x00, input_precision=PRECISION), PRECISION)
     x21 = _minus(x22, tl.dot(a21, x11, input_precision=PRECISION), PRECISION)
@@ -197,10 +201,10 @@ def scan_forward(
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
         k_norm = inverse_length(k_tile, L2NORM)
-        total, last = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+        coarse, fine, decay, remaining, left = load_decay(g, at, hv, HV, rows, valid, HAS_G)
         written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
         if ERASE:
-            written -= (tl.exp(total) * k_norm)[:, None] * dot(k_tile, state, DOT, PRECISION)
+            written -= (decay * k_norm)[:, None] * dot(k_tile, state, DOT, PRECISION)
         if HAS_BETA:
             written *= load_column(beta, at, hv, HV, rows, valid)[:, None]
         if ERASE:
@@ -208,7 +212,7 @@ def scan_forward(
             written = dot(t, written, DOT, PRECISION)
         if KEEP:
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
-        gamma = decay_between(total, total, lower)
+        gamma = decay_between(coarse, fine, coarse, fine, lower)
         for r in range(R):
             if SHARE:
                 hq, heads = h, H
@@ -217,10 +221,9 @@ def scan_forward(
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
             q_norm = scale * inverse_length(q_tile, L2NORM)
             reads = dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * gamma * q_norm[:, None] * k_norm[None, :]
-            o = (q_norm * tl.exp(total))[:, None] * dot(q_tile, state, DOT, PRECISION)
+            o = (q_norm * decay)[:, None] * dot(q_tile, state, DOT, PRECISION)
             o += dot(reads, written, DOT, PRECISION)
             store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
-        remaining = tl.exp(last - total) * k_norm
-        state = tl.exp(last) * state
-        state += dot(tl.trans(k_tile), remaining[:, None] * written, DOT, PRECISION)
+        state = left * state
+        state += dot(tl.trans(k_tile), (remaining * k_norm)[:, None] * written, DOT, PRECISION)
     store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)

@@ -119,22 +119,34 @@ def load_rate(beta, first, head, heads, rows, valid, HAS_BETA: tl.constexpr):
 
 
 @triton.jit
-def load_decay(g, first, head, heads, rows, valid, HAS_G: tl.constexpr):
-    """G, the inclusive sum of g over the chunk, and its last value."""
-    if HAS_G:
-        step = load_column(g, first, head, heads, rows, valid)
-        total = tl.cumsum(step, 0)
-        last = tl.sum(step, 0)
-    else:
-        total = rows * 0.0
-        last = tl.sum(total, 0)
-    return total, last
+def split_sum(step):
+    """G as two sums, of a multiple of 2^-12 and of a rest: differences of the first are exact up to |G| = 2048.
+
+    A single float32 sum loses 1e-6 in exp(G_i - G_j) at G = -32.
+    """
+    coarse = tl.floor(step * 4096.0 + 0.5) * (1.0 / 4096.0)
+    return tl.cumsum(coarse, 0), tl.cumsum(step - coarse, 0)
 
 
 @triton.jit
-def decay_between(total_i, total_j, lower):
+def load_decay(g, first, head, heads, rows, valid, HAS_G: tl.constexpr):
+    """G, the inclusive sum of g over the chunk (in two parts); exp(G); exp(G_C - G); exp(G_C)."""
+    if HAS_G:
+        step = load_column(g, first, head, heads, rows, valid)
+    else:
+        step = rows * 0.0
+    coarse, fine = split_sum(step)
+    last = rows == rows.shape[0] - 1
+    coarse_last, fine_last = tl.sum(tl.where(last, coarse, 0.0), 0), tl.sum(tl.where(last, fine, 0.0), 0)
+    remaining = tl.exp((coarse_last - coarse) + (fine_last - fine))
+    return coarse, fine, tl.exp(coarse + fine), remaining, tl.exp(coarse_last + fine_last)
+
+
+@triton.jit
+def decay_between(coarse_i, fine_i, coarse_j, fine_j, lower):
     """exp(G_i - G_j) where `lower` (i ≥ j or i > j), else 0; differences only: exp(-G_j) alone would overflow."""
-    return tl.exp(tl.where(lower, total_i[:, None] - total_j[None, :], float("-inf")))
+    total = (coarse_i[:, None] - coarse_j[None, :]) + (fine_i[:, None] - fine_j[None, :])
+    return tl.exp(tl.where(lower, total, float("-inf")))
 
 
 @triton.jit
