@@ -191,3 +191,106 @@ def new_results(
 def _(q, k, v, beta, g, state, mask, cu_seqlens, scale, erase, l2norm, keep):
     out, final, solve, states = new_results(q, k, v, cu_seqlens, erase, keep)
     return out, final, solve if keep else solve.new_empty(0), states
+
+
+@torch.library.custom_op("hf_fwp::linear_class_triton_backward", mutates_args=())
+def linear_class_backward(
+    d_out: Tensor,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    solve: Tensor,
+    states: Tensor,
+    scale: float,
+    erase: bool,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g and the initial state; empty for an absent beta or g."""
+    call = prepare(q, k, v, beta, g, mask, cu_seqlens, erase, l2norm)
+    (dq, dk, dv, d_beta, d_g), d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
+    per_reader = {name: readers_of(call, x) for name, x in (("q", dq), ("k", dk), ("g", d_g))}
+    d_states = torch.empty_like(states)
+    q, k, v, beta, g, mask, cu_seqlens = contiguous(q, k, v, beta, g, mask, cu_seqlens)  # type: ignore[assignment]
+    d_out, d_final = contiguous(d_out, d_final)  # type: ignore[assignment]
+    # without β what was written is v, and its gradient that of v
+    d_written = dv if beta is None else torch.empty_like(v)
+    readers = v.shape[2] * call.constants["R"]
+    launch = call.launches.gradients
+    with device_of(v):
+        call.scan(
+            scan_backward, call.launches.backward, q, k, beta, g, mask, cu_seqlens, solve, d_out, d_final, d_initial,
+            d_states, d_written, scale, HAS_FINAL=d_final is not None,
+        )  # fmt: skip
+        gradients[(call.slots * readers,)](
+            q, k, v, beta, g, mask, cu_seqlens, solve, states, d_states, d_written, d_out,
+            per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], scale, **call.dynamic, **call.constants,
+            BV=call.width(launch), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    for total, parts in ((dq, per_reader["q"]), (dk, per_reader["k"]), (d_g, per_reader["g"])):
+        if parts is not total:
+            total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
+    return dq, dk, dv, d_beta, d_g, d_initial
+
+
+def readers_of(call: Call, gradient: Tensor) -> Tensor:
+    """Room for the share of every query head in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
+    readers = call.constants["HV"] * call.constants["R"]
+    if gradient.ndim < 3 or gradient.shape[2] == readers:
+        return gradient
+    return gradient.new_empty(*gradient.shape[:2], readers, *gradient.shape[3:], dtype=torch.float32)
+
+
+@linear_class_backward.register_fake
+def _(d_out, d_final, q, k, v, beta, g, mask, cu_seqlens, solve, states, scale, erase, l2norm):
+    grads, d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
+    return *grads, d_initial
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, beta, g, state, mask, cu_seqlens, ctx.scale, ctx.erase, ctx.l2norm, _ = inputs
+    ctx.has_state = state is not None
+    ctx.save_for_backward(q, k, v, beta, g, mask, cu_seqlens, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, g, mask, cu_seqlens, solve, states = ctx.saved_tensors
+    if d_out is None:
+        d_out = v.new_zeros(new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)[0].shape)
+    dq, dk, dv, d_beta, d_g, d_state = linear_class_backward(
+        d_out, d_final, q, k, v, beta, g, mask, cu_seqlens, solve, states, ctx.scale, ctx.erase, ctx.l2norm
+    )
+    optional = (
+        d_beta if beta is not None else None,
+        d_g if g is not None else None,
+        d_state if ctx.has_state else None,
+    )
+    return dq, dk, dv, *optional, None, None, None, None, None, None
+
+
+linear_class_forward.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    erase: bool,
+    l2norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state. The backward's share is kept only when a gradient will be asked for."""
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
+    out, final, *_ = linear_class_forward(q, k, v, beta, g, state, mask, cu_seqlens, scale, erase, l2norm, keep)
+    return out, final
