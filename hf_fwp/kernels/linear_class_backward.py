@@ -156,9 +156,10 @@ def gradients(
         if HAS_BETA:
             store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
 
-    unit_k = k_tile.to(tl.float32) * k_norm[:, None]
-    unit_q = q_tile.to(tl.float32) * q_norm[:, None]
-    along_state = share * along_state * after + tl.sum(tl.sum(unit_k * d_k, 1), 0)
+    # loaded again: kept over the loop they would take registers from the sums
+    k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+    q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+    along_state = share * along_state * after + tl.sum(k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1), 0)
     along_state += share * tl.sum(rate * along_key, 0)
     gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
     omega *= scale * gamma
@@ -171,7 +172,8 @@ def gradients(
         eta -= tl.sum(erased * similar, 1)
         erased *= (share * rate)[:, None]
         d_k -= dot((erased + tl.trans(erased)) * k_norm[None, :], k_tile, DOT, PRECISION)
-    along_q, along_k = tl.sum(unit_q * d_q, 1), tl.sum(unit_k * d_k, 1)
+    along_q = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1)
+    along_k = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
     if HAS_BETA:
         at_row = at * HV + hv + rows * HV
         found = tl.where(valid, eta + along_value, 0.0)
@@ -181,7 +183,7 @@ def gradients(
         found = tl.where(valid, tl.sum(step, 0) - tl.cumsum(step, 0) + step + along_state, 0.0)
         tl.store(d_g + at * (HV * R) + reader + rows * (HV * R), found.to(d_g.dtype.element_ty), mask=here)
     if L2NORM:
-        d_q = (d_q - unit_q * along_q[:, None]) * q_norm[:, None]
-        d_k = (d_k - unit_k * along_k[:, None]) * k_norm[:, None]
+        d_q = (d_q - q_tile.to(tl.float32) * (q_norm * along_q)[:, None]) * q_norm[:, None]
+        d_k = (d_k - k_tile.to(tl.float32) * (k_norm * along_k)[:, None]) * k_norm[:, None]
     store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q)
     store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k)
