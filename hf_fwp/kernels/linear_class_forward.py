@@ -55,9 +55,10 @@ def _square(k):
 
 
 @triton.jit
-def _after(coarse, fine, coarse_next, fine_next):
-    """The sums of 16 rows, continued from those of the rows before."""
+def _sum_after(coarse, fine, step):
+    """G of 16 rows, continued from that of the rows before."""
     last = tl.arange(0, 16) == 15
+    coarse_next, fine_next = split_sum(step)
     return coarse_next + tl.sum(tl.where(last, coarse, 0.0), 0), fine_next + tl.sum(tl.where(last, fine, 0.0), 0)
 
 
@@ -118,10 +119,10 @@ def invert_chunks(
     if L2NORM:
         norm0, norm1 = tl.rsqrt(square0 + EPS), tl.rsqrt(square1 + EPS)
         norm2, norm3 = tl.rsqrt(square2 + EPS), tl.rsqrt(square3 + EPS)
-    (c0, f0), (c1, f1), (c2, f2), (c3, f3) = split_sum(step0), split_sum(step1), split_sum(step2), split_sum(step3)
-    c1, f1 = _after(c0, f0, c1, f1)
-    c2, f2 = _after(c1, f1, c2, f2)
-    c3, f3 = _after(c2, f2, c3, f3)
+    c0, f0 = split_sum(step0)
+    c1, f1 = _sum_after(c0, f0, step1)
+    c2, f2 = _sum_after(c1, f1, step2)
+    c3, f3 = _sum_after(c2, f2, step3)
     rate0, rate1, rate2, rate3 = rate0 * norm0, rate1 * norm1, rate2 * norm2, rate3 * norm3
     strict = lines[:, None] > columns[None, :]
     below = lines[:, None] >= 0
