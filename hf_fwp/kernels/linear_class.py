@@ -17,6 +17,7 @@ from torch import Tensor
 from ..rules.chunked_op import new_gradients, new_outputs
 from .linear_class_backward import gradients, scan_backward
 from .linear_class_forward import invert_chunks, scan_forward
+from .tiles import dot
 
 CHUNK = 64
 WORD = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -54,7 +55,7 @@ LARGEST = max(size for _, size in TABLE)
 
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET was set when triton was imported."""
-    return not isinstance(scan_forward, triton.JITFunction)
+    return not isinstance(dot, triton.JITFunction)
 
 
 def computing_word(*tensors: Tensor) -> torch.dtype:
