@@ -3,13 +3,15 @@
     S̃_t = exp(g_t) S_{t-1};   r_t = β_t (v_t - S̃_tᵀ e_t);   S_t = S̃_t + k_t ⊗ r_t;   o_t = scale · S_tᵀ q_t
 
 with e = k (delta rules) or e = 0 (sum rule), β = 1 and g = 0 where a rule has none. One implementation serves all of
-them: the checks of the arguments, the choice of a backend, and three backends:
+them: the checks of the arguments, the choice of a backend, and four backends:
 
     reference   the recurrence over the rule's own step
     torch       chunked, with a hand-written backward (chunked.py)
+    triton      the same on a GPU (kernels/linear_class.py)
     step        one token, as generate() needs it, optionally updating the given state in place
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,10 @@ from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
 
-BACKENDS = ("reference", "torch", "step")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+LARGEST_HEAD = 256
+BACKENDS = ("reference", "torch", "triton", "step")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def apply_linear_class(
     if backend == "step":
         out, state = _decode(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
     else:
-        out, state = _chunked(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
+        chunks = _chunked if backend == "torch" else _triton
+        out, state = chunks(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
     return out, {"state": state}
 
 
@@ -72,14 +78,13 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
     single = q.shape[1] == 1 and call.cu_seqlens is None
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
     if call.backend is None:
-        return "step" if single and not needs_grad else "torch"
-    if call.backend == "triton":
-        raise ValueError(
-            "backend 'triton' is not part of this version (hf_fwp.kernels is missing); "
-            f"the backends are {', '.join(BACKENDS)}: leave it out, or use 'torch', which runs on every device"
-        )
+        chunks = "torch" if why_not_triton(q, *others) else "triton"
+        return "step" if single and not needs_grad else chunks
     if call.backend not in BACKENDS:
         raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
+    reason = why_not_triton(q, *others, asked=True) if call.backend == "triton" else None
+    if reason:
+        raise ValueError(f"backend 'triton' cannot run this: {reason}; use 'torch', or leave the backend out")
     if call.backend == "step" and not single:
         raise ValueError(
             f"backend 'step' takes one token per row, but T = {q.shape[1]}"
@@ -87,6 +92,41 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
             + "; use 'torch', or leave the backend out"
         )
     return call.backend
+
+
+def why_not_triton(*tensors: Tensor | None, asked: bool = False) -> str | None:
+    """The reason why the kernels cannot serve these tensors (q, k and v first), or None.
+
+    The processor is served under the interpreter of Triton only, and only when `asked`.
+    """
+    given = [x for x in tensors if x is not None]
+    device, sizes = given[0].device, {x.shape[-1] for x in given[:3]}
+    if not HAS_TRITON:
+        return "the package triton is not installed (pip install triton)"
+    if device.type not in TRITON_DEVICES and not (asked and device.type == "cpu" and _interpreted()):
+        return f"the tensors are on {device}, and Triton needs one of {', '.join(TRITON_DEVICES)}"
+    if device.type == "cuda" and _too_old(device.index or 0):
+        return f"{device} is older than compute capability 8.0"
+    if any(x.device != device for x in given):
+        return f"the tensors are on several devices: {', '.join(sorted({str(x.device) for x in given}))}"
+    if any(x.dtype == torch.float64 for x in given):
+        return "the kernels compute in float32, but a tensor is float64"
+    if max(sizes) > LARGEST_HEAD:
+        return f"heads have size {max(sizes)}, and the kernels go up to {LARGEST_HEAD}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from ..kernels.linear_class import interpreted
+
+    return interpreted()
+
+
+@torch.compiler.assume_constant_result
+def _too_old(index: int) -> bool:
+    """Whether an NVIDIA GPU lacks bf16 in its tensor cores."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -189,6 +229,34 @@ def _chunked(
     )
     # A masked query reads 0 already; the second `where` keeps whatever gradient arrives there out of the backward.
     return out if mask is None else keep_valid(out, mask), state
+
+
+def _triton(
+    call: LinearClassCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels.linear_class import chunked as chunked_by_kernels
+
+    return chunked_by_kernels(
+        q,
+        k,
+        v,
+        beta=beta,
+        g=g,
+        state=state,
+        mask=call.mask,
+        cu_seqlens=call.cu_seqlens,
+        scale=float(scale),
+        erase=call.erase,
+        l2norm=call.qk_l2norm,
+    )
 
 
 def _decode(

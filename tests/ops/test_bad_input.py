@@ -15,8 +15,8 @@ GOOD = {
 }
 PACKED = {name: x[:1] for name, x in GOOD.items()}
 BAD = {
-    "unknown backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*reference, torch, step"),
-    "triton": ({"backend": "triton"}, r"hf_fwp\.kernels is missing"),
+    "unknown backend": ({"backend": "cuda"}, "unknown backend 'cuda'.*reference, torch, triton, step"),
+    "triton": ({"backend": "triton"}, "Triton needs one of cuda, xpu"),
     "step with several tokens": ({"backend": "step"}, "one token per row, but T = 5"),
     "integers": ({"v": torch.zeros(2, T, 2, 3, dtype=torch.int64)}, "v has dtype torch.int64; allowed are float32"),
     "three dimensions": ({"q": torch.zeros(2, T, 8)}, "q has 3 dimensions"),

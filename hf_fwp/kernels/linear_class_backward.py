@@ -1,0 +1,189 @@
+"""Backward kernels of the linear class; the letters are those of rules/chunked.py.
+
+    scan_backward    from the last chunk to the first: dY, and dS after every chunk
+    gradients        parallel over chunks: dq, dk, dv, dβ, dg, from S0, dS, dY and the inputs; R is computed again
+
+With N = -(β dY Rᵀ) ⊙ Γ (strict), Ω = (dO Rᵀ) ⊙ Γ, and the erase gradient along its key,
+    η = -exp(G) Σ_v dY ⊙ (K S0) - Σ_j (dY Rᵀ)_ij Γ_ij (k_i·k_j):
+    dβ = η + Σ_v dY ⊙ V            dG = Σ_k (Q ⊙ dQ - K ⊙ dK) + 2 β η,   dG_C += ⟨S1, dS1⟩
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# (the bodies of kernels are another language)
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    chunk_in_slot,
+    decay_between,
+    dot,
+    first_slot,
+    inverse_length,
+    load_column,
+    load_decay,
+    load_matrix,
+    load_rate,
+    load_tile,
+    sequence_span,
+    store_matrix,
+    store_tile,
+    valid_rows,
+)
+
+
+@triton.jit(do_not_specialize=["length"])
+def scan_backward(
+    q, k, beta, g, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale, length,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns."""
+    parts: tl.constexpr = (V + BV - 1) // BV
+    pair = tl.program_id(0) // parts
+    n, hv = pair // HV, pair % HV
+    h = hv // (HV // H)
+    first, count = sequence_span(n, cu, length, PACKED)
+    slot = first_slot(n, first, length, C, PACKED)
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
+    lower = rows[:, None] >= tl.arange(0, C)[None, :]
+    d_state = tl.zeros([BK, BV], tl.float32)
+    if HAS_FINAL:
+        d_state = load_matrix(d_final, pair.to(tl.int64), keys, values, K, V)
+
+    chunks = tl.cdiv(count, C)
+    for back in range(0, chunks):
+        i = chunks - 1 - back
+        at = first + i * C
+        here = rows < count - i * C
+        valid = valid_rows(mask, at, rows, here, HAS_MASK)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+        k_norm = inverse_length(k_tile, L2NORM)
+        coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+        store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
+        dw = (remaining * k_norm)[:, None] * dot(k_tile, d_state, DOT, PRECISION)
+        d_state = after * d_state
+        gamma = decay_between(coarse, fine, coarse, fine, lower)
+        for r in range(R):
+            if SHARE:
+                hq, heads = h, H
+            else:
+                hq, heads = hv * R + r, HV * R
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+            q_norm = scale * inverse_length(q_tile, L2NORM)
+            do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
+            reads = dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * gamma * q_norm[:, None] * k_norm[None, :]
+            dw += dot(tl.trans(reads), do, DOT, PRECISION)
+            d_state += dot(tl.trans(q_tile), (q_norm * decay)[:, None] * do, DOT, PRECISION)
+        if ERASE:
+            t = load_matrix(solve, (slot + i) * HV + hv, rows, tl.arange(0, C), C, C)
+            dw = dot(tl.trans(t), dw, DOT, PRECISION)
+            rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA) * decay * k_norm
+            d_state -= dot(tl.trans(k_tile), rate[:, None] * dw, DOT, PRECISION)
+        store_tile(d_written, at, hv, HV, V, rows, values, here, tl.where(valid[:, None], dw, 0.0))
+    store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
+
+
+@triton.jit(do_not_specialize=["length", "sequences", "halvings"])
+def gradients(
+    q, k, v, beta, g, mask, cu, solve, states, d_states, d_written, d_out, dq, dk, dv, d_beta, d_g,
+    scale, length, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the inputs of one chunk and one query head; those of k and g are summed over a state's readers later.
+
+    What does not depend on the query is added by the first reader of a state.
+    """
+    slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
+    hv = reader // R
+    h = hv // (HV // H)
+    leads = reader % R == 0
+    if SHARE:
+        hq, heads = h, H
+    else:
+        hq, heads = reader, HV * R
+    at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    if left <= 0:
+        return
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    here = rows < left
+    valid = valid_rows(mask, at, rows, here, HAS_MASK)
+    k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+    q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+    k_norm, q_norm = inverse_length(k_tile, L2NORM), inverse_length(q_tile, L2NORM)
+    coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
+    share = tl.where(leads, 1.0, 0.0)
+    index = slot.to(tl.int64) * HV + hv
+
+    d_q = tl.zeros([C, BK], tl.float32)
+    d_k = tl.zeros([C, BK], tl.float32)
+    omega = tl.zeros([C, C], tl.float32)
+    erased = tl.zeros([C, C], tl.float32)
+    along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ V
+    along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
+    along_state = 0.0  # ⟨S0, dS1⟩
+    for part in range(0, V, BV):
+        values = part + tl.arange(0, BV)
+        s = load_matrix(states, index, keys, values, K, V)
+        ds = load_matrix(d_states, index, keys, values, K, V)
+        v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid)
+        written = v_tile
+        if ERASE:
+            old = (decay * k_norm)[:, None] * dot(k_tile, s, DOT, PRECISION)
+            written -= old
+            along_key += tl.sum(dw * old, 1)
+        if HAS_BETA:
+            written *= rate[:, None]
+        if ERASE:
+            t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
+            written = dot(t, written, DOT, PRECISION)
+            erased += dot(dw, tl.trans(written), DOT, PRECISION)
+            d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
+        omega += dot(do, tl.trans(written), DOT, PRECISION)
+        d_q += decay[:, None] * dot(do, tl.trans(s), DOT, PRECISION)
+        d_k += dot((share * remaining)[:, None] * written, tl.trans(ds), DOT, PRECISION)
+        along_value += tl.sum(dw * v_tile, 1)
+        along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
+        if HAS_BETA:
+            store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
+
+    # loaded again: kept over the loop they would take registers from the sums
+    k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+    q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+    along_state = share * along_state * after + tl.sum(k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1), 0)
+    along_state += share * tl.sum(rate * along_key, 0)
+    gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
+    omega *= scale * gamma
+    d_q = scale * d_q + dot(omega * k_norm[None, :], k_tile, DOT, PRECISION)
+    d_k += dot(tl.trans(omega * q_norm[:, None]), q_tile, DOT, PRECISION)
+    eta = -along_key
+    if ERASE:
+        erased *= tl.where(rows[:, None] > tl.arange(0, C)[None, :], gamma, 0.0)
+        similar = dot(k_tile, tl.trans(k_tile), DOT, PRECISION) * k_norm[:, None] * k_norm[None, :]
+        eta -= tl.sum(erased * similar, 1)
+        erased *= (share * rate)[:, None]
+        d_k -= dot((erased + tl.trans(erased)) * k_norm[None, :], k_tile, DOT, PRECISION)
+    along_q = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1)
+    along_k = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
+    if HAS_BETA:
+        at_row = at * HV + hv + rows * HV
+        found = tl.where(valid, eta + along_value, 0.0)
+        tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
+    if HAS_G:
+        step = along_q - along_k + 2.0 * share * rate * eta
+        found = tl.where(valid, tl.sum(step, 0) - tl.cumsum(step, 0) + step + along_state, 0.0)
+        tl.store(d_g + at * (HV * R) + reader + rows * (HV * R), found.to(d_g.dtype.element_ty), mask=here)
+    if L2NORM:
+        d_q = (d_q - q_tile.to(tl.float32) * (q_norm * along_q)[:, None]) * q_norm[:, None]
+        d_k = (d_k - k_tile.to(tl.float32) * (k_norm * along_k)[:, None]) * k_norm[:, None]
+    store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q)
+    store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k)

@@ -1,0 +1,230 @@
+"""Forward kernels of the linear class; the letters are those of rules/chunked.py.
+
+    invert_chunks   parallel over chunks: T = (I + A)⁻¹, A = strictly lower part of β ⊙ (K Kᵀ) ⊙ Γ
+    scan_forward    from chunk to chunk:  R = T (β ⊙ (V - exp(G) ⊙ K S0)),  O,  S1;  S0 is kept for the backward only
+
+q and k are never normalised in memory: with unit vectors asked for, what was multiplied with them is divided by their
+lengths, in float32.
+"""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# (the bodies of kernels are another language)
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    EPS,
+    chunk_in_slot,
+    decay_between,
+    dot,
+    first_slot,
+    inverse_length,
+    load_column,
+    load_decay,
+    load_matrix,
+    load_rate,
+    load_tile,
+    sequence_span,
+    split_sum,
+    store_matrix,
+    store_tile,
+    valid_rows,
+)
+
+UNSPECIALIZED = ["length", "sequences", "halvings"]  # a new length must not mean a new compilation
+
+
+@triton.jit
+def _gates_of_rows(beta, g, mask, first, left, rows, hv, HV, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr,
+                   HAS_MASK: tl.constexpr):  # fmt: skip
+    """Validity, β and g of some rows of a chunk."""
+    valid = valid_rows(mask, first, rows, rows < left, HAS_MASK)
+    rate = load_rate(beta, first, hv, HV, rows, valid, HAS_BETA)
+    if HAS_G:
+        step = load_column(g, first, hv, HV, rows, valid)
+    else:
+        step = rows * 0.0
+    return valid, rate, step
+
+
+@triton.jit
+def _square(k):
+    k = k.to(tl.float32)
+    return tl.sum(k * k, 1)
+
+
+@triton.jit
+def _sum_after(coarse, fine, step):
+    """G of 16 rows, continued from that of the rows before."""
+    last = tl.arange(0, 16) == 15
+    coarse_next, fine_next = split_sum(step)
+    return coarse_next + tl.sum(tl.where(last, coarse, 0.0), 0), fine_next + tl.sum(tl.where(last, fine, 0.0), 0)
+
+
+@triton.jit
+def _minus(a, b, PRECISION: tl.constexpr):
+    return -tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def invert_chunks(
+    k, beta, g, mask, cu, solve, length, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
+    HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T of one chunk and value head, 64 x 64: elimination in blocks of 16 rows, then merges in float32.
+
+    A Neumann series of this length has no correct digit when keys are correlated.
+    """
+    slot, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    h = hv // (HV // H)
+    first, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, 64, PACKED)
+    if left <= 0:
+        return
+    lines = tl.arange(0, 16)
+    columns = tl.arange(0, 16)
+    valid0, rate0, step0 = _gates_of_rows(beta, g, mask, first, left, lines, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
+    valid1, rate1, step1 = _gates_of_rows(beta, g, mask, first, left, lines + 16, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
+    valid2, rate2, step2 = _gates_of_rows(beta, g, mask, first, left, lines + 32, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
+    valid3, rate3, step3 = _gates_of_rows(beta, g, mask, first, left, lines + 48, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
+
+    a00 = tl.zeros([16, 16], tl.float32)
+    a10, a11, a20, a21, a22, a30, a31, a32, a33 = a00, a00, a00, a00, a00, a00, a00, a00, a00
+    square0 = tl.zeros([16], tl.float32)
+    square1, square2, square3 = square0, square0, square0
+    for start in range(0, K, KB):
+        part = start + tl.arange(0, KB)
+        k0 = load_tile(k, first, h, H, K, lines, part, valid0)
+        k1 = load_tile(k, first, h, H, K, lines + 16, part, valid1)
+        k2 = load_tile(k, first, h, H, K, lines + 32, part, valid2)
+        k3 = load_tile(k, first, h, H, K, lines + 48, part, valid3)
+        if L2NORM:
+            square0 += _square(k0)
+            square1 += _square(k1)
+            square2 += _square(k2)
+            square3 += _square(k3)
+        a00 += dot(k0, tl.trans(k0), DOT, PRECISION)
+        a10 += dot(k1, tl.trans(k0), DOT, PRECISION)
+        a11 += dot(k1, tl.trans(k1), DOT, PRECISION)
+        a20 += dot(k2, tl.trans(k0), DOT, PRECISION)
+        a21 += dot(k2, tl.trans(k1), DOT, PRECISION)
+        a22 += dot(k2, tl.trans(k2), DOT, PRECISION)
+        a30 += dot(k3, tl.trans(k0), DOT, PRECISION)
+        a31 += dot(k3, tl.trans(k1), DOT, PRECISION)
+        a32 += dot(k3, tl.trans(k2), DOT, PRECISION)
+        a33 += dot(k3, tl.trans(k3), DOT, PRECISION)
+    norm0, norm1, norm2, norm3 = 1.0 + square0, 1.0 + square1, 1.0 + square2, 1.0 + square3
+    if L2NORM:
+        norm0, norm1 = tl.rsqrt(square0 + EPS), tl.rsqrt(square1 + EPS)
+        norm2, norm3 = tl.rsqrt(square2 + EPS), tl.rsqrt(square3 + EPS)
+    c0, f0 = split_sum(step0)
+    c1, f1 = _sum_after(c0, f0, step1)
+    c2, f2 = _sum_after(c1, f1, step2)
+    c3, f3 = _sum_after(c2, f2, step3)
+    rate0, rate1, rate2, rate3 = rate0 * norm0, rate1 * norm1, rate2 * norm2, rate3 * norm3
+    strict = lines[:, None] > columns[None, :]
+    below = lines[:, None] >= 0
+    a00 *= rate0[:, None] * norm0[None, :] * decay_between(c0, f0, c0, f0, strict)
+    a11 *= rate1[:, None] * norm1[None, :] * decay_between(c1, f1, c1, f1, strict)
+    a22 *= rate2[:, None] * norm2[None, :] * decay_between(c2, f2, c2, f2, strict)
+    a33 *= rate3[:, None] * norm3[None, :] * decay_between(c3, f3, c3, f3, strict)
+    a10 *= rate1[:, None] * norm0[None, :] * decay_between(c1, f1, c0, f0, below)
+    a20 *= rate2[:, None] * norm0[None, :] * decay_between(c2, f2, c0, f0, below)
+    a21 *= rate2[:, None] * norm1[None, :] * decay_between(c2, f2, c1, f1, below)
+    a30 *= rate3[:, None] * norm0[None, :] * decay_between(c3, f3, c0, f0, below)
+    a31 *= rate3[:, None] * norm1[None, :] * decay_between(c3, f3, c1, f1, below)
+    a32 *= rate3[:, None] * norm2[None, :] * decay_between(c3, f3, c2, f2, below)
+
+    # the four triangles side by side, [16, 16, 2, 2]
+    a = tl.join(tl.join(a00, a22), tl.join(a11, a33))
+    line, column = lines[:, None, None, None], columns[None, :, None, None]
+    x = tl.where(line == column, 1.0, a * 0.0)
+    for j in range(15):
+        # column j of A times row j of the solution is taken off
+        below_j = tl.sum(tl.where(column == j, a, 0.0), 1, keep_dims=True)
+        x -= below_j * tl.sum(tl.where(line == j, x, 0.0), 0, keep_dims=True)
+    even, odd = tl.split(x)
+    x00, x22 = tl.split(even)
+    x11, x33 = tl.split(odd)
+    # row by row of blocks: X_ij = -X_ii Σ_l A_il X_lj
+    x10 = _minus(x11, tl.dot(a10, x00, input_precision=PRECISION), PRECISION)
+    x21 = _minus(x22, tl.dot(a21, x11, input_precision=PRECISION), PRECISION)
+    x32 = _minus(x33, tl.dot(a32, x22, input_precision=PRECISION), PRECISION)
+    sum20 = tl.dot(a21, x10, tl.dot(a20, x00, input_precision=PRECISION), input_precision=PRECISION)
+    x20 = _minus(x22, sum20, PRECISION)
+    sum31 = tl.dot(a32, x21, tl.dot(a31, x11, input_precision=PRECISION), input_precision=PRECISION)
+    x31 = _minus(x33, sum31, PRECISION)
+    sum30 = tl.dot(a31, x10, tl.dot(a30, x00, input_precision=PRECISION), input_precision=PRECISION)
+    x30 = _minus(x33, tl.dot(a32, x20, sum30, input_precision=PRECISION), PRECISION)
+
+    at = solve + (slot.to(tl.int64) * HV + hv) * 4096 + lines[:, None] * 64 + columns[None, :]
+    _store_row(at, x00, tl.zeros_like(x00), tl.zeros_like(x00), tl.zeros_like(x00))
+    _store_row(at + 1024, x10, x11, tl.zeros_like(x00), tl.zeros_like(x00))
+    _store_row(at + 2048, x20, x21, x22, tl.zeros_like(x00))
+    _store_row(at + 3072, x30, x31, x32, x33)
+
+
+@triton.jit
+def _store_row(at, a, b, c, d):
+    tl.store(at, a.to(at.dtype.element_ty))
+    tl.store(at + 16, b.to(at.dtype.element_ty))
+    tl.store(at + 32, c.to(at.dtype.element_ty))
+    tl.store(at + 48, d.to(at.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["length"])
+def scan_forward(
+    q, k, v, beta, g, mask, cu, initial, solve, out, final, states, scale, length,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and final state of one sequence, one value head and BV of its value columns."""
+    parts: tl.constexpr = (V + BV - 1) // BV
+    pair = tl.program_id(0) // parts
+    n, hv = pair // HV, pair % HV
+    h = hv // (HV // H)
+    first, count = sequence_span(n, cu, length, PACKED)
+    slot = first_slot(n, first, length, C, PACKED)
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
+    values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
+    lower = rows[:, None] >= tl.arange(0, C)[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if HAS_STATE:
+        state = load_matrix(initial, pair.to(tl.int64), keys, values, K, V)
+
+    for i in range(0, tl.cdiv(count, C)):
+        at = first + i * C
+        here = rows < count - i * C
+        valid = valid_rows(mask, at, rows, here, HAS_MASK)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+        k_norm = inverse_length(k_tile, L2NORM)
+        coarse, fine, decay, remaining, left = load_decay(g, at, hv, HV, rows, valid, HAS_G)
+        written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        if ERASE:
+            written -= (decay * k_norm)[:, None] * dot(k_tile, state, DOT, PRECISION)
+        if HAS_BETA:
+            written *= load_column(beta, at, hv, HV, rows, valid)[:, None]
+        if ERASE:
+            t = load_matrix(solve, (slot + i) * HV + hv, rows, tl.arange(0, C), C, C)
+            written = dot(t, written, DOT, PRECISION)
+        if KEEP:
+            store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
+        gamma = decay_between(coarse, fine, coarse, fine, lower)
+        for r in range(R):
+            if SHARE:
+                hq, heads = h, H
+            else:
+                hq, heads = hv * R + r, HV * R
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+            q_norm = scale * inverse_length(q_tile, L2NORM)
+            reads = dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * gamma * q_norm[:, None] * k_norm[None, :]
+            o = (q_norm * decay)[:, None] * dot(q_tile, state, DOT, PRECISION)
+            o += dot(reads, written, DOT, PRECISION)
+            store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
+        state = left * state
+        state += dot(tl.trans(k_tile), (remaining * k_norm)[:, None] * written, DOT, PRECISION)
+    store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)
