@@ -26,18 +26,20 @@ VARIANTS = {
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": {"head_dim": 12, "attention_bias": True},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
 }
 
 
 def tiny_config(name, **changes):
-    title = HOSTS[name].title
-    config = {**SHAPES, **VARIANTS.get(name, {}), **changes}
-    return getattr(transformers, f"{title}Config")(**config)
+    family = getattr(transformers, f"{HOSTS[name].title}Config")
+    known = family()
+    shapes = {key: value for key, value in SHAPES.items() if hasattr(known, key)}
+    return family(**{**shapes, **VARIANTS.get(name, {}), **changes})
 
 
 def tiny_teacher(name, head="ForCausalLM", **changes):
     torch.manual_seed(7)
-    teacher = getattr(transformers, HOSTS[name].title + head)(tiny_config(name, **changes)).eval()
+    teacher = getattr(transformers, HOSTS[name].class_name(head))(tiny_config(name, **changes)).eval()
     with torch.no_grad():
         for key, parameter in teacher.named_parameters():
             if parameter.ndim == 1:  # biases and norms are 0 and 1 at first: then losing one would not show
@@ -45,3 +47,9 @@ def tiny_teacher(name, head="ForCausalLM", **changes):
             elif "embed" not in key:
                 parameter.mul_(6)
     return teacher
+
+
+def base_prefix(teacher):
+    """How the names of what the base model holds begin, and those of its blocks."""
+    base = teacher.base_model_prefix + "."
+    return base, f"{base}{HOSTS[teacher.config.model_type].blocks}."

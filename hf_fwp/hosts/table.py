@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,45 +17,94 @@ HEADS: dict[str, str] = {
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
 
-# mixer option <- the host's config attribute (a name), or a constant (True, False)
-SHAPES: dict[str, str | bool] = {
+Source = str | bool | Callable[[Any], Any]
+
+# mixer option <- the host's config attribute (a name), a constant (True, False), or a function of the config
+WIDTHS: dict[str, Source] = {
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "initializer_range": "initializer_range",
-    "norm_eps": "rms_norm_eps",
 }
+GROUPED: dict[str, Source] = {**WIDTHS, "num_key_value_heads": "num_key_value_heads"}
+SHAPES: dict[str, Source] = {**GROUPED, "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
+BIASED: dict[str, Source] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
 
 
 @dataclass(frozen=True)
 class Host:
     """What a family calls its parts, and what its attention implies for the mixer that takes its place."""
 
-    name: str  # transformers' model_type, which is also the name of its folder there
-    title: str  # LlamaForCausalLM = title + a key of HEADS
-    mixer: Mapping[str, str | bool] = field(default_factory=dict)
+    name: str  # transformers' model_type
+    title: str  # LlamaConfig = title + Config, LlamaForCausalLM = title + a key of HEADS
+    mixer: Mapping[str, Source] = field(default_factory=dict)
     attention: str = "self_attn"  # the attribute of a block that is replaced
-    blocks: str = "layers"  # the attribute of the base model that lists the blocks
+    blocks: str = "layers"  # where the base model lists the blocks
+    last: tuple[str, ...] = ("norm",)  # where the base model holds what follows its blocks
     projections: str = "separate"  # the weight map, a key of hf_fwp.conversion.families.WEIGHT_MAPS
     heads: tuple[str, ...] = tuple(HEADS)
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    module: str = ""  # the modeling file, where it is not transformers.models.{name}.modeling_{name}
+    classes: Mapping[str, str] = field(default_factory=dict)  # key of HEADS -> class, where it is not title + key
+    rotates: bool | str = True  # rotary positions: yes, no, or the config's attribute, for all layers or one per layer
+    rotary: str = "halves"  # the form of cos and sin, a key of hf_fwp.hosts.rotary.FORMS
+    adds_residual: bool = False  # the attention is given the residual stream, and adds it itself
+    closed: bool = False  # blocks take no further arguments, and positions are counted in the padding mask
 
     @property
     def model_type(self) -> str:
         """The model type of the converted family."""
         return PREFIX + self.name
 
+    @property
+    def modeling(self) -> str:
+        """The module that holds the family's model classes."""
+        return self.module or f"transformers.models.{self.name}.modeling_{self.name}"
+
+    def class_name(self, head: str) -> str:
+        """What the family calls its class with this head, a key of HEADS."""
+        return self.classes.get(head, self.title + head)
+
+
+def without(*heads: str) -> tuple[str, ...]:
+    """The heads of a family that lacks some."""
+    return tuple(head for head in HEADS if head not in heads)
+
 
 HOSTS: dict[str, Host] = {
     host.name: host
     for host in (
-        Host("llama", "Llama", {**SHAPES, "qkv_bias": "attention_bias", "o_bias": "attention_bias"}),
+        Host("llama", "Llama", {**SHAPES, **BIASED}),
         Host("mistral", "Mistral", SHAPES),
         Host("qwen2", "Qwen2", {**SHAPES, "qkv_bias": True}),
-        Host("qwen3", "Qwen3", {**SHAPES, "qkv_bias": "attention_bias", "o_bias": "attention_bias", "head_norm": True}),
+        Host("qwen3", "Qwen3", {**SHAPES, **BIASED, "head_norm": True}),
+        Host(
+            "gpt2",
+            "GPT2",
+            {**WIDTHS, "norm_eps": "layer_norm_epsilon", "qkv_bias": True, "o_bias": True},
+            attention="attn",
+            blocks="h",
+            last=("ln_f",),
+            projections="conv1d",
+            lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "c_attn"),
+            classes={"ForCausalLM": "GPT2LMHeadModel"},
+            rotates=False,
+        ),
     )
 }
+
+
+def register_family(host: Host) -> None:
+    """Let `convert` and the Auto classes know a family that is not in the table; call it before loading a model of it.
+
+    Raises ValueError where the name is taken by another row. A family with fused projections also needs a weight map:
+    `hf_fwp.conversion.families.WEIGHT_MAPS[host.projections] = {...}`.
+    """
+    from .graft import register_host  # not on import: graft needs the table
+
+    if HOSTS.get(host.name, host) != host:
+        raise ValueError(f"the family {host.name!r} is in the table already; give the row another name")
+    HOSTS[host.name] = host
+    register_host(host)
 
 
 def find_host(config: Any) -> Host:
