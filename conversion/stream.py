@@ -82,8 +82,8 @@ class Walk:
         """How the teacher's attention of this layer makes its mass, as read from its module and the block's call."""
         attention, alibi = self.attention(layer), self.arguments[layer].get("alibi")
         size = getattr(attention, "head_dim", getattr(attention, "head_size", 0))
-        # alibi [heads, 1, T] is the slope times the position, added before the scale (falcon: beta = scale) or after it
-        slopes = None if alibi is None else attention.beta * (alibi[:, 0, 1] - alibi[:, 0, 0])
+        # alibi [(1,) heads, 1, T] is the slope times the position, added before the scale (beta = scale) or after it
+        slopes = None if alibi is None else attention.beta * (alibi[..., 0, 1] - alibi[..., 0, 0]).flatten()
         return Softmax(
             scale=getattr(attention, "scaling", 0) or size**-0.5,
             window=getattr(attention, "sliding_window", getattr(self.model.config, "sliding_window", None)),
@@ -118,11 +118,12 @@ class Walk:
         ]
         try:
             for rows in self.rows():
-                self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
+                moved = self._block(layer, self.hidden_NTD[rows])
                 if rows.start == 0:
                     # filled in place: a list and its concatenation would need twice the memory
                     x, answers, heads = (self._like(seen[name]) for name in ("x", "answer", "heads"))
                 x[rows], answers[rows], heads[rows] = seen["x"], seen["answer"], seen["heads"]
+                self.hidden_NTD[rows] = moved  # last: where no norm comes first, x is the stream itself
         finally:
             for hook in hooks:
                 hook.remove()
@@ -170,8 +171,9 @@ class Walk:
 
     def _block(self, layer: int, hidden_NTD: Tensor) -> Tensor:
         arguments = dict(self.arguments[layer])
-        if arguments.get("alibi") is not None:  # [sequences * heads, 1, T], the one argument that does not broadcast
-            arguments["alibi"] = arguments["alibi"].repeat(len(hidden_NTD), 1, 1)
+        alibi = arguments.get("alibi")
+        if alibi is not None and alibi.ndim == 3:  # [sequences * heads, 1, T], the one that does not broadcast
+            arguments["alibi"] = alibi.repeat(len(hidden_NTD), 1, 1)
         moved = self.blocks[layer](hidden_NTD, **arguments)
         return moved[0] if isinstance(moved, tuple) else moved
 
@@ -227,7 +229,7 @@ class Walk:
 
 
 class _Answer(nn.Module):
-    """Stands where a base model stood, and answers the final hidden states that it was told."""
+    """Stands where the owner of the blocks stood, and answers the final hidden states that it was told."""
 
     def __init__(self, hidden_BTD: Tensor) -> None:
         super().__init__()
@@ -239,9 +241,10 @@ class _Answer(nn.Module):
 
 def logits(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
     """[T, V]: what `model` makes of final hidden states, its own scale and cap of logits included."""
-    name, base = model.base_model_prefix, model.base_model
-    setattr(model, name, _Answer(hidden_TD[None]))
+    path = f"{model.base_model_prefix}.{find_host(model.config).blocks}".rpartition(".")[0]
+    decoder = model.get_submodule(path)
+    model.set_submodule(path, _Answer(hidden_TD[None]))
     try:
         return model(inputs_embeds=hidden_TD[None], use_cache=False).logits[0]
     finally:
-        setattr(model, name, base)
+        model.set_submodule(path, decoder)

@@ -169,3 +169,24 @@ def sum_norm(x: Tensor) -> Tensor:
 
 
 QK_NORMS: dict[str, Callable[[Tensor], Tensor]] = {"none": identity, "l2": l2_norm, "sum": sum_norm}
+
+
+class LayerNormPerHead(nn.Module):
+    """(x - mean x) / std x over each head's components, times a scale of its own: [..., H, K]."""
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+# How queries and keys [..., H, K] are normalised between projection and rotation: kind -> (heads, K, eps) -> module
+HEAD_NORMS: dict[bool | str, Callable[[int, int, float], nn.Module | None]] = {
+    False: lambda heads, size, eps: None,
+    True: lambda heads, size, eps: nn.RMSNorm(size, eps=eps),  # qwen3: each head, one scale for all
+    "joint": lambda heads, size, eps: nn.RMSNorm((heads, size), eps=eps),  # olmo2: all heads together
+    "layer": LayerNormPerHead,  # cohere
+}

@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .features import QK_NORMS, Favor, IdentityLinear, make_feature_map
+from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, make_feature_map
 from .options import MixerOptions, find_rule
 from .packing import Window, packed_segments, push_left, take, valid_tokens
 
@@ -82,8 +82,8 @@ class FastWeightLayer(nn.Module):
             self.k_conv1d = ShortConvolution(key * K, options.conv_size)
             self.v_conv1d = ShortConvolution(value * V, options.conv_size)
         if options.head_norm:
-            self.q_norm = nn.RMSNorm(K, eps=options.norm_eps)
-            self.k_norm = nn.RMSNorm(K, eps=options.norm_eps)
+            self.q_norm = HEAD_NORMS[options.head_norm](query, K, options.norm_eps)
+            self.k_norm = HEAD_NORMS[options.head_norm](key, K, options.norm_eps)
         self.backend_ran: str | None = None
         self.feature_map = make_feature_map(options.feature_map, K)
         if options.output_norm:

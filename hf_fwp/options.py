@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .features import FEATURES, QK_NORMS, feature_size
+from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_size
 from .rules import RULES, Rule
 
 OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid")
@@ -88,7 +88,7 @@ class MixerOptions:
     rule_options: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     o_bias: bool = False
-    head_norm: bool = False
+    head_norm: bool | str = False
     norm_eps: float = 1e-6
     feature_map: str = RESOLVED
     qk_norm: str = RESOLVED
@@ -137,6 +137,8 @@ class MixerOptions:
         }
         for option, (given, allowed) in choices.items():
             refuse_unknown(option, [given], allowed)
+        if self.head_norm not in HEAD_NORMS:
+            raise ValueError(f"head_norm is {self.head_norm!r}; it can be {', '.join(map(repr, HEAD_NORMS))}")
         if self.backend is not None:
             refuse_unknown("backend", [self.backend], BACKENDS)
         feature_size(self.feature_map, self.head_dim)

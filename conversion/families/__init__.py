@@ -15,13 +15,20 @@ from hf_fwp.hosts import Host, blocks_of, converted_layers, find_host, mixer_opt
 from hf_fwp.hosts.graft import FLOAT32, host_classes
 from hf_fwp.layer import FastWeightLayer, layers_of
 
-from . import conv1d, separate
+from . import cohere, conv1d, gemma3, gpt_oss, olmo, opt, phi3, query_key_value, separate
 from .moves import Place, moved, places_of
 
 # A key of Host.projections -> {teacher's attention parameter: where it goes (moves.py)}
 WEIGHT_MAPS: dict[str, Mapping[str, Place]] = {
     "separate": separate.WEIGHTS,
+    "gemma3": gemma3.WEIGHTS,
+    "olmo": olmo.WEIGHTS,
+    "cohere": cohere.WEIGHTS,
+    "gpt_oss": gpt_oss.WEIGHTS,
+    "opt": opt.WEIGHTS,
+    "phi3": phi3.WEIGHTS,
     "conv1d": conv1d.WEIGHTS,
+    "query_key_value": query_key_value.WEIGHTS,
 }
 
 

@@ -127,7 +127,9 @@ class GraftedModel(Grafted):
     ) -> Any:
         layers = converted_layers(self.config)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+        host = HOSTS[self.config.host_name]
+        recomputing = self.training and blocks_of(self, host)[0].gradient_checkpointing
+        if use_cache and past_key_values is None and not recomputing:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             install_fast_weight_layers(past_key_values, layers)
@@ -142,13 +144,13 @@ class GraftedModel(Grafted):
                 seq_idx=kwargs.get("seq_idx"),
                 position_ids=resets,
             )
-            if HOSTS[self.config.host_name].closed:
+            if host.closed:
                 refuse_packed(segments, self.config)
             else:
                 kwargs["fast_weight_inputs"] = (padding, segments)
-                if len(layers) == self.config.num_hidden_layers:
-                    # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
-                    attention_mask = tokens.new_ones(1, 1, 1, 1)
+            if len(layers) == self.config.num_hidden_layers and not host.masked_positions:
+                # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
+                attention_mask = tokens.new_ones(1, 1, 1, 1)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
