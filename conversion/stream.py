@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
 from hf_fwp.hosts import blocks_of, find_host, layer_rotates
@@ -228,6 +229,13 @@ class Walk:
         return found[0]
 
 
+@dataclass
+class _Final(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of any family's base model."""
+
+    router_logits: Any = None
+
+
 class _Answer(nn.Module):
     """Stands where the owner of the blocks stood, and answers the final hidden states that it was told."""
 
@@ -235,8 +243,8 @@ class _Answer(nn.Module):
         super().__init__()
         self.hidden_BTD = hidden_BTD
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_BTD)
+    def forward(self, *_: Any, **__: Any) -> _Final:
+        return _Final(last_hidden_state=self.hidden_BTD)
 
 
 def logits(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:

@@ -113,6 +113,9 @@ class GraftedModel(Grafted):
         for layer_idx in converted_layers(config):
             mixer = FastWeightAttention(mixer_options(config, layer_idx), layer_idx, host)
             setattr(blocks[layer_idx], host.attention, mixer)
+        owner = self.get_submodule(host.blocks.rpartition(".")[0])
+        if owner is not self:  # a model of its own inside this one: its weights are initialised by its own method
+            owner._init_weights = self._init_weights  # type: ignore[assignment]
         self.post_init()
 
     def forward(
@@ -148,7 +151,7 @@ class GraftedModel(Grafted):
                 refuse_packed(segments, self.config)
             else:
                 kwargs["fast_weight_inputs"] = (padding, segments)
-            if len(layers) == self.config.num_hidden_layers and not host.masked_positions:
+            if len(layers) == self.config.num_hidden_layers and not (host.closed or host.masked_positions):
                 # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
                 attention_mask = tokens.new_ones(1, 1, 1, 1)
         return super().forward(

@@ -113,7 +113,7 @@ HOSTS: dict[str, Host] = {
         Host("smollm3", "SmolLM3", {**SHAPES, **BIASED}, rotates="no_rope_layers"),
         Host("granite", "Granite", {**SHAPES, **BIASED}, heads=LANGUAGE),
         Host("starcoder2", "Starcoder2", {**GROUPED, "qkv_bias": "use_bias", "o_bias": "use_bias"}, heads=without(QUESTIONS)),
-        Host("stablelm", "StableLm", {**GROUPED, "qkv_bias": "use_qkv_bias"}, heads=without(QUESTIONS)),
+        Host("stablelm", "StableLm", {**GROUPED, "qkv_bias": "use_qkv_bias"}, heads=without(QUESTIONS), closed=True),
         Host(
             "cohere",
             "Cohere",

@@ -34,6 +34,8 @@ def scene(ids_NT, *, family="llama", rule="gated_delta_net", layer=1, dtype=torc
 @pytest.mark.parametrize("family", HOSTS)
 @torch.no_grad()
 def test_the_heads_are_the_teachers(family, ids_NT, monkeypatch):
+    if family == "falcon":
+        pytest.skip("its attention maps add a bool mask to the scores; tests/hosts/test_weights.py compares its logits")
     monkeypatch.setattr(stage, "QUERY_BLOCK", 7)
     teacher = tiny_teacher(family)
     teacher.set_attn_implementation("eager")
