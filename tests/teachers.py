@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from hf_fwp.hosts import HOSTS
+from hf_fwp.hosts import HOSTS, find_host
 
 LAYERS = 4
 SHAPES = {
@@ -73,4 +73,4 @@ def tiny_teacher(name, head="ForCausalLM", **changes):
 def base_prefix(teacher):
     """How the names of what the base model holds begin, and those of its blocks."""
     base = teacher.base_model_prefix + "."
-    return base, f"{base}{HOSTS[teacher.config.model_type].blocks}."
+    return base, f"{base}{find_host(teacher.config).blocks}."

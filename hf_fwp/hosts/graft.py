@@ -114,55 +114,50 @@ class GraftedModel(Grafted):
             mixer = FastWeightAttention(mixer_options(config, layer_idx), layer_idx, host)
             setattr(blocks[layer_idx], host.attention, mixer)
         owner = self.get_submodule(host.blocks.rpartition(".")[0])
-        if owner is not self:  # a model of its own inside this one: its weights are initialised by its own method
+        if owner is not self:  # a model of its own inside this one, which a head may call past this one
             owner._init_weights = self._init_weights  # type: ignore[assignment]
+            owner.register_forward_pre_hook(functools.partial(_prepare, config), with_kwargs=True)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        layers = converted_layers(self.config)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        host = HOSTS[self.config.host_name]
-        recomputing = self.training and blocks_of(self, host)[0].gradient_checkpointing
-        if use_cache and past_key_values is None and not recomputing:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            install_fast_weight_layers(past_key_values, layers)
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if layers and tokens is not None:
-            attention_mask, padding = split_masks(attention_mask)
-            resets = position_ids if padding is None and past_key_values is None else None
-            segments = packed_segments(
-                batch=tokens.shape[0],
-                length=tokens.shape[1],
-                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
-                seq_idx=kwargs.get("seq_idx"),
-                position_ids=resets,
-            )
-            if host.closed:
-                refuse_packed(segments, self.config)
-            else:
-                kwargs["fast_weight_inputs"] = (padding, segments)
-            if len(layers) == self.config.num_hidden_layers and not (host.closed or host.masked_positions):
-                # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
-                attention_mask = tokens.new_ones(1, 1, 1, 1)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if "." not in HOSTS[self.config.host_name].blocks:
+            _, kwargs = _prepare(self.config, self, (), kwargs | {"input_ids": input_ids})
+            return super().forward(**kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def _prepare(
+    config: Any, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the module that owns the blocks, with what mixers need: a cache with fast-weight layers in it,
+    and padding and the beginnings of packed sequences beside the host's own masks."""
+    host, layers, given = HOSTS[config.host_name], converted_layers(config), dict(kwargs)
+    given["use_cache"] = config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    cache = given.get("past_key_values")
+    blocks: Any = owner.get_submodule(host.blocks.rpartition(".")[2])
+    if given["use_cache"] and cache is None and not (owner.training and blocks[0].gradient_checkpointing):
+        cache = given["past_key_values"] = DynamicCache(config=config)
+    if cache is not None:
+        install_fast_weight_layers(cache, layers)
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if not layers or tokens is None:
+        return args, given
+    given["attention_mask"], padding = split_masks(given.get("attention_mask"))
+    segments = packed_segments(
+        batch=tokens.shape[0],
+        length=tokens.shape[1],
+        cu_seq_lens_q=given.get("cu_seq_lens_q"),
+        seq_idx=given.get("seq_idx"),
+        position_ids=given.get("position_ids") if padding is None and cache is None else None,
+    )
+    if host.closed:
+        refuse_packed(segments, config)
+    else:
+        given["fast_weight_inputs"] = (padding, segments)
+        if len(layers) == config.num_hidden_layers and not host.masked_positions:
+            # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
+            given["attention_mask"] = tokens.new_ones(1, 1, 1, 1)
+    return args, given
 
 
 class GraftedHead(Grafted):
@@ -174,6 +169,8 @@ class GraftedHead(Grafted):
         if not isinstance(self.base_model, base_class):
             setattr(self, self.base_model_prefix, base_class(config))
             self.post_init()
+        if HOSTS[config.host_name].closed:  # a hook: generate reads which arguments the family's own forward takes
+            self.register_forward_pre_hook(functools.partial(_refuse_packing, config), with_kwargs=True)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -188,6 +185,8 @@ class GraftedHead(Grafted):
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The host's masks for a cache of fixed size, and beside them the padding of the current tokens."""
+        if HOSTS[config.host_name].masked_positions:
+            return attention_mask  # the host makes its masks itself, when it has counted positions
         masks = create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None or not converted_layers(config):
             return masks
@@ -202,6 +201,16 @@ def split_masks(mask: Tensor | dict[str, Tensor | None] | None) -> tuple[Any, Te
     masks = dict(mask)
     padding = masks.pop(PADDING) if PADDING in masks else next((m for m in masks.values() if m is not None), None)
     return masks.get("", masks), padding
+
+
+def _refuse_packing(config: Any, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Heads of a closed family may drop what says that a batch is packed."""
+    given = {name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids")}
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        given["position_ids"] = None
+    tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    if converted_layers(config) and tokens is not None:
+        refuse_packed(packed_segments(batch=tokens.shape[0], length=tokens.shape[1], **given), config)
 
 
 def refuse_packed(segments: Tensor | None, config: Any) -> None:
