@@ -26,6 +26,7 @@ from hf_fwp.hosts import find_host
 from hf_fwp.layer import FastWeightLayer, layers_of
 
 from .checkpoint import check_settings, latest, load, save
+from .families import attention_modules, output_projection_name
 from .memory import freed_memory_kept
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -279,20 +280,27 @@ def hooked(
     teacher: PreTrainedModel, layers: Iterable[int], seen: Callable[[int, dict[str, Any], Tensor], None]
 ) -> Iterator[None]:
     """Call `seen(layer, arguments, output)` whenever the teacher's attention of one of the layers has run."""
-    host = find_host(teacher.config)
-    blocks = getattr(teacher.base_model, host.blocks)
+    projection, answers = output_projection_name(find_host(teacher.config)), {}
 
-    def hook_of(layer: int) -> Callable[..., None]:
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            answers[layer] = output  # of some families the attention's own output has the residual stream added
+
+        return hook
+
+    def tell(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             arguments = {**kwargs, "past_key_values": None}
             if args:
                 arguments["hidden_states"] = args[0]
-            seen(layer, arguments, output[0] if isinstance(output, tuple) else output)
+            seen(layer, arguments, answers.pop(layer))
 
         return hook
 
-    attentions = {layer: getattr(blocks[layer], host.attention) for layer in layers}
-    handles = [module.register_forward_hook(hook_of(i), with_kwargs=True) for i, module in attentions.items()]
+    modules, handles = attention_modules(teacher), []
+    for layer in layers:
+        handles.append(modules[layer].get_submodule(projection).register_forward_hook(keep(layer)))
+        handles.append(modules[layer].register_forward_hook(tell(layer), with_kwargs=True))
     try:
         yield
     finally:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 
-from .evaluate import Forward, attention_modules, compare, forward_of, heldout_blocks
-from .families import copy_teacher
+from .evaluate import Forward, compare, forward_of, heldout_blocks
+from .families import attention_modules, copy_teacher
 
 HALF_LIFE = 38.0  # tokens until a fast weight has faded to one half
 WINDOW = 64
@@ -117,7 +117,7 @@ def _both(mask: Tensor, own: Tensor | None) -> Tensor:
         return mask
     if own.dtype == torch.bool:
         return mask.masked_fill(~own, torch.finfo(mask.dtype).min)
-    return torch.minimum(mask, own)
+    return torch.where(mask < 0, mask, own)  # not the minimum: what is seen may have a linear bias in it
 
 
 def fast_weights_off(student: PreTrainedModel) -> Forward:
@@ -125,7 +125,8 @@ def fast_weights_off(student: PreTrainedModel) -> Forward:
     forward = forward_of(student)
 
     def silence(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, None]) -> tuple[Tensor, None]:
-        return torch.zeros_like(output[0]), None
+        zeros = torch.zeros_like(output[0])
+        return (args[1] + zeros if len(args) > 1 else zeros), None  # the stream, where the attention adds it itself
 
     def silent(ids_BT: Tensor) -> Tensor:
         with hooked(list(layers_of(student).values()), lambda module: module.register_forward_hook(silence)):

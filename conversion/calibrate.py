@@ -33,6 +33,8 @@ from torch.nn import functional as F
 from hf_fwp.features import QK_NORMS
 from hf_fwp.layer import FastWeightLayer, rotate
 
+from .softmax import Softmax
+
 LOCAL = 16  # tokens that count as near
 QUERY_BLOCK = 128
 FOREVER = 1e6  # tokens; a half-life that forgets nothing
@@ -82,13 +84,9 @@ def attention_heads(
     x_NTD: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     *,
-    scale: float,
-    window: int | None = None,
+    softmax: Softmax,
 ) -> Heads:
-    """The teacher's softmax attention, from the copies of its projections in `mixer`. No T x T map is kept.
-
-    `window`: how many tokens, its own included, a query sees; None: all before it.
-    """
+    """The teacher's softmax attention, from the copies of its projections in `mixer`. No T x T map is kept."""
     options = mixer.options
     q, k = (p(x_NTD).unflatten(-1, (-1, options.head_dim)) for p in (mixer.q_proj, mixer.k_proj))
     v = mixer.v_proj(x_NTD).unflatten(-1, (-1, options.value_head_dim))
@@ -96,15 +94,15 @@ def attention_heads(
         q, k = mixer.q_norm(q), mixer.k_norm(k)
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    rotary = mixer.standard_rotary(rotary)
     q_rotated, k_rotated = (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
     out, sink, local = torch.empty_like(v), torch.empty_like(v[..., 0]), torch.empty_like(v[..., 0])
     positions = torch.arange(x_NTD.shape[1], device=x_NTD.device)
     for start in range(0, x_NTD.shape[1], QUERY_BLOCK):
         rows = slice(start, start + QUERY_BLOCK)
         back = positions[rows, None] - positions[None, : rows.stop]
-        scores = torch.einsum("nqhk,nthk->nhqt", q_rotated[:, rows], k_rotated[:, : rows.stop]) * scale
-        unseen = (back < 0) | (back >= (window or math.inf))
-        mass = scores.masked_fill(unseen, -math.inf).softmax(-1)
+        scores = torch.einsum("nqhk,nthk->nhqt", q_rotated[:, rows], k_rotated[:, : rows.stop])
+        mass = softmax.mass(scores, back)
         out[:, rows] = torch.einsum("nhqt,nthv->nqhv", mass, v[:, : rows.stop])
         sink[:, rows] = mass[..., 0].transpose(1, 2)
         near = (back >= 0) & (back < LOCAL) & (positions[None, : rows.stop] > 0)
@@ -118,21 +116,20 @@ def calibrate(
     x_NTD: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     *,
-    scale: float,
+    softmax: Softmax,
     heldout: int,
-    window: int | None = None,
 ) -> dict[str, Any]:
     """Set decay, write strength, rotation, bias and gate of a mixer that holds the teacher's projections.
 
-    `x_NTD` are inputs of the teacher's attention; the last `heldout` sequences judge, the others fit. `scale` is the
-    teacher's factor of q·k, `window` what its queries see. Returns what was chosen, per time scale and head, with the
-    residual of each.
+    `x_NTD` are inputs of the teacher's attention; the last `heldout` sequences judge, the others fit. `softmax`
+    says how the teacher makes attention of q·k. Returns what was chosen, per time scale and head, with the residual of
+    each.
     """
     if not 0 < heldout < len(x_NTD):
         raise ValueError(f"heldout is {heldout} of {len(x_NTD)} sequences; keep at least one to fit and one to judge")
     if mixer.options.state_heads != "query":
         raise ValueError("calibrate needs a state per query head; set state_heads='query'")
-    heads = attention_heads(mixer, x_NTD, rotary, scale=scale, window=window)
+    heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
     gates_MNTH = _fit_gates(mixer, x_NTD, heads)
     search = _Search(mixer, heads, heldout)
     chosen: list[dict[str, list[Any]]] = []

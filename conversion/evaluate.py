@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_fwp.hosts import HOSTS, find_host
+from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
 
+from .align import hooked
 from .data import demo_corpus, read_data, token_blocks
 from .teacher import check_weights, load_teacher
 
@@ -235,38 +236,20 @@ def residuals(
     missed = dict.fromkeys(mixers, 0.0)
     energy = dict.fromkeys(mixers, 0.0)
 
-    def measure(layer: int) -> Callable[..., None]:
-        mixer = mixers[layer]
+    def measure(layer: int, given: dict[str, Any], target_BTD: Tensor) -> None:
+        home = next(mixers[layer].parameters())
+        rotary = given.get("position_embeddings")
+        if rotary is not None:
+            rotary = (rotary[0].to(home), rotary[1].to(home))
+        y_BTD = mixers[layer](given["hidden_states"].to(home), position_embeddings=rotary)[0]
+        target_BTD = target_BTD.to(y_BTD)
+        missed[layer] += (y_BTD - target_BTD).float().square().sum().item()
+        energy[layer] += target_BTD.float().square().sum().item()
 
-        def hook(attention: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
-            x_BTD = inputs["hidden_states"] if "hidden_states" in inputs else args[0]
-            home = next(mixer.parameters())
-            rotary = inputs.get("position_embeddings")
-            if rotary is not None:
-                rotary = (rotary[0].to(home), rotary[1].to(home))
-            y_BTD = mixer(x_BTD.to(home), position_embeddings=rotary)[0]
-            target_BTD = output[0].to(y_BTD)
-            missed[layer] += (y_BTD - target_BTD).float().square().sum().item()
-            energy[layer] += target_BTD.float().square().sum().item()
-
-        return hook
-
-    attentions = attention_modules(teacher)
-    hooks = [attentions[layer].register_forward_hook(measure(layer), with_kwargs=True) for layer in mixers]
-    try:
-        with evaluating(student, teacher):
-            for ids_T in _tokens_shown(ids_NT, progress=progress, description="residuals"):
-                teacher.base_model(input_ids=ids_T[None].to(teacher.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(student, teacher), hooked(teacher, mixers, measure):
+        for ids_T in _tokens_shown(ids_NT, progress=progress, description="residuals"):
+            teacher.base_model(input_ids=ids_T[None].to(teacher.device), use_cache=False)
     return {layer: missed[layer] / energy[layer] for layer in sorted(mixers)}
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention (in a converted layer the mixer) of every layer, in order."""
-    host = find_host(model.config)
-    return [getattr(block, host.attention) for block in getattr(model.base_model, host.blocks)]
 
 
 def decode_speed(

@@ -23,7 +23,7 @@ from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import layers_of
 
 from .families import copy_teacher
-from .stream import Walk
+from .stream import Walk, logits
 
 POSITIONS = 64  # tokens whose probabilities are computed at once
 
@@ -118,5 +118,4 @@ def keep_softmax(
 
 def _log_probabilities(model: PreTrainedModel, hidden_NTD: Tensor) -> Iterator[Tensor]:
     """[POSITIONS, V] after [POSITIONS, V] of all tokens in a row."""
-    head: Any = model.get_output_embeddings()
-    return (head(part).float().log_softmax(-1) for part in hidden_NTD.flatten(0, 1).split(POSITIONS))
+    return (logits(model, part).float().log_softmax(-1) for part in hidden_NTD.flatten(0, 1).split(POSITIONS))

@@ -127,9 +127,8 @@ def solve(
                 mixer,
                 torch.cat([x_NTD[:search], x_NTD[len(x_NTD) - judges :]]),
                 rotary,
-                scale=getattr(teacher_walk.attention(layer), "scaling", mixer.options.head_dim**-0.5),
+                softmax=teacher_walk.softmax(layer),
                 heldout=judges,
-                window=teacher_walk.window(layer),
             )
             _remember_options(student, layer)
             give_back_freed_memory()

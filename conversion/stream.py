@@ -11,24 +11,26 @@ Shape legend: hf_fwp/rules/base.py; N sequences.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
 
-from hf_fwp.hosts import Host, find_host
+from hf_fwp.hosts import blocks_of, find_host, layer_rotates
 
-from .families import WEIGHT_MAPS
+from .families import output_projection_name
+from .softmax import Softmax
 
 ROWS = 2  # sequences that are computed at once: what a mixer holds for four is 40 MB more (SmolLM2-135M)
 
 
-def output_projection_name(host: Host) -> str:
-    """What the teacher's attention calls the projection that becomes the mixer's o_proj."""
-    weights = WEIGHT_MAPS[host.projections]
-    return next(name for name, place in weights.items() if place == "o_proj.weight").removesuffix(".weight")
+NOT_REPEATED = {"hidden_states", "past_key_values", "layer_past"}  # of a block's arguments
 
 
 class _Seen(Exception):
@@ -38,8 +40,9 @@ class _Seen(Exception):
 class StandIn(nn.Module):
     """Stands where an attention stood: keeps what it was given, and answers what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, adds_residual: bool = False) -> None:
         super().__init__()
+        self.adds_residual = adds_residual
         self.given: Tensor | None = None
         self.answer: Tensor | None = None
 
@@ -47,7 +50,7 @@ class StandIn(nn.Module):
         self.given = args[0] if args else kwargs["hidden_states"]
         if self.answer is None:
             raise _Seen
-        return self.answer, None
+        return (args[1] + self.answer if self.adds_residual else self.answer), None
 
 
 class Walk:
@@ -57,9 +60,9 @@ class Walk:
         host = find_host(model.config)
         base = model.base_model
         self.model = model
-        self.attention_name = host.attention
+        self.host = host
         self.projection_name = output_projection_name(host)
-        self.blocks = list(getattr(base, host.blocks))
+        self.blocks = list(blocks_of(base, host))
         self.ids_NT = ids_NT.to(model.device)
         self.arguments = self._arguments(base)
         self.hidden_NTD = torch.cat([self._embedded(base, rows) for rows in self.rows()])
@@ -70,21 +73,31 @@ class Walk:
 
     def attention(self, layer: int) -> nn.Module:
         """The attention, or the mixer, of a block."""
-        return getattr(self.blocks[layer], self.attention_name)
+        return getattr(self.blocks[layer], self.host.attention)
 
     def rotary(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin of the positions, [1, T, R], as the block is given them."""
-        return self.arguments[layer].get("position_embeddings")
+        return self.arguments[layer].get("position_embeddings") if layer_rotates(self.model.config, layer) else None
 
-    def window(self, layer: int) -> int | None:
-        """How many tokens a query of this layer sees, its own included; None: all before it."""
-        return getattr(self.attention(layer), "sliding_window", getattr(self.model.config, "sliding_window", None))
+    def softmax(self, layer: int) -> Softmax:
+        """How the teacher's attention of this layer makes its mass, as read from its module and the block's call."""
+        attention, alibi = self.attention(layer), self.arguments[layer].get("alibi")
+        size = getattr(attention, "head_dim", getattr(attention, "head_size", 0))
+        # alibi [(1,) heads, 1, T] is the slope times the position, added before the scale (beta = scale) or after it
+        slopes = None if alibi is None else attention.beta * (alibi[..., 0, 1] - alibi[..., 0, 0]).flatten()
+        return Softmax(
+            scale=getattr(attention, "scaling", 0) or size**-0.5,
+            window=getattr(attention, "sliding_window", getattr(self.model.config, "sliding_window", None)),
+            cap=getattr(self.model.config, "attn_logit_softcapping", None),
+            slopes_H=slopes,
+            sinks_H=getattr(attention, "sinks", None),
+        )
 
     @torch.no_grad()
     def move(self, layer: int) -> None:
         """Move the stream on to the next block."""
         for rows in self.rows():
-            self.hidden_NTD[rows] = self._block(layer, rows)
+            self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
 
     @torch.no_grad()
     def attend(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,23 +106,25 @@ class Walk:
         x, answers, heads = (torch.empty(0) for _ in range(3))
         seen: dict[str, Tensor] = {}
 
-        def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen["x"], seen["answer"] = args[0] if args else kwargs["hidden_states"], output[0]
+        def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+            seen["x"] = args[0] if args else kwargs["hidden_states"]
 
-        def keep_heads(_: nn.Module, args: Any) -> None:
-            seen["heads"] = args[0]
+        def keep_heads(_: nn.Module, args: Any, output: Any) -> None:
+            seen["heads"], seen["answer"] = args[0], output
 
+        attention = self.attention(layer)
         hooks = [
-            self.attention(layer).register_forward_hook(keep, with_kwargs=True),
-            self.output_projection(layer).register_forward_pre_hook(keep_heads),
+            attention.register_forward_pre_hook(keep, with_kwargs=True),
+            attention.get_submodule(self.projection_name).register_forward_hook(keep_heads),
         ]
         try:
             for rows in self.rows():
-                self.hidden_NTD[rows] = self._block(layer, rows)
+                moved = self._block(layer, self.hidden_NTD[rows])
                 if rows.start == 0:
                     # filled in place: a list and its concatenation would need twice the memory
                     x, answers, heads = (self._like(seen[name]) for name in ("x", "answer", "heads"))
                 x[rows], answers[rows], heads[rows] = seen["x"], seen["answer"], seen["heads"]
+                self.hidden_NTD[rows] = moved  # last: where no norm comes first, x is the stream itself
         finally:
             for hook in hooks:
                 hook.remove()
@@ -121,7 +136,12 @@ class Walk:
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""
         projection: Any = self.attention(layer).get_submodule(self.projection_name)
-        return projection
+        if not isinstance(projection, Conv1D):
+            return projection
+        linear = nn.Linear(*projection.weight.shape, device="meta")  # the same numbers, [out, in]
+        linear.weight = nn.Parameter(projection.weight.detach().mT, requires_grad=False)
+        linear.bias = projection.bias
+        return linear
 
     @torch.no_grad()
     def inputs(self, layer: int) -> Tensor:
@@ -141,24 +161,35 @@ class Walk:
     def finish(self, layer: int, hidden_NTD: Tensor) -> Tensor:
         """The final hidden states [n,T,D] (after the last norm) of a stream that enters block `layer`."""
         for later in range(layer, len(self.blocks)):
-            hidden_NTD = self.blocks[later](hidden_NTD, **self.arguments[later])
-        return self._last_norm(hidden_NTD)
+            hidden_NTD = self._block(later, hidden_NTD)
+        for name in self.host.last:
+            part = getattr(self._owner(name), name.rpartition(".")[2], None)
+            hidden_NTD = hidden_NTD if part is None else part(hidden_NTD)
+        return hidden_NTD
 
-    def _block(self, layer: int, rows: slice) -> Tensor:
-        return self.blocks[layer](self.hidden_NTD[rows], **self.arguments[layer])
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.base_model.get_submodule(name.rpartition(".")[0])
+
+    def _block(self, layer: int, hidden_NTD: Tensor) -> Tensor:
+        arguments = dict(self.arguments[layer])
+        alibi = arguments.get("alibi")
+        if alibi is not None and alibi.ndim == 3:  # [sequences * heads, 1, T], the one that does not broadcast
+            arguments["alibi"] = alibi.repeat(len(hidden_NTD), 1, 1)
+        moved = self.blocks[layer](hidden_NTD, **arguments)
+        return moved[0] if isinstance(moved, tuple) else moved
 
     def _with_stand_in(self, layer: int, rows: slice, answer: Tensor | None) -> tuple[Tensor, Tensor]:
-        block, stand_in = self.blocks[layer], StandIn()
+        block, stand_in = self.blocks[layer], StandIn(adds_residual=self.host.adds_residual)
         stand_in.answer = answer
-        attention = getattr(block, self.attention_name)
-        setattr(block, self.attention_name, stand_in)
+        attention = getattr(block, self.host.attention)
+        setattr(block, self.host.attention, stand_in)
         hidden = self.hidden_NTD[rows]
         try:
-            hidden = self._block(layer, rows)
+            hidden = self._block(layer, hidden)
         except _Seen:
             pass
         finally:
-            setattr(block, self.attention_name, attention)
+            setattr(block, self.host.attention, attention)
         assert stand_in.given is not None, "the block did not call its attention"
         return hidden, stand_in.given
 
@@ -166,16 +197,19 @@ class Walk:
     def _arguments(self, base: nn.Module) -> list[dict[str, Any]]:
         """What each block is called with beside the hidden states: equal for all unpadded sequences of one length."""
         seen: list[dict[str, Any]] = []
-        hooks = [
-            block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-            for block in self.blocks
-        ]
+
+        def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
+            given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+            given = {**given, **given.pop("kwargs", {})}
+            seen.append({name: value for name, value in given.items() if name not in NOT_REPEATED})
+
+        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.blocks]
         try:
             base(input_ids=self.ids_NT[:1, :], use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [{name: value for name, value in kwargs.items() if name != "past_key_values"} for kwargs in seen]
+        return seen
 
     @torch.no_grad()
     def _embedded(self, base: nn.Module, rows: slice) -> Tensor:
@@ -194,6 +228,31 @@ class Walk:
             hook.remove()
         return found[0]
 
-    def _last_norm(self, hidden_NTD: Tensor) -> Tensor:
-        norm = getattr(self.model.base_model, "norm", None)
-        return hidden_NTD if norm is None else norm(hidden_NTD)
+
+@dataclass
+class _Final(BaseModelOutputWithPastAndCrossAttentions):
+    """The output of any family's base model."""
+
+    router_logits: Any = None
+
+
+class _Answer(nn.Module):
+    """Stands where the owner of the blocks stood, and answers the final hidden states that it was told."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+    def forward(self, *_: Any, **__: Any) -> _Final:
+        return _Final(last_hidden_state=self.hidden_BTD)
+
+
+def logits(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
+    """[T, V]: what `model` makes of final hidden states, its own scale and cap of logits included."""
+    path = f"{model.base_model_prefix}.{find_host(model.config).blocks}".rpartition(".")[0]
+    decoder = model.get_submodule(path)
+    model.set_submodule(path, _Answer(hidden_TD[None]))
+    try:
+        return model(inputs_embeds=hidden_TD[None], use_cache=False).logits[0]
+    finally:
+        model.set_submodule(path, decoder)

@@ -149,6 +149,10 @@ class FastWeightLayer(nn.Module):
         inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values)
         return self._reads(inputs, past_key_values, cu_seqlens, kwargs)
 
+    def standard_rotary(self, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """cos and sin, given in the form of the model around this layer, as `rotate` reads them."""
+        return rotary
+
     def _inputs(
         self, hidden_BTD: Tensor, attention_mask: Any, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None
     ) -> MixerInputs:

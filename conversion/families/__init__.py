@@ -11,34 +11,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fwp.hosts import Host, converted_layers, find_host, student_config
+from hf_fwp.hosts import Host, blocks_of, converted_layers, find_host, mixer_options, student_config
 from hf_fwp.hosts.graft import FLOAT32, host_classes
 from hf_fwp.layer import FastWeightLayer, layers_of
 
-from . import separate
+from . import cohere, conv1d, gemma3, gpt_oss, olmo, opt, phi3, query_key_value, separate
+from .moves import Place, moved, places_of
 
-# A key of Host.projections -> {teacher's attention parameter: mixer's parameter, or None when it is dropped}
-WEIGHT_MAPS: dict[str, Mapping[str, str | None]] = {
+# A key of Host.projections -> {teacher's attention parameter: where it goes (moves.py)}
+WEIGHT_MAPS: dict[str, Mapping[str, Place]] = {
     "separate": separate.WEIGHTS,
+    "gemma3": gemma3.WEIGHTS,
+    "olmo": olmo.WEIGHTS,
+    "cohere": cohere.WEIGHTS,
+    "gpt_oss": gpt_oss.WEIGHTS,
+    "opt": opt.WEIGHTS,
+    "phi3": phi3.WEIGHTS,
+    "conv1d": conv1d.WEIGHTS,
+    "query_key_value": query_key_value.WEIGHTS,
 }
 
 
-def account(keys: Iterable[str], *, host: Host, layers: Iterable[int]) -> dict[str, str | None]:
-    """Where each teacher key goes in the student: its own name when reused, None when the weight map drops it.
+def account(keys: Iterable[str], *, host: Host, layers: Iterable[int]) -> dict[str, tuple[str, ...]]:
+    """Where each teacher key goes in the student: its own name when reused, nowhere when the weight map drops it.
 
     Raises for a key of a converted attention that the family's weight map does not name.
     """
-    weights, layers = WEIGHT_MAPS[host.projections], set(layers)
-    attention = re.compile(rf"^(.*\b{host.blocks}\.(\d+)\.{host.attention}\.)(.+)$")
-    places: dict[str, str | None] = {}
+    weights, layers = weight_map(host), set(layers)
+    places: dict[str, tuple[str, ...]] = {}
     unknown = []
     for key in keys:
-        found = attention.match(key)
-        if found is None or int(found[2]) not in layers:
-            places[key] = key
-        elif found[3] in weights:
-            name = weights[found[3]]
-            places[key] = None if name is None else found[1] + name
+        block, layer, name = in_attention(key, host)
+        if layer not in layers:
+            places[key] = (key,)
+        elif name in weights:
+            places[key] = tuple(block + place for place in places_of(weights[name]))
         else:
             unknown.append(key)
     if unknown:
@@ -47,6 +54,34 @@ def account(keys: Iterable[str], *, host: Host, layers: Iterable[int]) -> dict[s
             f"{', '.join(unknown)}; add these parameters to it in conversion/families/, or mark them as dropped (None)"
         )
     return places
+
+
+def weight_map(host: Host) -> Mapping[str, Place]:
+    """Where the parameters of the family's attention go."""
+    if host.projections not in WEIGHT_MAPS:
+        raise ValueError(
+            f"the family {host.name!r} names the weight map {host.projections!r}, which is not there; give "
+            f"hf_fwp.conversion.families.WEIGHT_MAPS[{host.projections!r}], or one of {', '.join(WEIGHT_MAPS)}"
+        )
+    return WEIGHT_MAPS[host.projections]
+
+
+def in_attention(key: str, host: Host) -> tuple[str, int | None, str]:
+    """('model.layers.3.self_attn.', 3, 'q_proj.weight'); the layer is None outside the attention of blocks."""
+    found = re.match(rf"^(.*\b{re.escape(host.blocks)}\.(\d+)\.{host.attention}\.)(.+)$", key)
+    return ("", None, key) if found is None else (found[1], int(found[2]), found[3])
+
+
+def output_projection_name(host: Host) -> str:
+    """What the teacher's attention calls the projection that becomes the mixer's o_proj."""
+    weights = weight_map(host)
+    return next(name for name in weights if "o_proj.weight" in places_of(weights[name])).removesuffix(".weight")
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention (in a converted layer the mixer) of every layer, in order."""
+    host = find_host(model.config)
+    return [getattr(block, host.attention) for block in blocks_of(model.base_model, host)]
 
 
 def copy_teacher(
@@ -64,19 +99,19 @@ def copy_teacher(
     host = find_host(teacher.config)
     config = student_config(teacher.config, layers=layers, fwp=fwp)
     student = _empty_student(teacher, config, host)
-    places = account(teacher.state_dict(), host=host, layers=converted_layers(config))
+    account(teacher.state_dict(), host=host, layers=converted_layers(config))
     expected = student.state_dict()
     tied, mixers = student.all_tied_weights_keys, _mixers(student)
     weights: dict[str, Tensor] = {}
     for key, tensor in teacher.state_dict().items():
-        place = places[key]
-        if place is None or place in tied:
-            continue
-        if place not in expected:
-            raise ValueError(f"the teacher's {key} has no place in the student (it would be {place})")
-        weights[place] = _fitted(key, tensor, expected[place].shape, place=place, config=config)
-        if weights[place] is tensor and (not share or place.startswith(mixers)):
-            weights[place] = tensor.clone()
+        for place, part in _placed(key, tensor, config, host).items():
+            if place in tied:
+                continue
+            if place not in expected:
+                raise ValueError(f"the teacher's {key} has no place in the student (it would be {place})")
+            weights[place] = _fitted(key, part, expected[place].shape, place=place, config=config)
+            if weights[place] is tensor and (not share or place.startswith(mixers)):
+                weights[place] = tensor.clone()
     _fill(student, weights, teacher)
     for layer in layers_of(student).values():
         start_neutral(layer)
@@ -100,16 +135,24 @@ def start_neutral(layer: FastWeightLayer) -> None:
             layer.skip_proj.weight.zero_()
 
 
+def _placed(key: str, tensor: Tensor, config: Any, host: Host) -> dict[str, Tensor]:
+    """The student's weights that are made of one of the teacher's."""
+    block, layer, name = in_attention(key, host)
+    if layer not in converted_layers(config):
+        return {key: tensor}
+    parts = moved(weight_map(host)[name], tensor, mixer_options(config, layer))
+    return {block + place: part for place, part in parts.items()}
+
+
 def _empty_student(teacher: PreTrainedModel, config: Any, host: Host) -> PreTrainedModel:
-    head = type(teacher).__name__.removeprefix(host.title)
-    classes = host_classes(host.name)
-    if head not in classes:
+    classes = {host.class_name(head): made for head, made in host_classes(host.name).items()}
+    name = type(teacher).__name__
+    if name not in classes:
         raise ValueError(
-            f"cannot convert a {type(teacher).__name__}; the heads of the family {host.name!r} are "
-            f"{', '.join(host.title + name for name in classes)}"
+            f"cannot convert a {name}; the heads of the family {host.name!r} are {', '.join(classes)}"
         )
     with torch.device("meta"):
-        return classes[head](config)
+        return classes[name](config)
 
 
 def _mixers(student: PreTrainedModel) -> tuple[str, ...]:
@@ -162,4 +205,11 @@ def _put(module: nn.Module, name: str, tensor: Tensor, *, loaded: bool) -> None:
     setattr(module, name, parameter)
 
 
-__all__ = ["WEIGHT_MAPS", "account", "copy_teacher", "start_neutral"]
+__all__ = [
+    "WEIGHT_MAPS",
+    "account",
+    "attention_modules",
+    "copy_teacher",
+    "output_projection_name",
+    "start_neutral",
+]

@@ -4,8 +4,10 @@ Rows of k_proj and v_proj stay [key/value head, head size] as they are: the mixe
 heads share a key/value head, so no row is repeated or moved.
 """
 
+from .moves import Place
+
 # teacher's attention parameter -> mixer's parameter; None: dropped, knowingly
-WEIGHTS: dict[str, str | None] = {
+WEIGHTS: dict[str, Place] = {
     "q_proj.weight": "q_proj.weight",
     "k_proj.weight": "k_proj.weight",
     "v_proj.weight": "v_proj.weight",

@@ -21,9 +21,12 @@ from transformers.masking_utils import create_masks_for_generate
 from ..cache import install_fast_weight_layers
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
+from ..options import MixerOptions
 from ..packing import packed_segments
+
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
-from .table import HEADS, HOSTS, find_host
+from .rotary import FORMS
+from .table import HEADS, HOSTS, Host, find_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as Config
@@ -38,29 +41,31 @@ PADDING = "fast_weight"  # key of the 2-D mask beside the host's own masks
 class FastWeightAttention(FastWeightLayer):
     """A mixer called the way a host calls its attention: the padding mask travels beside the host's own mask."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        mask, segments = kwargs.pop("fast_weight_inputs", (attention_mask, cu_seqlens))
-        return super().forward(hidden_states, mask, position_embeddings, past_key_values, segments, **kwargs)
+    def __init__(self, options: MixerOptions, layer_idx: int, host: Host) -> None:
+        super().__init__(options, layer_idx)
+        self.host = host
 
-    def mixed_reads(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        mask, segments = kwargs.pop("fast_weight_inputs", (attention_mask, cu_seqlens))
-        return super().mixed_reads(hidden_states, mask, position_embeddings, past_key_values, segments, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        out_BTD, _ = super().forward(hidden_states, **self._own(kwargs))
+        return (args[0] + out_BTD if self.host.adds_residual and args else out_BTD), None
+
+    def mixed_reads(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return super().mixed_reads(hidden_states, **self._own(kwargs))
+
+    def standard_rotary(self, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        if rotary is None:
+            return None
+        cos, sin = (FORMS[self.host.rotary](part) for part in rotary)
+        return cos, sin
+
+    def _own(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a mixer among those that the host gives."""
+        mask = kwargs.pop("attention_mask", None)
+        cache = kwargs.pop("layer_past", None)  # what some families call it
+        mask, segments = kwargs.pop("fast_weight_inputs", (mask, kwargs.pop("cu_seqlens", None)))
+        rotary = self.standard_rotary(kwargs.pop("position_embeddings", None))
+        given = {"attention_mask": mask, "position_embeddings": rotary, "cu_seqlens": segments}
+        return {"past_key_values": cache, **kwargs, **given}
 
 
 class GraftedConfig(Config):
@@ -104,51 +109,55 @@ class GraftedModel(Grafted):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         host = HOSTS[config.host_name]
-        blocks = getattr(self, host.blocks)
+        blocks = blocks_of(self, host)
         for layer_idx in converted_layers(config):
-            setattr(blocks[layer_idx], host.attention, FastWeightAttention(mixer_options(config, layer_idx), layer_idx))
+            mixer = FastWeightAttention(mixer_options(config, layer_idx), layer_idx, host)
+            setattr(blocks[layer_idx], host.attention, mixer)
+        owner = self.get_submodule(host.blocks.rpartition(".")[0])
+        if owner is not self:  # a model of its own inside this one, which a head may call past this one
+            owner._init_weights = self._init_weights  # type: ignore[assignment]
+            owner.register_forward_pre_hook(functools.partial(_prepare, config), with_kwargs=True)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        layers = converted_layers(self.config)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            install_fast_weight_layers(past_key_values, layers)
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if layers and tokens is not None:
-            attention_mask, padding = split_masks(attention_mask)
-            resets = position_ids if padding is None and past_key_values is None else None
-            segments = packed_segments(
-                batch=tokens.shape[0],
-                length=tokens.shape[1],
-                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
-                seq_idx=kwargs.get("seq_idx"),
-                position_ids=resets,
-            )
-            kwargs["fast_weight_inputs"] = (padding, segments)
-            if len(layers) == self.config.num_hidden_layers:
-                # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
-                attention_mask = tokens.new_ones(1, 1, 1, 1)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        if "." not in HOSTS[self.config.host_name].blocks:
+            _, kwargs = _prepare(self.config, self, (), kwargs | {"input_ids": input_ids})
+            return super().forward(**kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def _prepare(
+    config: Any, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the module that owns the blocks, with what mixers need: a cache with fast-weight layers in it,
+    and padding and the beginnings of packed sequences beside the host's own masks."""
+    host, layers, given = HOSTS[config.host_name], converted_layers(config), dict(kwargs)
+    given["use_cache"] = config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    cache = given.get("past_key_values")
+    blocks: Any = owner.get_submodule(host.blocks.rpartition(".")[2])
+    if given["use_cache"] and cache is None and not (owner.training and blocks[0].gradient_checkpointing):
+        cache = given["past_key_values"] = DynamicCache(config=config)
+    if cache is not None:
+        install_fast_weight_layers(cache, layers)
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if not layers or tokens is None:
+        return args, given
+    given["attention_mask"], padding = split_masks(given.get("attention_mask"))
+    segments = packed_segments(
+        batch=tokens.shape[0],
+        length=tokens.shape[1],
+        cu_seq_lens_q=given.get("cu_seq_lens_q"),
+        seq_idx=given.get("seq_idx"),
+        position_ids=given.get("position_ids") if padding is None and cache is None else None,
+    )
+    if host.closed:
+        refuse_packed(segments, config)
+    else:
+        given["fast_weight_inputs"] = (padding, segments)
+        if len(layers) == config.num_hidden_layers and not host.masked_positions:
+            # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
+            given["attention_mask"] = tokens.new_ones(1, 1, 1, 1)
+    return args, given
 
 
 class GraftedHead(Grafted):
@@ -160,6 +169,8 @@ class GraftedHead(Grafted):
         if not isinstance(self.base_model, base_class):
             setattr(self, self.base_model_prefix, base_class(config))
             self.post_init()
+        if HOSTS[config.host_name].closed:  # a hook: generate reads which arguments the family's own forward takes
+            self.register_forward_pre_hook(functools.partial(_refuse_packing, config), with_kwargs=True)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -174,6 +185,8 @@ class GraftedHead(Grafted):
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The host's masks for a cache of fixed size, and beside them the padding of the current tokens."""
+        if HOSTS[config.host_name].masked_positions:
+            return attention_mask  # the host makes its masks itself, when it has counted positions
         masks = create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None or not converted_layers(config):
             return masks
@@ -190,11 +203,37 @@ def split_masks(mask: Tensor | dict[str, Tensor | None] | None) -> tuple[Any, Te
     return masks.get("", masks), padding
 
 
+def _refuse_packing(config: Any, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Heads of a closed family may drop what says that a batch is packed."""
+    given = {name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids")}
+    if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        given["position_ids"] = None
+    tokens = next((x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+    if converted_layers(config) and tokens is not None:
+        refuse_packed(packed_segments(batch=tokens.shape[0], length=tokens.shape[1], **given), config)
+
+
+def refuse_packed(segments: Tensor | None, config: Any) -> None:
+    """Blocks of a closed family cannot be told where sequences begin, neither ours nor the family's own."""
+    if segments is not None:
+        raise ValueError(
+            f"the family {config.host_name!r} cannot tell packed sequences apart; give one sequence per row, padded"
+        )
+
+
+def blocks_of(base_model: nn.Module, host: Host) -> nn.ModuleList:
+    """The blocks of a family's base model, in order."""
+    blocks: Any = base_model.get_submodule(host.blocks)
+    return blocks
+
+
 @functools.cache
 def host_config(name: str) -> type:
     """`FwpLlamaConfig` for 'llama'."""
     host = HOSTS[name]
-    base = getattr(transformers, f"{host.title}Config")
+    base = getattr(transformers, f"{host.title}Config", None)
+    if base is None:  # a family from outside transformers
+        base = getattr(importlib.import_module(host.modeling), host.class_name("Model")).config_class
     body = {
         "__module__": MODULE,
         "__doc__": f"{base.__name__} of a model with fast weights in the layers named in `fwp`.",
@@ -210,10 +249,10 @@ def host_config(name: str) -> type:
 def host_classes(name: str) -> dict[str, type]:
     """The generated model classes of a family: head -> class, `Model` is the base."""
     host = HOSTS[name]
-    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    modeling = importlib.import_module(host.modeling)
     classes = {}
     for head in host.heads:
-        base = getattr(modeling, host.title + head)
+        base = getattr(modeling, host.class_name(head))
         kind = GraftedModel if head == "Model" else GraftedHead
         body = {
             "__module__": MODULE,
@@ -221,14 +260,19 @@ def host_classes(name: str) -> dict[str, type]:
             "config_class": host_config(name),
             "_keep_in_fp32_modules_strict": {*FLOAT32, *(base._keep_in_fp32_modules_strict or ())},
         }
-        classes[head] = type(f"Fwp{host.title}{head}", (kind, base), body)
+        classes[head] = type(f"Fwp{base.__name__}", (kind, base), body)
     return classes
 
 
 def register_hosts() -> None:
     """Make AutoConfig know every converted family."""
-    for name, host in HOSTS.items():
-        AutoConfig.register(host.model_type, host_config(name), exist_ok=True)
+    for host in HOSTS.values():
+        register_host(host)
+
+
+def register_host(host: Host) -> None:
+    """Make AutoConfig know one converted family."""
+    AutoConfig.register(host.model_type, host_config(host.name), exist_ok=True)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, refuse_unknown, rule_default
+from .rotary import layer_rotates
 from .table import find_host
 
 DEFAULT_RULE = "gated_delta_net"
@@ -41,7 +42,17 @@ def mixer_options(config: Any, layer_idx: int) -> MixerOptions:
     options = graft_defaults(said.get("rule", DEFAULT_RULE))
     for option, source in find_host(config).mixer.items():
         options[option] = getattr(config, source) if isinstance(source, str) else source
-    return MixerOptions.from_dict({**options, **said})
+        if callable(source):
+            options[option] = source(config)
+    options |= said
+    if not layer_rotates(config, layer_idx):
+        if not isinstance(options["rope_heads"], str) and any(options["rope_heads"]):
+            raise ValueError(
+                f"layer {layer_idx} of {config.model_type!r} has no rotary positions, so none of its heads can rotate "
+                f"(rope_heads is {options['rope_heads']}); leave rope_heads out for this layer"
+            )
+        options["rope_heads"] = "none"  # "all": those that rotate in the teacher
+    return MixerOptions.from_dict(options)
 
 
 def check_fwp(config: Any) -> None:

@@ -14,7 +14,6 @@ from hf_fwp import RULES
 from hf_fwp.conversion.baselines import baselines, fast_weights_off, naive_copy, sliding_window, window_mask
 from hf_fwp.conversion.evaluate import (
     PROMPTS,
-    attention_modules,
     compare,
     decode_speed,
     evaluate,
@@ -22,7 +21,7 @@ from hf_fwp.conversion.evaluate import (
     residuals,
     samples,
 )
-from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.families import attention_modules, copy_teacher
 from hf_fwp.hosts import HOSTS
 
 

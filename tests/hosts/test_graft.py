@@ -1,18 +1,15 @@
 """Families with fast weights in place of attention: loading, decoding, padding, packing, saving, training."""
 
+import importlib
 import pickle
 
 import pytest
 import torch
 import transformers
-from teachers import LAYERS, tiny_config, tiny_teacher
+from teachers import LAYERS, base_prefix, tiny_config, tiny_teacher
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     DynamicCache,
     QuantizedCache,
     StaticCache,
@@ -22,7 +19,7 @@ from hf_fwp import hosts
 from hf_fwp.cache import FastWeightCacheLayer
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.hosts import HOSTS, Host, mixer_options, student_config
-from hf_fwp.hosts.table import SHAPES
+from hf_fwp.hosts.table import HEADS, SHAPES
 from hf_fwp.layer import FastWeightLayer
 from hf_fwp.loading import ALIGNMENT
 from hf_fwp.rules import RULES
@@ -34,6 +31,14 @@ EASY = {"per_layer": {"2": {"rope_heads": "none"}}}
 
 def student_of(name, layers, **fwp):
     return copy_teacher(tiny_teacher(name), layers=layers, fwp=fwp)
+
+
+def positions(name, mask):
+    """What a family with learned positions has to be told about padding; the others find out."""
+    host = HOSTS[name]
+    if host.rotates or host.masked_positions:
+        return {}
+    return {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
 
 
 def pad_left(tokens, amount):
@@ -68,7 +73,7 @@ def test_cached_greedy_decoding_is_decoding_without_a_cache(name, tokens, layers
 def test_left_padding_changes_no_token(name, tokens, layers):
     student = student_of(name, layers)
     padded, mask = pad_left(tokens, 5)
-    logits = student(padded, attention_mask=mask).logits[:, 5:]
+    logits = student(padded, attention_mask=mask, **positions(name, mask)).logits[:, 5:]
     torch.testing.assert_close(logits, student(tokens).logits, rtol=1e-4, atol=1e-4)
     plain = student.generate(tokens[:1], max_new_tokens=8, do_sample=False)
     batch = torch.cat([padded[:1], student.config.vocab_size // 2 + 0 * padded[:1]])
@@ -79,6 +84,8 @@ def test_left_padding_changes_no_token(name, tokens, layers):
 
 @mixes
 def test_a_cache_of_fixed_size_decodes_the_same(name, tokens, layers):
+    if name == "bloom" and len(layers) < LAYERS:
+        pytest.skip("the family itself cannot: its linear bias is as long as the padding mask, not as the cache")
     student = student_of(name, layers)
     padded, mask = pad_left(tokens, 3)
     settings = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
@@ -134,7 +141,14 @@ def test_packed_sequences_do_not_see_each_other(name, tokens, layers, signal):
         if len(layers) < LAYERS:
             pytest.skip("kept attention layers read cu_seq_lens_q only with flash attention")
         signals["cu_seq_lens_q"] = torch.tensor([0, 5, 13], dtype=torch.int32)
-    packed = student(torch.cat([first, second], dim=1), **signals, use_cache=False).logits
+    both = torch.cat([first, second], dim=1)
+    if HOSTS[name].closed:
+        with pytest.raises(ValueError, match="cannot tell packed sequences apart"):
+            student(both, **signals, use_cache=False)
+        return
+    if len(layers) < LAYERS and name in ("opt", "gpt_oss"):
+        pytest.skip("the attention of this family does not look for resets of position_ids")
+    packed = student(both, **signals, use_cache=False).logits
     apart = torch.cat([student(first).logits, student(second).logits], dim=1)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-4)
 
@@ -181,11 +195,11 @@ def test_peft_knows_the_projections(name, tokens):
     tuned(tokens, labels=tokens).loss.backward()
 
 
-@pytest.mark.parametrize(
-    "auto",
-    [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering],
-)
-def test_the_other_heads_have_fast_weights_too(name, tokens, auto, tmp_path):
+@pytest.mark.parametrize("head", [head for head in HEADS if head != "ForCausalLM"])
+def test_the_other_heads_have_fast_weights_too(name, tokens, head, tmp_path):
+    auto = getattr(transformers, HEADS[head])
+    if head not in HOSTS[name].heads:
+        pytest.skip("the family has no such head")
     model = auto.from_config(student_config(tiny_config(name), layers=[0, 3])).eval()
     assert sorted(model.hf_fwp_layers) == [0, 3]
     model.save_pretrained(tmp_path)
@@ -229,10 +243,11 @@ def test_a_row_in_the_table_is_all_a_family_needs(monkeypatch, tokens, tmp_path)
 def test_generated_classes_have_names_that_pickle_finds(name):
     config = student_config(tiny_config(name), layers=[1])
     assert pickle.loads(pickle.dumps(config)).fwp == config.fwp
-    classes = [getattr(hosts, f"Fwp{HOSTS[name].title}{head}") for head in HOSTS[name].heads]
+    classes = [getattr(hosts, f"Fwp{HOSTS[name].class_name(head)}") for head in HOSTS[name].heads]
     for model_class in classes:
         assert pickle.loads(pickle.dumps(model_class)) is model_class
-        assert issubclass(model_class, getattr(transformers, model_class.__name__.removeprefix("Fwp")))
+        family = importlib.import_module(HOSTS[name].modeling)
+        assert issubclass(model_class, getattr(family, model_class.__name__.removeprefix("Fwp")))
     with pytest.raises(AttributeError, match="FwpLlamaForEverything"):
         _ = hosts.FwpLlamaForEverything
 
@@ -240,13 +255,14 @@ def test_generated_classes_have_names_that_pickle_finds(name):
 def test_the_reads_of_a_mixer_are_what_its_output_is_made_of(name, tokens):
     student = student_of(name, list(range(LAYERS)), value_skip=2)
     mixer, calls = student.hf_fwp_layers[1], []
-    mixer.register_forward_hook(lambda *call: calls.append(call[2:]), with_kwargs=True)
+    mixer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
     padded, mask = pad_left(tokens, 3)
     student(padded, attention_mask=mask, use_cache=False)
-    inputs, (output, _) = calls[0]
-    reads = mixer.mixed_reads(**inputs)
+    args, inputs, (output, _) = calls[0]
+    reads = mixer.mixed_reads(*args, **inputs)
     width = mixer.o_proj.in_features
     made = mixer.o_proj(reads[..., :width]) + mixer.skip_proj(reads[..., width:])
+    output = output - args[1] if HOSTS[name].adds_residual else output
     torch.testing.assert_close(made[:, 3:], output[:, 3:])
     assert not reads[:, :3].any()
     assert not output[:, :3].any()
@@ -260,7 +276,8 @@ def test_the_config_survives_json(name, tmp_path):
     assert loaded.fwp["layers"] == [0, 3]
     assert mixer_options(loaded, 3).scale == 0.5
     assert mixer_options(loaded, 0).scale is None
-    assert mixer_options(loaded, 0).head_dim == config.head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert mixer_options(loaded, 0).head_dim == width
 
 
 @pytest.mark.parametrize(
@@ -304,4 +321,4 @@ def test_a_quantised_cache_is_refused(tokens):
 
 def test_mixers_are_modules_of_ours(name):
     student = student_of(name, [1])
-    assert isinstance(student.get_submodule(f"model.layers.1.{HOSTS[name].attention}"), FastWeightLayer)
+    assert isinstance(student.get_submodule(f"{base_prefix(student)[1]}1.{HOSTS[name].attention}"), FastWeightLayer)

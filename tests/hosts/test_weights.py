@@ -61,6 +61,33 @@ def test_with_softmax_over_what_was_copied_the_logits_are_the_teachers(teacher, 
     assert (with_softmax(student, teacher, tokens) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("falcon", {"alibi": True}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": False, "parallel_attn": False}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4, "alibi": True}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt_neox", {"attention_bias": False, "use_parallel_residual": True}),
+        ("phi3", {"num_key_value_heads": 4, "sliding_window": 5}),
+        ("cohere", {"use_qk_norm": False}),
+        ("smollm3", {"attention_bias": True}),
+        ("opt", {"enable_bias": False, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+        ("gemma3_text", {"attention_bias": True}),
+        ("granite", {"num_key_value_heads": 1}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_other_shapes_of_a_family_are_copied_as_well(name, changes, tokens):
+    teacher = tiny_teacher(name, **changes)
+    student = copy_teacher(teacher, layers=range(LAYERS))
+    torch.testing.assert_close(
+        with_softmax(student, teacher, tokens), teacher(tokens).logits, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_linear_attention_without_rotation_is_computed_from_the_teachers_heads(tokens):
     """sum_j (q·k_j) v_j / sum_j q·k_j written out with the teacher's own projections."""
     teacher = tiny_teacher("llama")
@@ -113,7 +140,8 @@ def test_the_student_keeps_generation_settings_mode_dtype_and_attention(teacher)
     teacher.set_attn_implementation("eager")
     student = copy_teacher(teacher.to(torch.bfloat16), layers=[0])
     assert student.generation_config.max_new_tokens == 3
-    assert student.config._attn_implementation == "eager"
+    assert student.config._attn_implementation == teacher.config._attn_implementation
+    assert teacher.config._attn_implementation == ("sdpa" if teacher.config.model_type == "falcon" else "eager")
     assert not student.training
     assert student.dtype == torch.bfloat16
     assert student.hf_fwp_layers[0].A_log.dtype == torch.float32
