@@ -1,0 +1,155 @@
+"""How a rule that says its Form is run: checks, groups of heads, padding, packing, and the choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Rule, States, keep_valid, recurrence
+from .checks import check_arguments, sequence_bounds
+from .general import Form, run_form, run_token
+from .linear_class import BACKENDS, LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
+
+MakeForm = Callable[..., Form]
+
+
+def apply_form(
+    rule: Rule,
+    make_form: MakeForm,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    *,
+    states: States | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    qk_l2norm: bool = False,
+    in_place: bool = False,
+    ran: list[str] | None = None,
+) -> tuple[Tensor, States]:
+    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do."""
+    chosen = rule.resolve_options(options)
+    states = states or {}
+    given = check_inputs(rule, chosen, inputs, k, v)
+    check_arguments(q, k, v, beta=None, g=None, states=states, mask=mask, cu_seqlens=cu_seqlens)
+    backend = pick_backend(rule, backend, cu_seqlens, q, k, v, *given.values(), *states.values())
+    if ran is not None:
+        ran.append(backend)
+    tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
+    tokens["q"] = tokens["q"] * (k.shape[-1] ** -0.5 if scale is None else scale)
+    state = states.get("state")
+    if state is None:
+        count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = tokens["v"].new_zeros(count, v.shape[2], k.shape[-1], v.shape[-1])
+    with torch.autocast(v.device.type, enabled=False):
+        if backend == "reference":
+            out, state = each_sequence(
+                tokens,
+                state,
+                cu_seqlens,
+                lambda part, s, m: _recur(rule, part, s, m, chosen),
+                mask,
+            )
+        elif backend == "step":
+            state = state if in_place and not torch.is_grad_enabled() else state.clone()
+            out = run_token(make_form(**tokens, **chosen), state)
+        else:
+            out, state = each_sequence(
+                tokens, state, cu_seqlens, lambda part, s, _: run_form(make_form(**part, **chosen), s), mask
+            )
+    out = out.flatten(2, 3).to(v.dtype)
+    return out if mask is None else keep_valid(out, mask), {"state": state}
+
+
+def _recur(
+    rule: Rule, tokens: dict[str, Tensor], state: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    out, states = recurrence(rule.step, tokens, {"state": state}, mask=mask, **options)
+    return out, states["state"]
+
+
+def each_sequence(
+    tokens: dict[str, Tensor],
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    run: Callable[[dict[str, Tensor], Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`run` over the batch, or over every packed sequence from its own state."""
+    if cu_seqlens is None:
+        return run(tokens, state, mask)
+    outs, states = [], []
+    for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, tokens["q"].shape[1])):
+        after = state[n : n + 1]
+        if end > start:
+            cut = None if mask is None else mask[:, start:end]
+            out, after = run({name: x[:, start:end] for name, x in tokens.items()}, after, cut)
+            outs.append(out)
+        states.append(after)
+    return torch.cat(outs, dim=1), torch.cat(states)
+
+
+def pick_backend(rule: Rule, backend: str | None, cu_seqlens: Tensor | None, *tensors: Tensor) -> str:
+    """The backend asked for, or "step" for one token without a gradient and "torch" for the rest."""
+    if backend is None:
+        single = tensors[0].shape[1] == 1 and cu_seqlens is None
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        backend = "step" if single and not needs_grad else "torch"
+    elif backend == "triton":
+        raise ValueError(
+            f"backend 'triton' has no kernel for the rule {rule.name}; the backends are {', '.join(BACKENDS)}: "
+            "leave it out, or use 'torch', which runs on every device"
+        )
+    call = LinearClassCall(rule.step, erase=True, cu_seqlens=cu_seqlens, backend=backend)
+    return choose_backend(call, *tensors)
+
+
+def check_inputs(
+    rule: Rule, options: Mapping[str, Any], inputs: Mapping[str, Tensor | None], k: Tensor, v: Tensor
+) -> dict[str, Tensor]:
+    """The inputs that the rule takes with these options; one missing, unasked for or of another shape is refused."""
+    wanted = rule.inputs_with(options)
+    sizes = {"H": k.shape[2], "HV": v.shape[2], "K": k.shape[-1], "V": v.shape[-1], **options}
+    found = {}
+    for name, x in inputs.items():
+        letters = ", ".join(("B", "T", *rule.shape(name)))
+        if (x is None) == (name in wanted):
+            said = "was not given" if x is None else f"is not used with {dict(options)}; leave it out"
+            raise ValueError(f"{rule.name}: {name} [{letters}] {said}; it needs {', '.join(wanted) or 'none'}")
+        if x is None:
+            continue
+        shape = [*v.shape[:2], *(sizes[letter] for letter in rule.shape(name))]
+        if list(x.shape) != shape or not x.is_floating_point():
+            raise ValueError(
+                f"{rule.name}: {name} has shape {list(x.shape)} and dtype {x.dtype}; "
+                f"it must be [{letters}] = {shape} of floating point"
+            )
+        found[name] = x
+    return found
+
+
+def of_states(rule: Rule, given: Mapping[str, Tensor], mask: Tensor | None, l2norm: bool) -> dict[str, Tensor]:
+    """In the computing dtype, zero where the mask is, one per state: q [B,T,HV,R,K], the others [B,T,HV,...]."""
+    compute = computing_dtype(*given.values())
+    tokens = {name: x.to(compute) for name, x in given.items()}
+    if mask is not None:
+        tokens = {name: keep_valid(x, mask) for name, x in tokens.items()}
+    if l2norm:
+        tokens |= {name: l2_normalize(tokens[name]) for name in ("q", "k")}
+    value_heads = given["v"].shape[2]
+    tokens["q"] = split_queries(tokens["q"], value_heads)
+    group = value_heads // given["k"].shape[2]
+    for name in _of_key_heads(rule, given) if group > 1 else ():
+        tokens[name] = tokens[name].repeat_interleave(group, dim=2)
+    return tokens
+
+
+def _of_key_heads(rule: Rule, names: Iterable[str]) -> list[str]:
+    return [name for name in names if rule.shape(name)[0] == "H"]
