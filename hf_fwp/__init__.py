@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from .configuration import FwpConfig
 from .hosts import register_hosts
 from .layer import FastWeightLayer, backends_of, layers_of
-from .ops import delta_rule, gated_delta_rule, linear_attention
+from .ops import delta_product, delta_rule, gated_delta_rule, linear_attention
 from .options import MixerOptions
 from .rules import RULES, Rule
 
@@ -44,6 +44,7 @@ __all__ = [
     "MixerOptions",
     "Rule",
     "backends_of",
+    "delta_product",
     "delta_rule",
     "gated_delta_rule",
     "layers_of",

@@ -24,6 +24,22 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "qk_l2norm": (False, True),
     "option": (0, 1),
 }
+BACKENDS = ["reference", "torch"]
+unit = torch.nn.functional.normalize
+
+
+def random_inputs(
+    length: int = 70, heads: int = 2, size: int = 6, batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k of length 1, v, beta and g in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, length, heads, size, dtype=torch.float64) for _ in range(3))
+    beta, g = (torch.rand(batch, length, heads, dtype=torch.float64) for _ in range(2))
+    return q, unit(k, dim=-1), v, beta, -g
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @dataclass(frozen=True)

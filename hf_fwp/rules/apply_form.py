@@ -18,7 +18,7 @@ MakeForm = Callable[..., Form]
 
 def apply_form(
     rule: Rule,
-    make_form: MakeForm,
+    make_form: MakeForm | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,11 +34,13 @@ def apply_form(
     in_place: bool = False,
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
-    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do."""
+    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do; without it only
+    the recurrence can be run."""
     chosen = rule.resolve_options(options)
     states = states or {}
     given = check_inputs(rule, chosen, inputs, k, v)
-    check_arguments(q, k, v, beta=None, g=None, states=states, mask=mask, cu_seqlens=cu_seqlens)
+    one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
+    check_arguments(q, one_k, one_v, beta=None, g=None, states=states, mask=mask, cu_seqlens=cu_seqlens)
     backend = pick_backend(rule, backend, cu_seqlens, q, k, v, *given.values(), *states.values())
     if ran is not None:
         ran.append(backend)
@@ -58,9 +60,11 @@ def apply_form(
                 mask,
             )
         elif backend == "step":
+            assert make_form is not None
             state = state if in_place and not torch.is_grad_enabled() else state.clone()
             out = run_token(make_form(**tokens, **chosen), state)
         else:
+            assert make_form is not None
             out, state = each_sequence(
                 tokens, state, cu_seqlens, lambda part, s, _: run_form(make_form(**part, **chosen), s), mask
             )
@@ -115,14 +119,14 @@ def check_inputs(
     rule: Rule, options: Mapping[str, Any], inputs: Mapping[str, Tensor | None], k: Tensor, v: Tensor
 ) -> dict[str, Tensor]:
     """The inputs that the rule takes with these options; one missing, unasked for or of another shape is refused."""
-    wanted = rule.inputs_with(options)
+    wanted = ("q", "k", "v", *rule.inputs_with(options))
     sizes = {"H": k.shape[2], "HV": v.shape[2], "K": k.shape[-1], "V": v.shape[-1], **options}
     found = {}
     for name, x in inputs.items():
         letters = ", ".join(("B", "T", *rule.shape(name)))
         if (x is None) == (name in wanted):
             said = "was not given" if x is None else f"is not used with {dict(options)}; leave it out"
-            raise ValueError(f"{rule.name}: {name} [{letters}] {said}; it needs {', '.join(wanted) or 'none'}")
+            raise ValueError(f"{rule.name}: {name} [{letters}] {said}; it needs {', '.join(wanted)}")
         if x is None:
             continue
         shape = [*v.shape[:2], *(sizes[letter] for letter in rule.shape(name))]

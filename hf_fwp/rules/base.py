@@ -61,6 +61,8 @@ class Rule:
     gates: Callable[..., Any] | None = None
     """gates(hidden, states=, key_size=, value_size=, options=): a `Gates` module that computes the inputs the layer
     has no projection for."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises ValueError for options that the rule cannot run with."""
     writes: str = ""
     """The option that says how many keys, values and rates a token brings (k [B,T,H,n,K]); "" = always one."""
 
@@ -71,7 +73,10 @@ class Rule:
         if unknown:
             allowed = ", ".join(self.options) or "none"
             raise ValueError(f"unknown option {unknown[0]!r} for the rule {self.name}; its options are: {allowed}")
-        return {**self.options, **given}
+        chosen = {**self.options, **given}
+        if self.check is not None:
+            self.check(chosen)
+        return chosen
 
     def inputs_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The inputs beside q, k and v that the rule takes with these options."""

@@ -25,6 +25,12 @@ def start_steps(like: Tensor) -> Tensor:
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def check_lower_bound(options: Mapping[str, Any]) -> None:
+    bound = options["lower_bound"]
+    if bound is not None and not bound < 0:
+        raise ValueError(f"lower_bound is {bound!r}; it bounds a log-decay and must be negative, or None for no bound")
+
+
 class ChannelDecay(Gates):
     """g [B,T,HV,K]: f(x) through a bottleneck of the size of a value, a rate per head, a time step per channel.
 
@@ -38,8 +44,6 @@ class ChannelDecay(Gates):
     ) -> None:
         super().__init__()
         self.lower_bound = options["lower_bound"]
-        if self.lower_bound is not None and self.lower_bound >= 0:
-            raise ValueError(f"lower_bound is {self.lower_bound}; it bounds a log-decay and must be negative, or None")
         self.states = states
         self.f_down = nn.Linear(hidden, value_size, bias=False)
         self.f_up = nn.Linear(value_size, states * key_size, bias=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .apply_form import apply_form
 from .base import Rule, States, read
-from .gating import ChannelDecay
+from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 
 
@@ -64,4 +64,5 @@ RULE = Rule(
     options={"lower_bound": None},
     shapes={"g": ("HV", "K")},
     gates=ChannelDecay,
+    check=check_lower_bound,
 )

@@ -1,0 +1,120 @@
+"""Rules that become one another (the numbers are those of the specification), and what only some of them promise."""
+
+import operators as problems
+import pytest
+import torch
+from operators import BACKENDS, Problem, close, random_inputs, unit
+
+import hf_fwp
+from hf_fwp.rules import RULES
+from hf_fwp.rules.channel_decay import mix, products
+
+
+def per_channel(g, size=6):
+    """A decay for every channel of a key, different in each."""
+    return g[..., None] * torch.linspace(0.1, 2, size, dtype=g.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i11_equal_channels_are_one_decay_per_head(backend):
+    q, k, v, beta, g = random_inputs()
+    equal, final = hf_fwp.gated_delta_rule(
+        q, k, v, g[..., None].expand_as(k), beta, output_final_state=True, backend=backend
+    )
+    expected, state = hf_fwp.gated_delta_rule(q, k, v, g, beta, output_final_state=True)
+    close(equal, expected)
+    close(final, state)
+    different, _ = hf_fwp.gated_delta_rule(q, k, v, per_channel(g), beta, backend=backend)
+    assert (different - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decay", [-50.0, -1e4])
+def test_a_channel_may_forget_everything_at_once(backend, decay):
+    """exp(G_i) exp(-G_j) over a chunk would be 0 · ∞."""
+    q, k, v, beta, g = random_inputs(length=130)
+    g = per_channel(g)
+    g[:, ::3, :, ::2] = decay
+    tensors = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    results = []
+    for run in (backend, "reference"):
+        out, state = hf_fwp.gated_delta_rule(*tensors, output_final_state=True, backend=run)
+        results.append((out, state, *torch.autograd.grad(out.square().sum() + state.sum(), tensors)))
+    for found, expected in zip(*results, strict=True):
+        assert torch.isfinite(found).all()
+        close(found, expected)
+
+
+def test_products_under_channel_decay_are_what_they_say():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 16, 5, dtype=torch.float64), torch.randn(2, 1, 16, 5, dtype=torch.float64)
+    total = -torch.rand(2, 1, 16, 5, dtype=torch.float64).cumsum(-2)
+    decay = (total.unsqueeze(-2) - total.unsqueeze(-3)).exp()
+    weights = torch.einsum("nrid,nkjd,nkijd->nrij", x, y, decay).tril()
+    close(products(x, y, total), weights)
+    close(mix(weights, y, total), torch.einsum("nrij,nkjd,nkijd->nrid", weights, y, decay))
+    leaves = [z.requires_grad_() for z in (x, y, total, weights.clone())]
+    assert torch.autograd.gradcheck(products, leaves[:3])
+    assert torch.autograd.gradcheck(lambda w, b, t: mix(w.tril(), b, t), (leaves[3], *leaves[1:3]))
+
+
+def steps(count, length=20):
+    torch.manual_seed(0)
+    k = unit(torch.randn(2, length * count, 2, 6, dtype=torch.float64), dim=-1)
+    q = torch.randn(2, length, 2, 6, dtype=torch.float64)
+    rates = torch.rand(2, length * count, 2, dtype=torch.float64)
+    return q, k, torch.randn_like(k), -torch.rand(2, length, 2, dtype=torch.float64), 2 * rates
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_i12_delta_product_is_the_delta_rule_on_all_steps(backend, count):
+    q, k, v, g, beta = steps(count)
+    every = q.repeat_interleave(count, dim=1)
+    expected, state = hf_fwp.delta_rule(every, k, v, beta, output_final_state=True, backend=backend)
+    out, final = hf_fwp.delta_product(
+        q, k, v, None, beta, num_householder=count, output_final_state=True, backend=backend
+    )
+    close(out, expected[:, count - 1 :: count])
+    close(final, state)
+    first = torch.zeros_like(beta)
+    first[:, ::count] = g
+    expected, _ = hf_fwp.gated_delta_rule(every, k, v, first, beta, backend=backend)
+    out, _ = hf_fwp.delta_product(q, k, v, g, beta, num_householder=count, backend=backend)
+    close(out, expected[:, count - 1 :: count])
+
+
+def test_i13_two_reflections_rotate():
+    """Keys at an angle of 60°: a rotation by 120°, of order 3, which no single reflection is."""
+    angle = torch.tensor(torch.pi / 3, dtype=torch.float64)
+    pair = torch.stack([torch.tensor([1.0, 0.0], dtype=torch.float64), torch.stack([angle.cos(), angle.sin()])])
+    k = pair.repeat(3, 1)[None, :, None]
+    start = torch.eye(2, dtype=torch.float64)[None, None]
+    rest = {"num_householder": 2, "initial_state": start, "output_final_state": True, "scale": 1.0}
+    zeros, twos = torch.zeros_like(k), torch.full((1, 6, 1), 2.0, dtype=torch.float64)
+    _, once = hf_fwp.delta_product(k[:, :1], k[:, :2], zeros[:, :2], None, twos[:, :2], **rest)
+    turn = torch.tensor([[-0.5, -(0.75**0.5)], [0.75**0.5, -0.5]], dtype=torch.float64)
+    close(once[0, 0], turn)
+    _, thrice = hf_fwp.delta_product(k[:, :3], k, zeros, None, twos, **rest)
+    close(thrice, start)
+
+
+def test_delta_product_refuses_what_does_not_fit():
+    q, k, v, g, beta = steps(2)
+    with pytest.raises(ValueError, match="num_householder = 3 .* need 60"):
+        hf_fwp.delta_product(q, k, v, g, beta, num_householder=3)
+    with pytest.raises(ValueError, match="num_householder is 0"):
+        hf_fwp.FwpConfig(rule="delta_product", rule_options={"num_householder": 0})
+    with pytest.raises(ValueError, match="lower_bound is 1"):
+        hf_fwp.FwpConfig(rule="kimi_delta", rule_options={"lower_bound": 1})
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.shapes])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_of_another_shape_or_none_at_all_is_refused(rule, backend):
+    given = problems.tensors(Problem(rule, length=4))
+    apply, name = RULES[rule].apply, RULES[rule].inputs_with(given.keywords["options"])[-1]
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        apply(**given.leaves | {name: given.leaves[name][..., :-1]}, backend=backend, **given.keywords)
+    with pytest.raises(ValueError, match=f"{name} .* was not given"):
+        apply(**given.leaves | {name: None}, backend=backend, **given.keywords)
