@@ -336,10 +336,12 @@ class FastWeightLayer(nn.Module):
             beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
             if self.writes > 1:
                 beta_BTS = beta_BTS.unflatten(-1, (self.writes, -1)).mT
-            rates["beta"] = 2 * beta_BTS if self.options.allow_neg_eigval else beta_BTS
+            rates["beta"] = beta_BTS
         if self._projects("g"):
             step_BTS = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
             rates["g"] = -self.A_log.to(wide).exp() * step_BTS
+        if self.options.allow_neg_eigval:
+            rates |= {name: 2 * rates[name] for name in ("beta", "erase") if name in rates}
         return rates
 
     def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
-from . import delta_net, delta_product, gated_delta_net, kimi_delta, linear_attention
+from . import comba, delta_net, delta_product, gated_delta_net, gated_delta_net_2, kimi_delta, linear_attention
 from .base import Rule
 
 RULES: dict[str, Rule] = {
@@ -9,6 +9,8 @@ RULES: dict[str, Rule] = {
     "gated_delta_net": gated_delta_net.RULE,
     "delta_product": delta_product.RULE,
     "kimi_delta": kimi_delta.RULE,
+    "gated_delta_net_2": gated_delta_net_2.RULE,
+    "comba": comba.RULE,
 }
 
 __all__ = ["RULES", "Rule"]

@@ -34,8 +34,8 @@ def apply_form(
     in_place: bool = False,
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
-    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do; without it only
-    the recurrence can be run."""
+    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
+    without it only the recurrence can be run."""
     chosen = rule.resolve_options(options)
     states = states or {}
     given = check_inputs(rule, chosen, inputs, k, v)

@@ -1,10 +1,10 @@
-"""Products of rows under a decay that differs from channel to channel, without an overflow and without a [C, C, K] tensor.
+"""Products of rows under a decay that differs from channel to channel: no overflow, and no [C, C, K] tensor.
 
     products  M_ij = Σ_d x_i[d] y_j[d] exp(G_i[d] - G_j[d])      mix  o_i = Σ_j M_ij exp(G_i - G_j) ⊙ y_j      i ≥ j
 
 G is a cumulative sum of log-decays, so it falls. The lower triangle is cut into its diagonal and squares: halves of
 the chunk, halves of these, and so on. For the square with rows in the later half and columns in the earlier one, with
-ρ the last row of the earlier half, exp(G_i - G_j) = exp(G_i - G_ρ) exp(G_ρ - G_j), and both exponents are ≤ 0.
+m the last row of the earlier half, exp(G_i - G_j) = exp(G_i - G_m) exp(G_m - G_j), and both exponents are ≤ 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mix(weights: Tensor, y: Tensor, total: Tensor) -> Tensor:
 
 
 def squares(total: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(width, exp(G_ρ - G) of the earlier halves, exp(G - G_ρ) of the later ones), from large squares to small ones."""
+    """(width, exp(G_m - G) of the earlier halves, exp(G - G_m) of the later ones), from large squares to small ones."""
     width = total.shape[-2] // 2
     while width:
         first, second = halves(total, width)

@@ -1,4 +1,4 @@
-"""Decays that depend on the token: g = -exp(A) softplus(f(x) + d) ≤ 0, and what A and d start from (Yang et al. 2024)."""
+"""Decays that depend on the token, g = -exp(A) softplus(f(x) + d), and what A and d start from (Yang et al. 2024)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ class ChannelDecay(Gates):
 
     gives: tuple[str, ...] = ("g",)
 
-    def __init__(
-        self, hidden: int, *, states: int, key_size: int, value_size: int, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, hidden: int, *, states: int, key_size: int, value_size: int, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.lower_bound = options["lower_bound"]
         self.states = states

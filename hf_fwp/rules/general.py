@@ -8,7 +8,10 @@ Inside a chunk of C tokens that starts from the state S0, with G the inclusive c
     R  = (I + A)⁻¹ (U - (E ⊙ exp(G)) S0)          O = (Q ⊙ exp(G)) S0 + P R
     S1 = Diag(exp(G_C)) S0 + (W ⊙ exp(G_C - G))ᵀ R
 
-A transposed form (Oja) keeps M = Sᵀ and reads the other side:  o_i = exp(G_i) ⊙ (M0 q_i) + Σ_{j≤i} (q_i·r_j) exp(G_i - G_j) ⊙ w_j.
+A transposed form (Oja) keeps M = Sᵀ and reads the other side:
+
+    o_i = exp(G_i) ⊙ (M0 q_i) + Σ_{j≤i} (q_i · r_j) exp(G_i - G_j) ⊙ w_j
+
 Only R and S1 wait for the chunk before. Autograd keeps one state per chunk. Where w = k, e = βk, u = βv and the decay
 is one number per head, chunked.py does the same faster.
 """
@@ -60,11 +63,7 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     before, written, state = scan(*solved.split([u.shape[-1], e.shape[-1]], dim=-1), remaining.squeeze(2), left, state)
     if form.transposed:
         out = q @ before.mT.unsqueeze(2)
-        lower = (q @ written.mT.unsqueeze(2)).tril()
-        if total is None or decay is None:
-            out = out + lower @ w
-        else:
-            out = out * decay + spread(lower, w, total)
+        out = (out if decay is None else out * decay) + spread((q @ written.mT.unsqueeze(2)).tril(), w, total)
     else:
         met = q if decay is None else q * decay
         out = met @ before.unsqueeze(2) + scores[:, :, 1:] @ written.unsqueeze(2)
@@ -110,8 +109,10 @@ def decayed(x: Tensor, y: Tensor, total: Tensor | None) -> Tensor:
     return products(x, y, total) if total.shape[-1] > 1 else x @ y.mT * gamma(total)
 
 
-def spread(weights: Tensor, y: Tensor, total: Tensor) -> Tensor:
-    """Σ_{j≤i} M_ij exp(G_i - G_j) ⊙ y_j."""
+def spread(weights: Tensor, y: Tensor, total: Tensor | None) -> Tensor:
+    """Σ_{j≤i} M_ij exp(G_i - G_j) ⊙ y_j; the weights are 0 above the diagonal."""
+    if total is None:
+        return weights @ y
     return mix(weights, y, total) if total.shape[-1] > 1 else (weights * gamma(total)) @ y
 
 

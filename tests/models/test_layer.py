@@ -170,10 +170,10 @@ def test_a_convolution_equals_torch():
 @torch.no_grad()
 def test_rates(rule):
     layer = mixer(rule, allow_neg_eigval=True)
-    rates, halved = layer._rates(hidden()), mixer(rule)._rates(hidden())
+    rates, halved = layer._rates(hidden()), mixer(rule, allow_neg_eigval=False)._rates(hidden())
     assert set(rates) == set(RULES[rule].inputs_with(layer.options.rule_options))
-    if "beta" in rates:
-        assert_close(rates["beta"], 2 * halved["beta"])
+    for name in {"beta", "erase"} & set(rates):
+        assert_close(rates[name], 2 * halved[name])
     if "g" in rates:
         assert (rates["g"] < 0).all()
     if hasattr(layer, "a_proj"):

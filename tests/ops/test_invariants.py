@@ -9,6 +9,7 @@ from hf_fwp import ops
 from hf_fwp.rules import RULES
 from hf_fwp.rules.base import recurrence
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_i1_i2_linear_attention_is_masked_attention_without_softmax(backend):
     q, k, v, *_ = random_inputs()

@@ -29,6 +29,28 @@ def test_i11_equal_channels_are_one_decay_per_head(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_i11_gates_with_equal_channels_are_one_rate(backend):
+    q, k, v, beta, g = random_inputs()
+    equal = beta[..., None].expand_as(k)
+    out, _ = RULES["gated_delta_net_2"].apply(q, k, v, g=per_channel(g), erase=equal, write=equal, backend=backend)
+    close(out, hf_fwp.gated_delta_rule(q, k, v, per_channel(g), beta)[0])
+    out, _ = RULES["gated_delta_net_2"].apply(q, k, v, g=per_channel(g), erase=0 * equal, write=equal, backend=backend)
+    assert (out - hf_fwp.gated_delta_rule(q, k, v, per_channel(g), beta)[0]).norm() > 0.1 * out.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i11_comba_that_erases_all_and_corrects_nothing_is_the_gated_delta_rule(backend):
+    q, k, v, beta, g = random_inputs()
+    gates = {"beta": beta, "g": g, "backend": backend, "qk_l2norm": True}
+    out, _ = RULES["comba"].apply(q, k, v, closeness=torch.ones_like(g), correction=0 * g, **gates)
+    close(out, hf_fwp.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0])
+    half = torch.full_like(g, 0.5)
+    part, _ = RULES["comba"].apply(q, 3 * k, v, closeness=half, correction=0.7 * half, **gates)
+    out, _ = RULES["comba"].apply(q - 0.7 / 4 * 3 * k, 3 * k, v, closeness=half, correction=0 * half, **gates)
+    close(part, out)  # corrected with the key as it was given, before both are normalised
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("decay", [-50.0, -1e4])
 def test_a_channel_may_forget_everything_at_once(backend, decay):
     """exp(G_i) exp(-G_j) over a chunk would be 0 · ∞."""
@@ -101,7 +123,7 @@ def test_i13_two_reflections_rotate():
 
 def test_delta_product_refuses_what_does_not_fit():
     q, k, v, g, beta = steps(2)
-    with pytest.raises(ValueError, match="num_householder = 3 .* need 60"):
+    with pytest.raises(ValueError, match=r"num_householder = 3 .* need 60"):
         hf_fwp.delta_product(q, k, v, g, beta, num_householder=3)
     with pytest.raises(ValueError, match="num_householder is 0"):
         hf_fwp.FwpConfig(rule="delta_product", rule_options={"num_householder": 0})
