@@ -129,6 +129,54 @@ def test_delta_product_refuses_what_does_not_fit():
         hf_fwp.FwpConfig(rule="delta_product", rule_options={"num_householder": 0})
     with pytest.raises(ValueError, match="lower_bound is 1"):
         hf_fwp.FwpConfig(rule="kimi_delta", rule_options={"lower_bound": 1})
+    with pytest.raises(ValueError, match="v_norm is 'sum'"):
+        hf_fwp.FwpConfig(rule="oja", rule_options={"v_norm": "sum"})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i34_oja_is_the_transposed_delta_rule(backend):
+    q, k, v, beta, _ = random_inputs()
+    v = unit(v, dim=-1)
+    start = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    shared = {"beta": beta, "backend": backend, "states": {"state": start}, "options": {"v_norm": "none"}}
+    out, states = RULES["oja"].apply(q, k, v, scale=1.0, **shared)
+    _, turned = hf_fwp.delta_rule(k, v, k, beta, initial_state=start.mT.contiguous(), output_final_state=True)
+    close(states["state"], turned.mT)
+    close(out[:, -1], torch.einsum("bhkv,bhk->bhv", states["state"], q[:, -1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i35_gated_oja_without_decay_is_oja(backend):
+    q, k, v, beta, g = random_inputs()
+    gated, final = RULES["gated_oja"].apply(q, k, 3 * v, g=0 * per_channel(g), beta=beta, backend=backend)
+    out, state = RULES["oja"].apply(q, k, 3 * v, beta=beta, backend=backend)
+    close(gated, out)
+    close(final["state"], state["state"])
+    decayed, _ = RULES["gated_oja"].apply(q, k, 3 * v, g=per_channel(g), beta=beta, backend=backend)
+    assert (decayed - out).norm() > 0.1 * out.norm()
+
+
+def test_i35_oja_without_forgetting_is_hebb():
+    """Orthogonal values: S v is zero for a new one, and what is left is the sum rule."""
+    v = torch.eye(6, dtype=torch.float64)[None, :, None]
+    q, k, _, beta, _ = random_inputs(length=6, heads=1, batch=1)
+    out, _ = RULES["oja"].apply(q, k, v, beta=beta, options={"v_norm": "none"})
+    close(out, hf_fwp.linear_attention(q, k, beta[..., None] * v)[0])
+
+
+def test_i30_oja_of_a_linear_neuron_finds_the_principal_component():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    scales = torch.tensor([3.0, 1, 1, 1, 1, 1, 1, 1], dtype=torch.float64)
+    state = {"state": 0.1 * torch.randn(1, 1, 8, 1, dtype=torch.float64)}
+    beta = torch.full((1, 1), 3e-3, dtype=torch.float64)
+    for _ in range(3000):
+        k = (torch.randn(8, dtype=torch.float64) * scales @ directions.T)[None, None]
+        v = torch.einsum("bhkv,bhk->bhv", state["state"], k)
+        state, _ = RULES["oja"].step(state, q=k, k=k, v=v, beta=beta, v_norm="none")
+    found = state["state"].flatten()
+    assert (found / found.norm() @ directions[:, 0]).abs() > 0.97
+    assert 0.95 < found.norm() < 1.05
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.shapes])
