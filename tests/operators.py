@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sizes": ((8, 8), (5, 7), (16, 3)),
     "heads": ((2, 2, 2), (2, 4, 2), (2, 4, 4), (1, 3, 6), (2, 2, 4)),
     "qk_l2norm": (False, True),
-    "option": (0, 1),
+    "option": (0, 1, 2),
 }
 BACKENDS = ["reference", "torch"]
 unit = torch.nn.functional.normalize
@@ -52,7 +52,7 @@ class Problem:
     sizes: tuple[int, int] = (5, 7)  # K, V
     heads: tuple[int, int, int] = (2, 4, 4)  # H, HV, HQ
     qk_l2norm: bool = False
-    option: int = 0  # 1: every boolean option of the rule the other way round
+    option: int = 0  # 1: every boolean option of the rule the other way round; n: its n-th choice
     seed: int = 0
 
     def __str__(self) -> str:
@@ -105,6 +105,7 @@ def tensors(problem: Problem) -> Tensors:
     (key_size, value_size), length = problem.sizes, problem.length
     batch = 1 if problem.layout == "packed" else 2
     options = {n: x != bool(problem.option) if isinstance(x, bool) else x for n, x in rule.options.items()}
+    options |= {name: choices[problem.option % len(choices)] for name, choices in rule.choices.items()}
     sizes = {"H": heads, "HV": value_heads, "HQ": query_heads, "K": key_size, "V": value_size, **options}
     names = ("q", "k", "v", *rule.inputs_with(options))
     leaves = {n: draw(n, (batch, length, *(sizes[letter] for letter in rule.shape(n)))) for n in names}

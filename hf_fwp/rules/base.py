@@ -61,6 +61,8 @@ class Rule:
     gates: Callable[..., Any] | None = None
     """gates(hidden, states=, key_size=, value_size=, options=): a `Gates` module that computes the inputs the layer
     has no projection for."""
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """What an option that is neither a number nor a flag may be."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises ValueError for options that the rule cannot run with."""
     writes: str = ""
@@ -74,6 +76,11 @@ class Rule:
             allowed = ", ".join(self.options) or "none"
             raise ValueError(f"unknown option {unknown[0]!r} for the rule {self.name}; its options are: {allowed}")
         chosen = {**self.options, **given}
+        for name, allowed in self.choices.items():
+            if chosen[name] not in allowed:
+                raise ValueError(
+                    f"{self.name}: {name} is {chosen[name]!r}; choose from {', '.join(map(repr, allowed))}"
+                )
         if self.check is not None:
             self.check(chosen)
         return chosen

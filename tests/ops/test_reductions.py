@@ -121,7 +121,7 @@ def test_i13_two_reflections_rotate():
     close(thrice, start)
 
 
-def test_delta_product_refuses_what_does_not_fit():
+def test_options_and_sizes_that_do_not_fit_are_refused():
     q, k, v, g, beta = steps(2)
     with pytest.raises(ValueError, match=r"num_householder = 3 .* need 60"):
         hf_fwp.delta_product(q, k, v, g, beta, num_householder=3)
@@ -129,8 +129,29 @@ def test_delta_product_refuses_what_does_not_fit():
         hf_fwp.FwpConfig(rule="delta_product", rule_options={"num_householder": 0})
     with pytest.raises(ValueError, match="lower_bound is 1"):
         hf_fwp.FwpConfig(rule="kimi_delta", rule_options={"lower_bound": 1})
+    with pytest.raises(ValueError, match="normalize is 'both'; choose from None, 'output', 'full'"):
+        hf_fwp.FwpConfig(rule="delta_net", rule_options={"normalize": "both"})
     with pytest.raises(ValueError, match="v_norm is 'sum'"):
         hf_fwp.FwpConfig(rule="oja", rule_options={"v_norm": "sum"})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i9_normalised_removal_is_a_shorter_key_at_a_higher_rate(backend):
+    q, k, v, beta, _ = random_inputs()
+    q, k = q.abs(), k.abs()
+    totals = k.cumsum(1)
+    kappa = (torch.nn.functional.pad(totals, (0, 0, 0, 0, 1, 0))[:, :-1] * k).sum(-1)
+    kappa[:, 0] = 1
+    plain, state = hf_fwp.delta_rule(
+        q, k / kappa[..., None], v, beta * kappa, scale=1.0, output_final_state=True, backend=backend
+    )
+    shared = {"beta": beta, "scale": 1.0, "backend": backend}
+    out, states = RULES["delta_net"].apply(q, k, v, options={"normalize": "full", "eps": 0.0}, **shared)
+    close(out, plain / (totals * q).sum(-1, keepdim=True))
+    close(states["state"], state)
+    close(states["norm_state"], totals[:, -1])
+    out, _ = RULES["delta_net"].apply(q, k, v, options={"normalize": "output", "eps": 0.0}, **shared)
+    close(out, hf_fwp.delta_rule(q, k, v, beta, scale=1.0)[0] / (totals * q).sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
