@@ -121,6 +121,9 @@ def tensors(problem: Problem) -> Tensors:
     states = {"state": torch.randn(count, value_heads, key_size, value_size)} if problem.initial else {}
     if problem.initial and options.get("normalize"):
         states["norm_state"] = torch.rand(count, heads, key_size)
+    if problem.initial:
+        beside = set(rule.states) & set(rule.shapes)
+        states |= {name: draw(name, (count, *(sizes[letter] for letter in rule.shape(name)))) for name in beside}
     rounded = {name: x.to(problem.dtype).double() for name, x in leaves.items()}
     return Tensors(rounded, {name: x.double() for name, x in states.items()}, keywords)
 
@@ -131,7 +134,7 @@ def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape)
     if name == "k":
         return torch.nn.functional.normalize(torch.randn(shape), dim=-1)
-    return {"g": -1, "beta": 2}.get(name, 1) * torch.rand(shape)
+    return {"g": -1, "moment_g": -1, "beta": 2}.get(name, 1) * torch.rand(shape)
 
 
 def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> dict[str, Tensor]:

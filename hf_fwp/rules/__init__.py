@@ -1,6 +1,16 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
-from . import comba, delta_net, delta_product, gated_delta_net, gated_delta_net_2, kimi_delta, linear_attention, oja
+from . import (
+    comba,
+    delta_net,
+    delta_product,
+    gated_delta_net,
+    gated_delta_net_2,
+    kimi_delta,
+    linear_attention,
+    oja,
+    precond_delta,
+)
 from .base import Rule
 
 RULES: dict[str, Rule] = {
@@ -11,6 +21,7 @@ RULES: dict[str, Rule] = {
     "kimi_delta": kimi_delta.RULE,
     "gated_delta_net_2": gated_delta_net_2.RULE,
     "comba": comba.RULE,
+    "precond_delta": precond_delta.RULE,
     "oja": oja.RULE,
     "gated_oja": oja.GATED,
 }

@@ -14,6 +14,7 @@ from .general import Form, run_form, run_token
 from .linear_class import BACKENDS, LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
 
 MakeForm = Callable[..., Form]
+Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]
 
 
 def apply_form(
@@ -24,6 +25,7 @@ def apply_form(
     v: Tensor,
     inputs: Mapping[str, Tensor | None],
     *,
+    first: Before | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -35,69 +37,79 @@ def apply_form(
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
-    without it only the recurrence can be run."""
+    without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`."""
     chosen = rule.resolve_options(options)
     states = states or {}
     given = check_inputs(rule, chosen, inputs, k, v)
     one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
-    check_arguments(q, one_k, one_v, beta=None, g=None, states=states, mask=mask, cu_seqlens=cu_seqlens)
+    plain = {name: x for name, x in states.items() if name not in rule.shapes}
+    check_arguments(q, one_k, one_v, beta=None, g=None, states=plain, mask=mask, cu_seqlens=cu_seqlens)
     backend = pick_backend(rule, backend, cu_seqlens, q, k, v, *given.values(), *states.values())
     if ran is not None:
         ran.append(backend)
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
     tokens["q"] = tokens["q"] * (k.shape[-1] ** -0.5 if scale is None else scale)
-    state = states.get("state")
-    if state is None:
-        count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = tokens["v"].new_zeros(count, v.shape[2], k.shape[-1], v.shape[-1])
-    with torch.autocast(v.device.type, enabled=False):
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    carried = complete_states(rule, states, count, tokens)
+
+    def run(part: dict[str, Tensor], before: States, valid: Tensor | None) -> tuple[Tensor, States]:
         if backend == "reference":
-            out, state = each_sequence(
-                tokens,
-                state,
-                cu_seqlens,
-                lambda part, s, m: _recur(rule, part, s, m, chosen),
-                mask,
-            )
-        elif backend == "step":
-            assert make_form is not None
-            state = state if in_place and not torch.is_grad_enabled() else state.clone()
-            out = run_token(make_form(**tokens, **chosen), state)
+            return recurrence(rule.step, part, before, mask=valid, **chosen)
+        if first is not None:
+            part, before = first(part, before)
+        assert make_form is not None
+        form = make_form(**part, **chosen)
+        if backend == "step":
+            state = before["state"].clone()
+            out = run_token(form, state)
         else:
-            assert make_form is not None
-            out, state = each_sequence(
-                tokens, state, cu_seqlens, lambda part, s, _: run_form(make_form(**part, **chosen), s), mask
-            )
+            out, state = run_form(form, before["state"])
+        return out, {**before, "state": state}
+
+    with torch.autocast(v.device.type, enabled=False):
+        out, after = each_sequence(tokens, carried, cu_seqlens, mask, run)
+    if in_place and backend == "step" and not torch.is_grad_enabled():
+        after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
     out = out.flatten(2, 3).to(v.dtype)
-    return out if mask is None else keep_valid(out, mask), {"state": state}
+    return out if mask is None else keep_valid(out, mask), after
 
 
-def _recur(
-    rule: Rule, tokens: dict[str, Tensor], state: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    out, states = recurrence(rule.step, tokens, {"state": state}, mask=mask, **options)
-    return out, states["state"]
+def complete_states(rule: Rule, given: States, count: int, tokens: dict[str, Tensor]) -> States:
+    """The rule's states, zeros where none was given; `rule.shapes` also says the shape of those beside S."""
+    key_size, like = tokens["k"].shape[-1], tokens["v"]
+    sizes = {"HV": like.shape[2], "K": key_size, "V": like.shape[-1]}
+    found = {}
+    for name in rule.states:
+        shape = (count, *(sizes[letter] for letter in rule.shapes.get(name, ("HV", "K", "V"))))
+        state = given.get(name)
+        if state is not None and (tuple(state.shape) != shape or state.dtype != like.dtype):
+            raise ValueError(
+                f"the initial {name} of {rule.name} has shape {list(state.shape)} and dtype {state.dtype}; "
+                f"these inputs need {list(shape)} in {like.dtype}"
+            )
+        found[name] = like.new_zeros(shape) if state is None else state
+    return found
 
 
 def each_sequence(
     tokens: dict[str, Tensor],
-    state: Tensor,
+    states: States,
     cu_seqlens: Tensor | None,
-    run: Callable[[dict[str, Tensor], Tensor, Tensor | None], tuple[Tensor, Tensor]],
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`run` over the batch, or over every packed sequence from its own state."""
+    run: Callable[[dict[str, Tensor], States, Tensor | None], tuple[Tensor, States]],
+) -> tuple[Tensor, States]:
+    """`run` over the batch, or over every packed sequence from its own states."""
     if cu_seqlens is None:
-        return run(tokens, state, mask)
-    outs, states = [], []
+        return run(tokens, states, mask)
+    outs, ends = [], []
     for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, tokens["q"].shape[1])):
-        after = state[n : n + 1]
+        after = {name: x[n : n + 1] for name, x in states.items()}
         if end > start:
             cut = None if mask is None else mask[:, start:end]
             out, after = run({name: x[:, start:end] for name, x in tokens.items()}, after, cut)
             outs.append(out)
-        states.append(after)
-    return torch.cat(outs, dim=1), torch.cat(states)
+        ends.append(after)
+    return torch.cat(outs, dim=1), {name: torch.cat([after[name] for after in ends]) for name in states}
 
 
 def pick_backend(rule: Rule, backend: str | None, cu_seqlens: Tensor | None, *tensors: Tensor) -> str:

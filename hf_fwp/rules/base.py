@@ -55,7 +55,8 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict)
     """What `rule_options` may contain, with the defaults."""
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Shapes of a token's inputs where they differ from INPUT_SHAPES; the name of an option stands for its value."""
+    """Shapes of a token's inputs where they differ from INPUT_SHAPES, and of states beside S. The name of an option
+    stands for its value."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Inputs that are taken only while an option is set: input -> option."""
     gates: Callable[..., Any] | None = None

@@ -4,8 +4,7 @@
     S_t = S̃_t + k_t ⊗ β_t (v_t - S̃_tᵀ p_t)
     o_t = scale · S_tᵀ (q_t - D p_t)
 
-The query is corrected before queries and keys are normalised. Chunked, this is the gated delta rule with the rate βc
-and the value v / c. arXiv 2506.02475.
+The query is corrected before queries and keys are normalised. arXiv 2506.02475.
 """
 
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from . import gated_delta_net
 from .apply_form import apply_form, check_inputs
 from .base import Gates, Rule, States, keep_valid, read
+from .general import Form
 from .linear_class import computing_dtype, split_queries
 
 
@@ -42,6 +42,17 @@ def step(
     return {"state": state_BHKV}, scale * read(state_BHKV, q - (shift_BHK if q.ndim == 3 else shift_BHK[:, :, None]))
 
 
+def form(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, closeness: Tensor, correction: Tensor, **_: Any
+) -> Form:
+    """w = k, e = βck, u = βv; the query is corrected already.
+
+    The gated delta rule with rate βc and value v / c says the same, but is inexact for small c.
+    """
+    beta = beta.unsqueeze(-1)
+    return Form(q, w=k, e=beta * closeness.unsqueeze(-1) * k, u=beta * v, g=g.unsqueeze(-1))
+
+
 def apply(
     q: Tensor,
     k: Tensor,
@@ -52,28 +63,18 @@ def apply(
     closeness: Tensor | None = None,
     correction: Tensor | None = None,
     mask: Tensor | None = None,
-    backend: str | None = None,
     options: Mapping[str, Any] | None = None,
     **call: Any,
 ) -> tuple[Tensor, States]:
-    """Run the rule over [B, T, heads, size] tensors; the gates are [B, T, value heads], `closeness` above 0."""
+    """Run the rule over [B, T, heads, size] tensors; the gates are [B, T, value heads]."""
     inputs = {"g": g, "beta": beta, "closeness": closeness, "correction": correction}
     given = {"q": q, "k": k, "v": v, **check_inputs(RULE, RULE.resolve_options(options), inputs, k, v)}
     compute = computing_dtype(*given.values())
     x = {name: y.to(compute) if mask is None else keep_valid(y.to(compute), mask) for name, y in given.items()}
     shift = (x["closeness"] * x["correction"])[..., None] * _per_value_head(x["k"], v.shape[2])
-    q = (split_queries(x["q"], v.shape[2]) - shift.unsqueeze(3)).flatten(2, 3)
-    if backend == "reference":
-        x["correction"] = torch.zeros_like(x["correction"])
-        inputs = {name: x[name] for name in inputs}
-        out, states = apply_form(RULE, None, q, x["k"], x["v"], inputs, mask=mask, backend=backend, **call)
-    else:
-        ones = torch.ones_like(x["closeness"])
-        rest = x["closeness"] if mask is None else keep_valid(x["closeness"], mask, ones)
-        beta = x["beta"] * x["closeness"]
-        out, states = gated_delta_net.RULE.apply(
-            q, x["k"], x["v"] / rest[..., None], beta=beta, g=x["g"], mask=mask, backend=backend, **call
-        )
+    corrected = (split_queries(x["q"], v.shape[2]) - shift.unsqueeze(3)).flatten(2, 3)
+    inputs = {name: x[name] for name in inputs} | {"correction": torch.zeros_like(x["correction"])}
+    out, states = apply_form(RULE, form, corrected, x["k"], x["v"], inputs, mask=mask, options=options, **call)
     return out.to(v.dtype), states
 
 

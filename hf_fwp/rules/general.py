@@ -86,6 +86,18 @@ def scan(
     return torch.stack(before), torch.stack(written), state
 
 
+def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(g_t) h_{t-1} + x_t for every token, and the last one; 64 tokens at once."""
+    batch, length = x_BTHD.shape[:2]
+    x, total = in_chunks(x_BTHD, 64), in_chunks(g_BTH.unsqueeze(-1), 64).cumsum(-2)
+    within, decay = gamma(total) @ x, total.exp()
+    last, parts = start_BHD.flatten(0, 1)[:, None, None], []
+    for own, left in zip(within.unbind(), decay.unbind(), strict=True):
+        parts.append(own + left * last)
+        last = parts[-1][..., -1:, :]
+    return from_chunks(torch.stack(parts), batch, length).squeeze(3), last.reshape(start_BHD.shape)
+
+
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """[B, T, H, D] or [B, T, H, R, D] as [chunks, B * H, R or 1, C, D]; zeros after the last token change nothing."""
     x = x.unsqueeze(3) if x.ndim == 4 else x

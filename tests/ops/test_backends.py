@@ -60,7 +60,8 @@ def test_long_sequences_of_correlated_keys(rule, dtype):
     common = torch.randn_like(leaves["k"][:, :1])
     leaves["k"] = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * leaves["k"], dim=-1)
     leaves["q"] = unit(leaves["q"], dim=-1)
-    changes = {"beta": lambda x: torch.full_like(x, 1.9), "g": lambda x: 0.01 * x}
+    rate = 1.9 / options.get("range", 1)  # a rule that lengthens keys by it is stable up to 2 / range
+    changes = {"beta": lambda x: torch.full_like(x, rate), "g": lambda x: 0.01 * x}
     leaves |= {name: changes[name](leaves[name]) for name in changes if name in leaves}
     options = {"options": options}
     given = problems.Tensors({n: x.to(dtype).double() for n, x in leaves.items()}, {}, options)

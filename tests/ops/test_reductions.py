@@ -131,8 +131,24 @@ def test_options_and_sizes_that_do_not_fit_are_refused():
         hf_fwp.FwpConfig(rule="kimi_delta", rule_options={"lower_bound": 1})
     with pytest.raises(ValueError, match="normalize is 'both'; choose from None, 'output', 'full'"):
         hf_fwp.FwpConfig(rule="delta_net", rule_options={"normalize": "both"})
+    with pytest.raises(ValueError, match=r"range is 0\.5"):
+        hf_fwp.FwpConfig(rule="precond_delta", rule_options={"range": 0.5})
     with pytest.raises(ValueError, match="v_norm is 'sum'"):
         hf_fwp.FwpConfig(rule="oja", rule_options={"v_norm": "sum"})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_are_not_scaled_leave_the_delta_rule(backend):
+    q, k, v, beta, g = random_inputs()
+    shared = {"beta": beta, "moment_g": g, "moment_beta": beta, "backend": backend}
+    out, states = RULES["precond_delta"].apply(q, k, v, options={"range": 1.0}, **shared)
+    close(out, hf_fwp.delta_rule(q, k, v, beta)[0])
+    left = (g.flip(1).cumsum(1).flip(1) - g).exp()
+    close(states["moment"], torch.einsum("bthk,bth->bhk", k.square(), beta * left))
+    out, _ = RULES["precond_delta"].apply(q, k, v, g=g, options={"range": 1.0, "forget_gate": True}, **shared)
+    close(out, hf_fwp.gated_delta_rule(q, k, v, g, beta)[0])
+    scaled, _ = RULES["precond_delta"].apply(q, k, v, options={"range": 1.5}, **shared)
+    assert (scaled - hf_fwp.delta_rule(q, k, v, beta)[0]).norm() > 0.05 * scaled.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
