@@ -12,7 +12,7 @@ from .configuration import FwpConfig
 from .hosts import register_hosts
 from .interop.fla import register_checkpoints
 from .layer import FastWeightLayer, backends_of, layers_of
-from .ops import delta_rule, gated_delta_rule, linear_attention
+from .ops import delta_product, delta_rule, gated_delta_rule, linear_attention
 from .options import MixerOptions
 from .rules import RULES, Rule
 
@@ -47,6 +47,7 @@ __all__ = [
     "MixerOptions",
     "Rule",
     "backends_of",
+    "delta_product",
     "delta_rule",
     "gated_delta_rule",
     "layers_of",

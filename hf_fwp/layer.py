@@ -12,8 +12,6 @@ S states (time scales x heads), R reads, D hidden size.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +21,12 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, make_feature_map
+from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
 from .packing import Window, packed_segments, push_left, take, valid_tokens
+from .rotation import choose_heads, rotate
+from .rules.base import Gates
+from .rules.gating import start_rates, start_steps
 
 GATES = {
     "silu": F.silu,
@@ -63,24 +64,27 @@ class FastWeightLayer(nn.Module):
         self.options = options
         self.layer_idx = layer_idx
         self.rule = find_rule(options.rule)
+        self.inputs = self.rule.inputs_with(options.rule_options)
+        self.writes = int(options.rule_options.get(self.rule.writes, 1))
         self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
         query, key, value = self.heads
         hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
         self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(hidden, key * K, bias=options.qkv_bias)
-        self.v_proj = nn.Linear(hidden, value * V, bias=options.qkv_bias)
+        self.k_proj = nn.Linear(hidden, self.writes * key * K, bias=options.qkv_bias)
+        self.v_proj = nn.Linear(hidden, self.writes * value * V, bias=options.qkv_bias)
         self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
-        if "beta" in self.rule.inputs:
-            self.b_proj = nn.Linear(hidden, options.num_states, bias=options.beta_bias)
-        if "g" in self.rule.inputs:
+        self.gates = self._make_gates()
+        if self._projects("beta"):
+            self.b_proj = nn.Linear(hidden, self.writes * options.num_states, bias=options.beta_bias)
+        if self._projects("g"):
             self.a_proj = nn.Linear(hidden, options.num_states, bias=False)
             # float32 under any default dtype: in bf16 half-lives of many tokens all round to the same value
             self.A_log = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
         if options.conv_size:
             self.q_conv1d = ShortConvolution(query * K, options.conv_size)
-            self.k_conv1d = ShortConvolution(key * K, options.conv_size)
-            self.v_conv1d = ShortConvolution(value * V, options.conv_size)
+            self.k_conv1d = ShortConvolution(self.writes * key * K, options.conv_size)
+            self.v_conv1d = ShortConvolution(self.writes * value * V, options.conv_size)
         if options.head_norm:
             self.q_norm = HEAD_NORMS[options.head_norm](query, K, options.norm_eps)
             self.k_norm = HEAD_NORMS[options.head_norm](key, K, options.norm_eps)
@@ -96,22 +100,31 @@ class FastWeightLayer(nn.Module):
             self.q_bias = nn.Parameter(torch.zeros(options.num_reads, K))
             self.k_bias = nn.Parameter(torch.zeros(options.num_states, K))
         if options.value_skip:
-            self.skip_proj = nn.Linear(options.value_skip * value * V, hidden, bias=False)
+            self.skip_proj = nn.Linear(options.value_skip * self.v_proj.out_features, hidden, bias=False)
         self.init_weights()
+
+    def _make_gates(self) -> Gates | None:
+        """The module for the inputs that belong to this rule alone."""
+        if self.rule.gates is None:
+            return None
+        o = self.options
+        sizes = {"key_size": feature_size(o.feature_map, o.head_dim), "value_size": o.value_head_dim}
+        return self.rule.gates(o.hidden_size, states=o.num_states, **sizes, options=o.rule_options)
+
+    def _projects(self, name: str) -> bool:
+        """Whether the layer itself computes this input of the rule."""
+        return name in self.inputs and (self.gates is None or name not in self.gates.gives)
 
     def init_weights(self) -> None:
         """Biases of states at zero; decay rates and time constants spread over heads as in Yang et al. 2024."""
         if self.options.state_bias:
             init.zeros_(self.q_bias)
             init.zeros_(self.k_bias)
-        if "g" not in self.rule.inputs:
-            return
-        rates = torch.empty_like(self.A_log, device="cpu").uniform_(0.01, 16)
-        init.copy_(self.A_log, rates.log())
-        low, high = math.log(1e-3), math.log(1e-1)
-        dt = torch.empty_like(self.dt_bias, device="cpu").uniform_(low, high).exp().clamp_min(1e-4)
-        # the inverse of softplus, so that softplus(dt_bias) = dt
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        for name, value in ({} if self.gates is None else self.gates.initial()).items():
+            init.copy_(self.gates.get_parameter(name), value)
+        if self._projects("g"):
+            init.copy_(self.A_log, start_rates(self.A_log))
+            init.copy_(self.dt_bias, start_steps(self.dt_bias))
 
     def extra_repr(self) -> str:
         return f"rule={self.options.rule}, layer_idx={self.layer_idx}"
@@ -243,8 +256,7 @@ class FastWeightLayer(nn.Module):
         if options.feature_map == "silu":
             # the activation of the whole modern shell (Yang et al. 2024), values included
             v_BTC = F.silu(v_BTC)
-        q, k = self._features(q_BTC, k_BTC, tokens.rotary)
-        v = self._values_of_states(v_BTC)
+        q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
         local = set(new_states) | {"skip"}
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
@@ -269,6 +281,17 @@ class FastWeightLayer(nn.Module):
             taps, new_states["skip"] = window.taps(v_BTC, options.value_skip, states.get("skip"))
             reads = torch.cat([reads, *taps], dim=-1)
         return reads, {**new_states, **rule_states}
+
+    def _written(
+        self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as the rule takes them: with several writes a token, k and v are [B, T, S, writes, size]."""
+        keys, values = k_BTC.chunk(self.writes, dim=-1), v_BTC.chunk(self.writes, dim=-1)
+        q, k = self._features(q_BTC, keys[0], rotary)
+        if self.writes == 1:
+            return q, k, self._values_of_states(v_BTC)
+        k = torch.stack([k, *(self._features(q_BTC, key, rotary)[1] for key in keys[1:])], dim=3)
+        return q, k, torch.stack([self._values_of_states(value) for value in values], dim=3)
 
     def _features(self, q_BTC: Tensor, k_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries and keys as the rule takes them: each state's own, rotated or not."""
@@ -295,7 +318,7 @@ class FastWeightLayer(nn.Module):
         reads_per_state = self.options.num_reads // self.options.num_states
         queries = [turned for turned in rotates for _ in range(reads_per_state)]
         (q, k), (q_turned, k_turned) = ((None, None) if x is None else x for x in (plain, rotated))
-        return _choose(q, q_turned, queries, scales), _choose(k, k_turned, rotates, scales)
+        return choose_heads(q, q_turned, queries, scales), choose_heads(k, k_turned, rotates, scales)
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.feature_map(q, k)
@@ -310,15 +333,19 @@ class FastWeightLayer(nn.Module):
         return v.repeat(1, 1, self.options.time_scales, 1)
 
     def _rates(self, x_BTD: Tensor) -> States:
-        """beta and g in float32 (float64 for float64 inputs), for the rules that take them."""
-        rates: States = {}
+        """beta and g in float32 (float64 for float64 inputs), for the rules that take them, and the rule's own."""
+        rates: States = {} if self.gates is None else self.gates(x_BTD)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        if "beta" in self.rule.inputs:
+        if self._projects("beta"):
             beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
-            rates["beta"] = 2 * beta_BTS if self.options.allow_neg_eigval else beta_BTS
-        if "g" in self.rule.inputs:
+            if self.writes > 1:
+                beta_BTS = beta_BTS.unflatten(-1, (self.writes, -1)).mT
+            rates["beta"] = beta_BTS
+        if self._projects("g"):
             step_BTS = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
             rates["g"] = -self.A_log.to(wide).exp() * step_BTS
+        if self.options.allow_neg_eigval:
+            rates |= {name: 2 * rates[name] for name in ("beta", "erase") if name in rates}
         return rates
 
     def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:
@@ -348,41 +375,6 @@ def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
     if isinstance(module, (FastWeightLayer, ShortConvolution, Favor, IdentityLinear)):
         module.init_weights()
-
-
-def rotate(x_BTHC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of the first R components: x cos + (-x2, x1) sin."""
-    size = cos_BTR.shape[-1]
-    turned, passed = x_BTHC[..., :size], x_BTHC[..., size:]
-    x1, x2 = turned.chunk(2, dim=-1)
-    cos, sin = cos_BTR.unsqueeze(2).to(x_BTHC.dtype), sin_BTR.unsqueeze(2).to(x_BTHC.dtype)
-    turned = turned * cos + torch.cat([-x2, x1], dim=-1) * sin
-    return turned if not passed.shape[-1] else torch.cat([turned, passed], dim=-1)
-
-
-def _choose(plain: Tensor | None, rotated: Tensor | None, turned: Sequence[bool], scales: int) -> Tensor:
-    """[B, T, len(turned), K]: for each state or read the head it comes from, rotated where `turned` says so."""
-    per_scale = len(turned) // scales
-    plain, rotated = (
-        x if x is None or x.shape[2] == per_scale else x.repeat_interleave(per_scale // x.shape[2], dim=2)
-        for x in (plain, rotated)
-    )
-    parts = []
-    for start in range(0, len(turned), per_scale):
-        of_scale = turned[start : start + per_scale]
-        if plain is None or rotated is None or len(set(of_scale)) == 1:
-            parts.append(rotated if of_scale[0] else plain)
-        else:
-            parts.append(torch.where(_flags(of_scale, plain.device)[:, None], rotated, plain))
-    return torch.cat(parts, dim=2) if scales > 1 else parts[0]
-
-
-def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
-    """A bool tensor made on the device: a copy from the host could not be captured in a CUDA graph."""
-    words = [flags[start : start + 32] for start in range(0, len(flags), 32)]
-    bits = [sum(flag << i for i, flag in enumerate(word)) for word in words]
-    places = [torch.arange(len(word), device=device) for word in words]
-    return torch.cat([(word >> place) & 1 for word, place in zip(bits, places, strict=True)]).bool()
 
 
 def _one_row(tokens: MixerInputs) -> MixerInputs:

@@ -1,11 +1,11 @@
-"""The operators on tensors: linear_attention, delta_rule, gated_delta_rule.
+"""The operators on tensors: linear_attention, delta_rule, delta_product, gated_delta_rule.
 
     k [B,T,H,K];  v [B,T,HV,V] with HV a multiple of H
     q [B,T,HQ,K] with HQ = H, or HQ = R·HV: then R queries read one state
     beta, g [B,T,HV];  state [N,HV,K,V] in float32 (float64 for float64 inputs)
     out [B,T,HV,V], or [B,T,HQ,V] when several queries read one state
 
-Keywords of all three:
+Keywords of all of them:
     scale               multiplies the reads; K ** -0.5 when left out
     initial_state       the state before the first token; never modified
     output_final_state  return the state after the last token, otherwise None
@@ -97,6 +97,48 @@ def delta_rule(
     return out, states["state"] if output_final_state else None
 
 
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    *,
+    num_householder: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """n = `num_householder` steps of the delta rule per token, after a decay by exp(g) unless g is None.
+
+    k [B,T·n,H,K], v [B,T·n,HV,V], beta [B,T·n,HV] with the steps of a token side by side; q and g have T tokens."""
+    if num_householder < 1 or any(x.shape[1] != q.shape[1] * num_householder for x in (k, v, beta)):
+        raise ValueError(
+            f"k, v and beta have {k.shape[1]}, {v.shape[1]} and {beta.shape[1]} steps; with {q.shape[1]} queries and "
+            f"num_householder = {num_householder} (at least 1) they need {q.shape[1] * num_householder}"
+        )
+    k, v, beta = (x.unflatten(1, (-1, num_householder)).transpose(2, 3) for x in (k, v, beta))
+    out, states = RULES["delta_product"].apply(
+        q,
+        k,
+        v,
+        beta=beta,
+        g=g,
+        states=None if initial_state is None else {"state": initial_state},
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        backend=backend,
+        qk_l2norm=use_qk_l2norm_in_kernel,
+        options={"num_householder": num_householder, "forget_gate": g is not None},
+    )
+    return out, states["state"] if output_final_state else None
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -112,8 +154,9 @@ def gated_delta_rule(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule S ← exp(g) S, then S ← S + k ⊗ β(v - Sᵀk). g ≤ 0 is the logarithm of the decay."""
-    out, states = RULES["gated_delta_net"].apply(
+    """The gated delta rule S ← exp(g) S, then S ← S + k ⊗ β(v - Sᵀk). g ≤ 0 is the logarithm of the decay, one per
+    value head, or one per channel [B,T,HV,K]: then row i of S decays by exp(g_i)."""
+    out, states = RULES["kimi_delta" if g.ndim == 4 else "gated_delta_net"].apply(
         q,
         k,
         v,

@@ -66,7 +66,7 @@ def complete_rule_options(rule: str, given: Mapping[str, Any] | None) -> dict[st
     """The rule's own options with their defaults filled in; an unknown key is refused."""
     allowed = find_rule(rule).options
     refuse_unknown(f"option of the rule {rule!r}", given or {}, allowed)
-    return {**allowed, **(given or {})}
+    return find_rule(rule).resolve_options(given)
 
 
 @dataclass(frozen=True)

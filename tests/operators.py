@@ -22,8 +22,24 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sizes": ((8, 8), (5, 7), (16, 3)),
     "heads": ((2, 2, 2), (2, 4, 2), (2, 4, 4), (1, 3, 6), (2, 2, 4)),
     "qk_l2norm": (False, True),
-    "option": (0, 1),
+    "option": (0, 1, 2),
 }
+BACKENDS = ["reference", "torch"]
+unit = torch.nn.functional.normalize
+
+
+def random_inputs(
+    length: int = 70, heads: int = 2, size: int = 6, batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k of length 1, v, beta and g in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, length, heads, size, dtype=torch.float64) for _ in range(3))
+    beta, g = (torch.rand(batch, length, heads, dtype=torch.float64) for _ in range(2))
+    return q, unit(k, dim=-1), v, beta, -g
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Problem:
     sizes: tuple[int, int] = (5, 7)  # K, V
     heads: tuple[int, int, int] = (2, 4, 4)  # H, HV, HQ
     qk_l2norm: bool = False
-    option: int = 0  # 1: every boolean option of the rule the other way round
+    option: int = 0  # 1: every boolean option of the rule the other way round; n: its n-th choice
     seed: int = 0
 
     def __str__(self) -> str:
@@ -89,15 +105,12 @@ def tensors(problem: Problem) -> Tensors:
     (key_size, value_size), length = problem.sizes, problem.length
     batch = 1 if problem.layout == "packed" else 2
     options = {n: x != bool(problem.option) if isinstance(x, bool) else x for n, x in rule.options.items()}
-    keys = torch.nn.functional.normalize(torch.randn(batch, length, heads, key_size), dim=-1)
-    queries = torch.randn(batch, length, query_heads, key_size)
-    leaves = {
-        "q": queries.abs() if options.get("normalize") else queries,
-        "k": keys.abs() if options.get("normalize") else keys,
-        "v": torch.randn(batch, length, value_heads, value_size),
-    }
-    gates = {"beta": 2 * torch.rand(batch, length, value_heads), "g": -torch.rand(batch, length, value_heads)}
-    leaves |= {name: gates[name] for name in rule.inputs}
+    options |= {name: choices[problem.option % len(choices)] for name, choices in rule.choices.items()}
+    sizes = {"H": heads, "HV": value_heads, "HQ": query_heads, "K": key_size, "V": value_size, **options}
+    names = ("q", "k", "v", *rule.inputs_with(options))
+    leaves = {n: draw(n, (batch, length, *(sizes[letter] for letter in rule.shape(n)))) for n in names}
+    if options.get("normalize"):
+        leaves |= {name: leaves[name].abs() for name in ("q", "k")}
     keywords: dict[str, Any] = {"options": options, "qk_l2norm": problem.qk_l2norm, "mask": None, "cu_seqlens": None}
     count = batch
     if problem.layout == "packed":
@@ -108,8 +121,20 @@ def tensors(problem: Problem) -> Tensors:
     states = {"state": torch.randn(count, value_heads, key_size, value_size)} if problem.initial else {}
     if problem.initial and options.get("normalize"):
         states["norm_state"] = torch.rand(count, heads, key_size)
+    if problem.initial:
+        beside = set(rule.states) & set(rule.shapes)
+        states |= {name: draw(name, (count, *(sizes[letter] for letter in rule.shape(name)))) for name in beside}
     rounded = {name: x.to(problem.dtype).double() for name, x in leaves.items()}
     return Tensors(rounded, {name: x.double() for name, x in states.items()}, keywords)
+
+
+def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Keys of length 1, log-decays below 0, rates from 0 to 2; every other gate from 0 to 1."""
+    if name in ("q", "v"):
+        return torch.randn(shape)
+    if name == "k":
+        return torch.nn.functional.normalize(torch.randn(shape), dim=-1)
+    return {"g": -1, "moment_g": -1, "beta": 2}.get(name, 1) * torch.rand(shape)
 
 
 def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> dict[str, Tensor]:
@@ -134,5 +159,5 @@ def assert_agrees(result: dict[str, Tensor], expected: dict[str, Tensor], tolera
     assert result.keys() == expected.keys()
     for name, x in result.items():
         size = max(float(expected[name].norm()), 0.05 * expected[name].numel() ** 0.5)
-        error = float((x.double() - expected[name].double()).norm()) / size
+        error = float((x.detach().double() - expected[name].double()).norm()) / size
         assert error <= tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.0e}"

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "hf_fwp.rules": set(),
     "hf_fwp.features": {"hf_fwp.rules"},
     "hf_fwp.packing": set(),
+    "hf_fwp.rotation": set(),
     "hf_fwp.loading": set(),
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
     "hf_fwp.ops": {"hf_fwp.rules"},
@@ -35,6 +36,7 @@ MAY_IMPORT = {
         "hf_fwp.configuration",
         "hf_fwp.options",
         "hf_fwp.packing",
+        "hf_fwp.rotation",
     },
     "hf_fwp.block": {"hf_fwp.layer", "hf_fwp.cache", "hf_fwp.configuration"},
     "hf_fwp.modeling": {

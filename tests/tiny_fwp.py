@@ -11,10 +11,19 @@ HYBRIDS = {
     "hybrid": ["gated_delta_net", "full_attention", "delta_net", "sliding_attention"],
     "attention first": ["full_attention", "linear_attention"],
 }
-KINDS = [*RULES, *HYBRIDS]
+VARIANTS = {
+    "normalised delta_net": {
+        "rule": "delta_net",
+        "rule_options": {"normalize": "full"},
+        "feature_map": "elu1",
+        "qk_norm": "sum",
+    },
+}
+KINDS = [*RULES, *HYBRIDS, *VARIANTS]
 
 
 def tiny_config(kind: str = "gated_delta_net", **changes) -> FwpConfig:
+    changes = {**VARIANTS.get(kind, {}), **changes}
     rule = changes.pop("rule", HYBRIDS.get(kind, kind))
     sizes = {
         "vocab_size": VOCAB,

@@ -1,12 +1,29 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
-from . import delta_net, gated_delta_net, linear_attention
+from . import (
+    comba,
+    delta_net,
+    delta_product,
+    gated_delta_net,
+    gated_delta_net_2,
+    kimi_delta,
+    linear_attention,
+    oja,
+    precond_delta,
+)
 from .base import Rule
 
 RULES: dict[str, Rule] = {
     "linear_attention": linear_attention.RULE,
     "delta_net": delta_net.RULE,
     "gated_delta_net": gated_delta_net.RULE,
+    "delta_product": delta_product.RULE,
+    "kimi_delta": kimi_delta.RULE,
+    "gated_delta_net_2": gated_delta_net_2.RULE,
+    "comba": comba.RULE,
+    "precond_delta": precond_delta.RULE,
+    "oja": oja.RULE,
+    "gated_oja": oja.GATED,
 }
 
 __all__ = ["RULES", "Rule"]

@@ -18,9 +18,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 States = dict[str, Tensor]
+
+# What one token brings, in the letters of the legend; a rule's own `shapes` come on top.
+INPUT_SHAPES: dict[str, tuple[str, ...]] = {
+    "q": ("HQ", "K"),
+    "k": ("H", "K"),
+    "v": ("HV", "V"),
+    "beta": ("HV",),
+    "g": ("HV",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,20 @@ class Rule:
     """Defaults of the mixer's fields (feature map, convolution, gate, ...) for this rule."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What `rule_options` may contain, with the defaults."""
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Shapes of a token's inputs where they differ from INPUT_SHAPES, and of states beside S. The name of an option
+    stands for its value."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """Inputs that are taken only while an option is set: input -> option."""
+    gates: Callable[..., Any] | None = None
+    """gates(hidden, states=, key_size=, value_size=, options=): a `Gates` module that computes the inputs the layer
+    has no projection for."""
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """What an option that is neither a number nor a flag may be."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises ValueError for options that the rule cannot run with."""
+    writes: str = ""
+    """The option that says how many keys, values and rates a token brings (k [B,T,H,n,K]); "" = always one."""
 
     def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rule's options with `given` on top; a name that the rule does not know is an error."""
@@ -53,7 +76,37 @@ class Rule:
         if unknown:
             allowed = ", ".join(self.options) or "none"
             raise ValueError(f"unknown option {unknown[0]!r} for the rule {self.name}; its options are: {allowed}")
-        return {**self.options, **given}
+        chosen = {**self.options, **given}
+        for name, allowed in self.choices.items():
+            if chosen[name] not in allowed:
+                raise ValueError(
+                    f"{self.name}: {name} is {chosen[name]!r}; choose from {', '.join(map(repr, allowed))}"
+                )
+        if self.check is not None:
+            self.check(chosen)
+        return chosen
+
+    def inputs_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The inputs beside q, k and v that the rule takes with these options."""
+        return tuple(name for name in self.inputs if options.get(self.optional.get(name, ""), True))
+
+    def shape(self, name: str) -> tuple[str, ...]:
+        """The shape of a token's input in letters."""
+        return self.shapes.get(name, INPUT_SHAPES.get(name, ()))
+
+
+class Gates(nn.Module):
+    """The slow projections that belong to one rule: forward(x [B,T,D]) gives its inputs by name.
+
+    Parameters that belong to states have them as their first dimension, in the layer's order; those whose name ends
+    in `_down.weight` are shared by all states.
+    """
+
+    gives: tuple[str, ...] = ()
+
+    def initial(self) -> dict[str, Tensor]:
+        """The values that parameters start from, where a plain Linear's are not meant."""
+        return {}
 
 
 def recurrence(

@@ -91,22 +91,28 @@ def _normalized(
     call: LinearClassCall, q: Tensor, k: Tensor, v: Tensor, *, states: States, scale: float, eps: float
 ) -> tuple[Tensor, States]:
     """The normaliser z is the state of the same rule with the value 1."""
-    compute = torch.float64 if v.dtype == torch.float64 else torch.float32
-    ones_BTH1 = torch.ones(*k.shape[:3], 1, dtype=compute, device=k.device)
     # float32: numerator and denominator would otherwise both be rounded to bf16 before the division.
+    compute = torch.float64 if v.dtype == torch.float64 else torch.float32
     state, norm_state = states.get("state"), states.get("norm_state")
     out, states = apply_linear_class(
         call, q, k, v.to(compute), states=None if state is None else {"state": state}, scale=scale
     )
-    norm, norm_states = apply_linear_class(
-        call, q, k, ones_BTH1, states=None if norm_state is None else {"state": norm_state[..., None]}, scale=1.0
-    )
-    norm = norm.repeat_interleave(out.shape[2] // norm.shape[2], dim=2) + eps
+    norm, norm_state = normalizer(call, q, k, norm_state, eps=eps, dtype=compute)
+    norm = norm.repeat_interleave(out.shape[2] // norm.shape[2], dim=2)
+    return (out / norm).to(v.dtype), {"state": states["state"], "norm_state": norm_state}
+
+
+def normalizer(
+    call: LinearClassCall, q: Tensor, k: Tensor, norm_state: Tensor | None, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """z·q + ε for every read [B, T, reads, 1], 1 where the mask is 0, and the last z. `call` must not erase."""
+    ones_BTH1 = torch.ones(*k.shape[:3], 1, dtype=dtype, device=k.device)
+    given = None if norm_state is None else {"state": norm_state[..., None]}
+    norm, states = apply_linear_class(call, q, k, ones_BTH1, states=given, scale=1.0)
+    norm = norm + eps
     if call.mask is not None:
         norm = keep_valid(norm, call.mask, torch.ones_like(norm))
-    if norm_state is not None and call.in_place:
-        return (out / norm).to(v.dtype), {"state": states["state"], "norm_state": norm_state}
-    return (out / norm).to(v.dtype), {"state": states["state"], "norm_state": norm_states["state"][..., 0]}
+    return norm, norm_state if norm_state is not None and call.in_place else states["state"][..., 0]
 
 
 RULE = Rule(

@@ -37,14 +37,21 @@ def copy_rows(layer, other, rows):
     """Give `layer`'s states the rates of `other`'s states `rows`."""
     for name in ("b_proj.weight", "b_proj.bias", "a_proj.weight", "A_log", "dt_bias"):
         if name in layer.state_dict():
-            layer.state_dict()[name].copy_(other.state_dict()[name][rows])
+            given = other.state_dict()[name].unflatten(0, (-1, other.options.num_states))
+            layer.state_dict()[name].copy_(given[:, rows].flatten(0, 1))
+    if other.gates is not None:
+        for name, x in layer.gates.state_dict().items():
+            given = other.gates.state_dict()[name]
+            if not name.endswith("_down.weight"):
+                given = given.unflatten(0, (other.options.num_states, -1))[rows].flatten(0, 1)
+            x.copy_(given)
 
 
 @torch.no_grad()
 def test_forward_is_o_proj_of_mixed_reads(rule):
     layer = mixer(rule, value_skip=2, time_scales=2, o_bias=True)
     reads = layer.mixed_reads(hidden())
-    assert reads.shape[-1] == 2 * 4 * 6 + 2 * 2 * 6
+    assert reads.shape[-1] == 2 * 4 * 6 + 2 * layer.writes * 2 * 6
     width = layer.o_proj.in_features
     assert_close(layer(hidden())[0], layer.o_proj(reads[..., :width]) + layer.skip_proj(reads[..., width:]))
 
@@ -123,11 +130,16 @@ def test_more_value_heads_than_keys_share_the_keys(rule):
     layer = mixer(rule, num_attention_heads=2, num_value_heads=4, time_scales=2)
     one = mixer(rule, num_attention_heads=1, num_key_value_heads=1)
     states = 0
+
+    def of_head(weight, head):
+        writes = 1 if weight is layer.q_proj.weight else layer.writes
+        return weight.unflatten(0, (writes, -1, 6))[:, head].flatten(0, 1)
+
     reads = layer.mixed_reads(hidden()).unflatten(-1, (2, 4, 6))
     for scale in range(2):
         for head in range(4):
             for name, heads in (("q_proj", head // 2), ("k_proj", head // 2), ("v_proj", head)):
-                getattr(one, name).weight.copy_(getattr(layer, name).weight.unflatten(0, (-1, 6))[heads])
+                getattr(one, name).weight.copy_(of_head(getattr(layer, name).weight, heads))
             copy_rows(one, layer, slice(states, states + 1))
             states += 1
             assert_close(reads[:, :, scale, head], one.mixed_reads(hidden()))
@@ -158,16 +170,17 @@ def test_a_convolution_equals_torch():
 @torch.no_grad()
 def test_rates(rule):
     layer = mixer(rule, allow_neg_eigval=True)
-    rates, halved = layer._rates(hidden()), mixer(rule)._rates(hidden())
-    assert set(rates) == set(RULES[rule].inputs)
-    if "beta" in rates:
-        assert_close(rates["beta"], 2 * halved["beta"])
+    rates, halved = layer._rates(hidden()), mixer(rule, allow_neg_eigval=False)._rates(hidden())
+    assert set(rates) == set(RULES[rule].inputs_with(layer.options.rule_options))
+    for name in {"beta", "erase"} & set(rates):
+        assert_close(rates[name], 2 * halved[name])
     if "g" in rates:
+        assert (rates["g"] < 0).all()
+    if hasattr(layer, "a_proj"):
         layer.a_proj.weight.zero_()
         constant = layer._rates(hidden())["g"]
         expected = -layer.A_log.exp() * torch.nn.functional.softplus(layer.dt_bias)
         assert_close(constant, expected.expand_as(constant))
-        assert (rates["g"] < 0).all()
 
 
 @torch.no_grad()

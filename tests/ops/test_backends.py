@@ -32,13 +32,13 @@ def test_float32_recurrence_agrees_with_float64(problem):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_decode_step_agrees_with_the_recurrence(problem, in_place):
     given, rule = problems.tensors(problem), RULES[problem.rule]
+    expected = problems.truth(given, rule)  # first: float64 states are changed in place below
     tensors = given.copy(problem.dtype)
     before = {name: x.detach().clone() for name, x in tensors.states.items()}
     with torch.no_grad():
         out, states = rule.apply(
             **tensors.leaves, states=tensors.states or None, backend="step", in_place=in_place, **tensors.keywords
         )
-    expected = problems.truth(given, rule)
     result = {"out": out} | {f"final {name}": x for name, x in states.items()}
     forward = {name: expected[name] for name in result}
     problems.assert_agrees(result, forward, problems.TOLERANCE[problem.dtype])
@@ -51,14 +51,19 @@ def test_decode_step_agrees_with_the_recurrence(problem, in_place):
 def test_long_sequences_of_correlated_keys(rule, dtype):
     """T = 1024, keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit."""
     torch.manual_seed(0)
-    size, length = 32, 1024
-    common, own = torch.randn(1, 1, 2, size), torch.randn(1, length, 2, size)
-    unit = torch.nn.functional.normalize
-    k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
-    leaves = {"q": unit(torch.randn_like(k), dim=-1), "k": k, "v": torch.randn_like(k)}
-    gates = {"beta": torch.full((1, length, 2), 1.9), "g": -0.01 * torch.rand(1, length, 2)}
-    leaves |= {name: gates[name] for name in RULES[rule].inputs}
-    options = {"options": {n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
+    size, length, unit = 32, 1024, torch.nn.functional.normalize
+    options = {**RULES[rule].options, **{n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
+    sizes = {"H": 2, "HV": 2, "HQ": 2, "K": size, "V": size, **options}
+    leaves = {}
+    for name in ("q", "k", "v", *RULES[rule].inputs_with(options)):
+        leaves[name] = problems.draw(name, (1, length, *(sizes[letter] for letter in RULES[rule].shape(name))))
+    common = torch.randn_like(leaves["k"][:, :1])
+    leaves["k"] = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * leaves["k"], dim=-1)
+    leaves["q"] = unit(leaves["q"], dim=-1)
+    rate = 1.9 / options.get("range", 1)  # a rule that lengthens keys by it is stable up to 2 / range
+    changes = {"beta": lambda x: torch.full_like(x, rate), "g": lambda x: 0.01 * x}
+    leaves |= {name: changes[name](leaves[name]) for name in changes if name in leaves}
+    options = {"options": options}
     given = problems.Tensors({n: x.to(dtype).double() for n, x in leaves.items()}, {}, options)
     result = problems.outcome(RULES[rule].apply, given.copy(dtype), "torch")
     problems.assert_agrees(result, problems.truth(given, RULES[rule]), problems.TOLERANCE[dtype])

@@ -25,7 +25,7 @@ BAD = {
     "value heads": ({"v": torch.zeros(2, T, 3, 3)}, "v has 3 heads and k 2"),
     "query heads": ({"q": torch.zeros(2, T, 3, 4)}, "q has 3 heads"),
     "beta": ({"beta": torch.zeros(2, T, 1)}, r"beta has shape \[2, 5, 1\]"),
-    "g": ({"g": torch.zeros(2, T, 2, 4)}, r"g has shape \[2, 5, 2, 4\]"),
+    "g": ({"g": torch.zeros(2, T, 2, 5)}, r"g has shape \[2, 5, 2, 5\]"),
     "mask": ({"mask": torch.ones(2, 4)}, r"mask has shape \[2, 4\]"),
     "state shape": ({"initial_state": torch.zeros(2, 2, 3, 4)}, r"state has shape .* need \[2, 2, 4, 3\]"),
     "state dtype": ({"initial_state": torch.zeros(2, 2, 4, 3).bfloat16()}, "must be torch.float32"),

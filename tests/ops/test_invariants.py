@@ -3,25 +3,11 @@
 import operators as problems
 import pytest
 import torch
-from operators import Problem
+from operators import BACKENDS, Problem, close, random_inputs, unit
 
 from hf_fwp import ops
 from hf_fwp.rules import RULES
 from hf_fwp.rules.base import recurrence
-
-unit = torch.nn.functional.normalize
-BACKENDS = ["reference", "torch"]
-
-
-def random_inputs(length=70, heads=2, size=6, batch=2):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(batch, length, heads, size, dtype=torch.float64) for _ in range(3))
-    beta, g = (torch.rand(batch, length, heads, dtype=torch.float64) for _ in range(2))
-    return q, unit(k, dim=-1), v, beta, -g
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,171 @@
+"""How a rule that says its Form is run: checks, groups of heads, padding, packing, and the choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Rule, States, keep_valid, recurrence
+from .checks import check_arguments, sequence_bounds
+from .general import Form, run_form, run_token
+from .linear_class import BACKENDS, LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
+
+MakeForm = Callable[..., Form]
+Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]
+
+
+def apply_form(
+    rule: Rule,
+    make_form: MakeForm | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: Mapping[str, Tensor | None],
+    *,
+    first: Before | None = None,
+    states: States | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    qk_l2norm: bool = False,
+    in_place: bool = False,
+    ran: list[str] | None = None,
+) -> tuple[Tensor, States]:
+    """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
+    without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`."""
+    chosen = rule.resolve_options(options)
+    states = states or {}
+    given = check_inputs(rule, chosen, inputs, k, v)
+    one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
+    plain = {name: x for name, x in states.items() if name not in rule.shapes}
+    check_arguments(q, one_k, one_v, beta=None, g=None, states=plain, mask=mask, cu_seqlens=cu_seqlens)
+    backend = pick_backend(rule, backend, cu_seqlens, q, k, v, *given.values(), *states.values())
+    if ran is not None:
+        ran.append(backend)
+    tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
+    tokens["q"] = tokens["q"] * (k.shape[-1] ** -0.5 if scale is None else scale)
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    carried = complete_states(rule, states, count, tokens)
+
+    def run(part: dict[str, Tensor], before: States, valid: Tensor | None) -> tuple[Tensor, States]:
+        if backend == "reference":
+            return recurrence(rule.step, part, before, mask=valid, **chosen)
+        if first is not None:
+            part, before = first(part, before)
+        assert make_form is not None
+        form = make_form(**part, **chosen)
+        if backend == "step":
+            state = before["state"].clone()
+            out = run_token(form, state)
+        else:
+            out, state = run_form(form, before["state"])
+        return out, {**before, "state": state}
+
+    with torch.autocast(v.device.type, enabled=False):
+        out, after = each_sequence(tokens, carried, cu_seqlens, mask, run)
+    if in_place and backend == "step" and not torch.is_grad_enabled():
+        after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
+    out = out.flatten(2, 3).to(v.dtype)
+    return out if mask is None else keep_valid(out, mask), after
+
+
+def complete_states(rule: Rule, given: States, count: int, tokens: dict[str, Tensor]) -> States:
+    """The rule's states, zeros where none was given; `rule.shapes` also says the shape of those beside S."""
+    key_size, like = tokens["k"].shape[-1], tokens["v"]
+    sizes = {"HV": like.shape[2], "K": key_size, "V": like.shape[-1]}
+    found = {}
+    for name in rule.states:
+        shape = (count, *(sizes[letter] for letter in rule.shapes.get(name, ("HV", "K", "V"))))
+        state = given.get(name)
+        if state is not None and (tuple(state.shape) != shape or state.dtype != like.dtype):
+            raise ValueError(
+                f"the initial {name} of {rule.name} has shape {list(state.shape)} and dtype {state.dtype}; "
+                f"these inputs need {list(shape)} in {like.dtype}"
+            )
+        found[name] = like.new_zeros(shape) if state is None else state
+    return found
+
+
+def each_sequence(
+    tokens: dict[str, Tensor],
+    states: States,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    run: Callable[[dict[str, Tensor], States, Tensor | None], tuple[Tensor, States]],
+) -> tuple[Tensor, States]:
+    """`run` over the batch, or over every packed sequence from its own states."""
+    if cu_seqlens is None:
+        return run(tokens, states, mask)
+    outs, ends = [], []
+    for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, tokens["q"].shape[1])):
+        after = {name: x[n : n + 1] for name, x in states.items()}
+        if end > start:
+            cut = None if mask is None else mask[:, start:end]
+            out, after = run({name: x[:, start:end] for name, x in tokens.items()}, after, cut)
+            outs.append(out)
+        ends.append(after)
+    return torch.cat(outs, dim=1), {name: torch.cat([after[name] for after in ends]) for name in states}
+
+
+def pick_backend(rule: Rule, backend: str | None, cu_seqlens: Tensor | None, *tensors: Tensor) -> str:
+    """The backend asked for, or "step" for one token without a gradient and "torch" for the rest."""
+    if backend is None:
+        single = tensors[0].shape[1] == 1 and cu_seqlens is None
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        backend = "step" if single and not needs_grad else "torch"
+    elif backend == "triton":
+        raise ValueError(
+            f"backend 'triton' has no kernel for the rule {rule.name}; the backends are {', '.join(BACKENDS)}: "
+            "leave it out, or use 'torch', which runs on every device"
+        )
+    call = LinearClassCall(rule.step, erase=True, cu_seqlens=cu_seqlens, backend=backend)
+    return choose_backend(call, *tensors)
+
+
+def check_inputs(
+    rule: Rule, options: Mapping[str, Any], inputs: Mapping[str, Tensor | None], k: Tensor, v: Tensor
+) -> dict[str, Tensor]:
+    """The inputs that the rule takes with these options; one missing, unasked for or of another shape is refused."""
+    wanted = ("q", "k", "v", *rule.inputs_with(options))
+    sizes = {"H": k.shape[2], "HV": v.shape[2], "K": k.shape[-1], "V": v.shape[-1], **options}
+    found = {}
+    for name, x in inputs.items():
+        letters = ", ".join(("B", "T", *rule.shape(name)))
+        if (x is None) == (name in wanted):
+            said = "was not given" if x is None else f"is not used with {dict(options)}; leave it out"
+            raise ValueError(f"{rule.name}: {name} [{letters}] {said}; it needs {', '.join(wanted)}")
+        if x is None:
+            continue
+        shape = [*v.shape[:2], *(sizes[letter] for letter in rule.shape(name))]
+        if list(x.shape) != shape or not x.is_floating_point():
+            raise ValueError(
+                f"{rule.name}: {name} has shape {list(x.shape)} and dtype {x.dtype}; "
+                f"it must be [{letters}] = {shape} of floating point"
+            )
+        found[name] = x
+    return found
+
+
+def of_states(rule: Rule, given: Mapping[str, Tensor], mask: Tensor | None, l2norm: bool) -> dict[str, Tensor]:
+    """In the computing dtype, zero where the mask is, one per state: q [B,T,HV,R,K], the others [B,T,HV,...]."""
+    compute = computing_dtype(*given.values())
+    tokens = {name: x.to(compute) for name, x in given.items()}
+    if mask is not None:
+        tokens = {name: keep_valid(x, mask) for name, x in tokens.items()}
+    if l2norm:
+        tokens |= {name: l2_normalize(tokens[name]) for name in ("q", "k")}
+    value_heads = given["v"].shape[2]
+    tokens["q"] = split_queries(tokens["q"], value_heads)
+    group = value_heads // given["k"].shape[2]
+    for name in _of_key_heads(rule, given) if group > 1 else ():
+        tokens[name] = tokens[name].repeat_interleave(group, dim=2)
+    return tokens
+
+
+def _of_key_heads(rule: Rule, names: Iterable[str]) -> list[str]:
+    return [name for name in names if rule.shape(name)[0] == "H"]

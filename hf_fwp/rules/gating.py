@@ -1,0 +1,61 @@
+"""Decays that depend on the token, g = -exp(A) softplus(f(x) + d), and what A and d start from (Yang et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Gates
+
+
+def start_rates(like: Tensor, low: float = 0.01) -> Tensor:
+    """A = log of rates spread evenly up to 16."""
+    return torch.empty_like(like, device="cpu").uniform_(low, 16).log()
+
+
+def start_steps(like: Tensor) -> Tensor:
+    """d with softplus(d) spread evenly in the logarithm from 0.001 to 0.1."""
+    dt = torch.empty_like(like, device="cpu").uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp_min(1e-4)
+    # the inverse of softplus
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def check_lower_bound(options: Mapping[str, Any]) -> None:
+    bound = options["lower_bound"]
+    if bound is not None and not bound < 0:
+        raise ValueError(f"lower_bound is {bound!r}; it bounds a log-decay and must be negative, or None for no bound")
+
+
+class ChannelDecay(Gates):
+    """g [B,T,HV,K]: f(x) through a bottleneck of the size of a value, a rate per head, a time step per channel.
+
+    With the option `lower_bound` = l: g = l · sigmoid(exp(A) (f(x) + d)), which never falls below l.
+    """
+
+    gives: tuple[str, ...] = ("g",)
+
+    def __init__(self, hidden: int, *, states: int, key_size: int, value_size: int, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.lower_bound = options["lower_bound"]
+        self.states = states
+        self.f_down = nn.Linear(hidden, value_size, bias=False)
+        self.f_up = nn.Linear(value_size, states * key_size, bias=False)
+        self.A_log = nn.Parameter(torch.empty(states, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(states * key_size, dtype=torch.float32))
+
+    def initial(self) -> dict[str, Tensor]:
+        rates = start_rates(self.A_log, 1.0) if self.lower_bound is None else torch.zeros(self.states)
+        return {"A_log": rates, "dt_bias": start_steps(self.dt_bias)}
+
+    def forward(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        f = (self.f_up(self.f_down(x_BTD)).to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.states, -1))
+        rate = self.A_log.to(wide).exp()[:, None]
+        if self.lower_bound is not None:
+            return {"g": self.lower_bound * torch.sigmoid(rate * f)}
+        return {"g": -rate * F.softplus(f)}
