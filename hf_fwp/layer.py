@@ -13,7 +13,6 @@ S states (time scales x heads), R reads, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,9 @@ from transformers.cache_utils import Cache
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
 from .features import QK_NORMS, Favor, IdentityLinear, make_feature_map
 from .options import MixerOptions, find_rule
+from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
+from .rotation import choose, rotate
 
 GATES = {
     "silu": F.silu,
@@ -66,9 +67,11 @@ class FastWeightLayer(nn.Module):
         self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
         query, key, value = self.heads
         hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
-        self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(hidden, key * K, bias=options.qkv_bias)
-        self.v_proj = nn.Linear(hidden, value * V, bias=options.qkv_bias)
+        if self.rule.qkv:
+            self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
+            self.k_proj = nn.Linear(hidden, key * K, bias=options.qkv_bias)
+            self.v_proj = nn.Linear(hidden, value * V, bias=options.qkv_bias)
+        self.own = OwnWeights(options) if options.has_own else None
         self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
         if "beta" in self.rule.inputs:
             self.b_proj = nn.Linear(hidden, options.num_states, bias=options.beta_bias)
@@ -226,29 +229,17 @@ class FastWeightLayer(nn.Module):
     ) -> tuple[Tensor, States]:
         x_BTD, options = tokens.hidden_BTD, self.options
         window = Window.of(tokens.mask_BT, cu_seqlens, total=len(tokens))
-        new_states: States = {}
-        projected = []
-        for name in ("q", "k", "v"):
-            y_BTC = getattr(self, f"{name}_proj")(x_BTD)
-            if options.conv_size:
-                taps, kept = window.taps(y_BTC, options.conv_size, states.get(f"{name}_conv"))
-                y_BTC = getattr(self, f"{name}_conv1d")(taps)
-                new_states[f"{name}_conv"] = kept
-            projected.append(y_BTC)
-        q_BTC, k_BTC, v_BTC = projected
-        if options.feature_map == "silu":
-            # the activation of the whole modern shell (Yang et al. 2024), values included
-            v_BTC = F.silu(v_BTC)
-        q, k = self._features(q_BTC, k_BTC, tokens.rotary)
-        v = self._values_of_states(v_BTC)
-        local = set(new_states) | {"skip"}
+        inputs, new_states = self._queries_keys_values(tokens, window, states) if self.rule.qkv else ({}, {})
+        taps: list[Tensor] = []
+        if options.value_skip:
+            taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
+        if self.own is not None:
+            inputs |= {**self.own(x_BTD), "weights": self.own.weights()}
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
-            q,
-            k,
-            v,
+            **inputs,
             **self._rates(x_BTD),
-            states={name: state for name, state in states.items() if name not in local} or None,
+            states={name: state for name, state in states.items() if name not in new_states} or None,
             mask=tokens.mask_BT,
             cu_seqlens=cu_seqlens,
             scale=options.scale,
@@ -261,10 +252,28 @@ class FastWeightLayer(nn.Module):
         if not torch.compiler.is_compiling():
             self.backend_ran = ran[-1]
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
-        if options.value_skip:
-            taps, new_states["skip"] = window.taps(v_BTC, options.value_skip, states.get("skip"))
-            reads = torch.cat([reads, *taps], dim=-1)
-        return reads, {**new_states, **rule_states}
+        return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
+
+    def _queries_keys_values(
+        self, tokens: MixerInputs, window: Window, states: States
+    ) -> tuple[dict[str, Any], States]:
+        """The rule's q, k and v, with `skip` the values of a direct path, and what the convolutions keep."""
+        new_states: States = {}
+        projected = []
+        for name in ("q", "k", "v"):
+            y_BTC = getattr(self, f"{name}_proj")(tokens.hidden_BTD)
+            if self.options.conv_size:
+                taps, kept = window.taps(y_BTC, self.options.conv_size, states.get(f"{name}_conv"))
+                y_BTC = getattr(self, f"{name}_conv1d")(taps)
+                new_states[f"{name}_conv"] = kept
+            projected.append(y_BTC)
+        q_BTC, k_BTC, v_BTC = projected
+        if self.options.feature_map == "silu":
+            # the activation of the whole modern shell (Yang et al. 2024), values included
+            v_BTC = F.silu(v_BTC)
+        q, k = self._features(q_BTC, k_BTC, tokens.rotary)
+        given = {"q": q, "k": k, "v": self._values_of_states(v_BTC)}
+        return given | ({"skip": v_BTC} if self.options.value_skip else {}), new_states
 
     def _features(self, q_BTC: Tensor, k_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries and keys as the rule takes them: each state's own, rotated or not."""
@@ -291,7 +300,7 @@ class FastWeightLayer(nn.Module):
         reads_per_state = self.options.num_reads // self.options.num_states
         queries = [turned for turned in rotates for _ in range(reads_per_state)]
         (q, k), (q_turned, k_turned) = ((None, None) if x is None else x for x in (plain, rotated))
-        return _choose(q, q_turned, queries, scales), _choose(k, k_turned, rotates, scales)
+        return choose(q, q_turned, queries, scales), choose(k, k_turned, rotates, scales)
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = self.feature_map(q, k)
@@ -342,43 +351,8 @@ def backends_of(model: nn.Module) -> dict[int, str | None]:
 
 def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
-    if isinstance(module, (FastWeightLayer, ShortConvolution, Favor, IdentityLinear)):
+    if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, Favor, IdentityLinear)):
         module.init_weights()
-
-
-def rotate(x_BTHC: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of the first R components: x cos + (-x2, x1) sin."""
-    size = cos_BTR.shape[-1]
-    turned, passed = x_BTHC[..., :size], x_BTHC[..., size:]
-    x1, x2 = turned.chunk(2, dim=-1)
-    cos, sin = cos_BTR.unsqueeze(2).to(x_BTHC.dtype), sin_BTR.unsqueeze(2).to(x_BTHC.dtype)
-    turned = turned * cos + torch.cat([-x2, x1], dim=-1) * sin
-    return turned if not passed.shape[-1] else torch.cat([turned, passed], dim=-1)
-
-
-def _choose(plain: Tensor | None, rotated: Tensor | None, turned: Sequence[bool], scales: int) -> Tensor:
-    """[B, T, len(turned), K]: for each state or read the head it comes from, rotated where `turned` says so."""
-    per_scale = len(turned) // scales
-    plain, rotated = (
-        x if x is None or x.shape[2] == per_scale else x.repeat_interleave(per_scale // x.shape[2], dim=2)
-        for x in (plain, rotated)
-    )
-    parts = []
-    for start in range(0, len(turned), per_scale):
-        of_scale = turned[start : start + per_scale]
-        if plain is None or rotated is None or len(set(of_scale)) == 1:
-            parts.append(rotated if of_scale[0] else plain)
-        else:
-            parts.append(torch.where(_flags(of_scale, plain.device)[:, None], rotated, plain))
-    return torch.cat(parts, dim=2) if scales > 1 else parts[0]
-
-
-def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
-    """A bool tensor made on the device: a copy from the host could not be captured in a CUDA graph."""
-    words = [flags[start : start + 32] for start in range(0, len(flags), 32)]
-    bits = [sum(flag << i for i, flag in enumerate(word)) for word in words]
-    places = [torch.arange(len(word), device=device) for word in words]
-    return torch.cat([(word >> place) & 1 for word, place in zip(bits, places, strict=True)]).bool()
 
 
 def _one_row(tokens: MixerInputs) -> MixerInputs:

@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
     "hf_fwp.ops": {"hf_fwp.rules"},
     "hf_fwp.options": {"hf_fwp.rules", "hf_fwp.features"},
+    "hf_fwp.own": {"hf_fwp.options"},
+    "hf_fwp.rotation": set(),
     "hf_fwp.presets": set(),
     "hf_fwp.configuration": {
         "hf_fwp.rules",
@@ -34,7 +36,9 @@ MAY_IMPORT = {
         "hf_fwp.cache",
         "hf_fwp.configuration",
         "hf_fwp.options",
+        "hf_fwp.own",
         "hf_fwp.packing",
+        "hf_fwp.rotation",
     },
     "hf_fwp.block": {"hf_fwp.layer", "hf_fwp.cache", "hf_fwp.configuration"},
     "hf_fwp.modeling": {

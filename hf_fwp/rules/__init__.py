@@ -1,12 +1,13 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
-from . import delta_net, gated_delta_net, linear_attention
+from . import delta_net, gated_delta_net, linear_attention, recurrent_delta_net
 from .base import Rule
 
 RULES: dict[str, Rule] = {
     "linear_attention": linear_attention.RULE,
     "delta_net": delta_net.RULE,
     "gated_delta_net": gated_delta_net.RULE,
+    "recurrent_delta_net": recurrent_delta_net.RULE,
 }
 
 __all__ = ["RULES", "Rule"]

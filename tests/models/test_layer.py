@@ -38,6 +38,9 @@ def copy_rows(layer, other, rows):
     for name in ("b_proj.weight", "b_proj.bias", "a_proj.weight", "A_log", "dt_bias"):
         if name in layer.state_dict():
             layer.state_dict()[name].copy_(other.state_dict()[name][rows])
+    for name, weight in ({} if layer.own is None else layer.own.state_dict()).items():
+        by_state = other.own.state_dict()[name].unflatten(0, (other.own.states, -1))[rows]
+        weight.copy_(by_state.flatten(0, 1))
 
 
 @torch.no_grad()
@@ -109,7 +112,14 @@ def test_value_skip_adds_the_last_values(rule):
     assert_close(layer(hidden())[0], without(hidden())[0] + layer.skip_proj(torch.cat(shifted, dim=-1)))
 
 
+@pytest.mark.parametrize("own_rule", [rule for rule in RULES if RULES[rule].own])
+def test_a_rule_with_states_of_its_own_has_one_query_per_state(own_rule):
+    options = mixer(own_rule, state_heads="grouped").options
+    assert (options.state_heads, options.num_states) == ("query", 4)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
 def test_grouped_states_equal_query_states_with_equal_rates(rule):
     grouped, query = mixer(rule, state_heads="grouped"), mixer(rule)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
