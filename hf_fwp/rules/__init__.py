@@ -1,6 +1,14 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
-from . import delta_net, gated_delta_net, linear_attention, recurrent_delta_net
+from . import (
+    delta_lstm,
+    delta_net,
+    delta_rnn,
+    gated_delta_net,
+    linear_attention,
+    recurrent_delta_net,
+    srwm,
+)
 from .base import Rule
 
 RULES: dict[str, Rule] = {
@@ -8,6 +16,9 @@ RULES: dict[str, Rule] = {
     "delta_net": delta_net.RULE,
     "gated_delta_net": gated_delta_net.RULE,
     "recurrent_delta_net": recurrent_delta_net.RULE,
+    "delta_rnn": delta_rnn.RULE,
+    "delta_lstm": delta_lstm.RULE,
+    "srwm": srwm.RULE,
 }
 
 __all__ = ["RULES", "Rule"]

@@ -35,9 +35,17 @@ class Run:
     options: Mapping[str, Any]
     mask: Tensor | None = None
 
-    def walk(self, inputs: Inputs, states: States, *, step: Callable[..., Any] | None = None) -> tuple[Tensor, States]:
+    def walk(
+        self,
+        inputs: Inputs,
+        states: States,
+        *,
+        step: Callable[..., Any] | None = None,
+        weights: Inputs | None = None,
+    ) -> tuple[Tensor, States]:
         """One step after the other."""
-        return walk(step or self.step, inputs, states, weights=self.weights, mask=self.mask, **self.options)
+        weights = self.weights if weights is None else weights
+        return walk(step or self.step, inputs, states, weights=weights, mask=self.mask, **self.options)
 
     def delta(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The delta rule over the whole sequence, chunk by chunk."""
@@ -127,7 +135,11 @@ def _checked(
     missing = [name for name in form.inputs if name not in inputs]
     if missing:
         raise ValueError(f"missing argument of {form.name}: {missing[0]!r}")
-    own = form.own(*form.sizes(inputs, weights), options)
+    try:
+        sizes = form.sizes(inputs, weights)
+    except KeyError as absent:
+        raise ValueError(f"missing argument of {form.name}: {absent}") from absent
+    own = form.own(*sizes, options)
     if "q" in form.inputs:
         q, k, v = (inputs[name] for name in ("q", "k", "v"))
         check_arguments(q, k, v, beta=inputs.get("beta"), g=None, states={}, mask=mask, cu_seqlens=cu_seqlens)

@@ -82,7 +82,9 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, *grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] torch passes one gradient for each output
+        ctx: Any, grad_out: Tensor, *grad_states: Tensor
+    ) -> tuple[Tensor | None, ...]:
         loop: Loop = ctx.loop
         mask_BT, *tensors = ctx.saved_tensors
         inputs, weights, kept = loop.split(tuple(tensors))
