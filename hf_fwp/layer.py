@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
 from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
+from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
@@ -69,9 +70,11 @@ class FastWeightLayer(nn.Module):
         self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
         query, key, value = self.heads
         hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
-        self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(hidden, self.writes * key * K, bias=options.qkv_bias)
-        self.v_proj = nn.Linear(hidden, self.writes * value * V, bias=options.qkv_bias)
+        if self.rule.qkv:
+            self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
+            self.k_proj = nn.Linear(hidden, self.writes * key * K, bias=options.qkv_bias)
+            self.v_proj = nn.Linear(hidden, self.writes * value * V, bias=options.qkv_bias)
+        self.own = OwnWeights(options) if options.has_own else None
         self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
         self.gates = self._make_gates()
         if self._projects("beta"):
@@ -243,28 +246,17 @@ class FastWeightLayer(nn.Module):
     ) -> tuple[Tensor, States]:
         x_BTD, options = tokens.hidden_BTD, self.options
         window = Window.of(tokens.mask_BT, cu_seqlens, total=len(tokens))
-        new_states: States = {}
-        projected = []
-        for name in ("q", "k", "v"):
-            y_BTC = getattr(self, f"{name}_proj")(x_BTD)
-            if options.conv_size:
-                taps, kept = window.taps(y_BTC, options.conv_size, states.get(f"{name}_conv"))
-                y_BTC = getattr(self, f"{name}_conv1d")(taps)
-                new_states[f"{name}_conv"] = kept
-            projected.append(y_BTC)
-        q_BTC, k_BTC, v_BTC = projected
-        if options.feature_map == "silu":
-            # the activation of the whole modern shell (Yang et al. 2024), values included
-            v_BTC = F.silu(v_BTC)
-        q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
-        local = set(new_states) | {"skip"}
+        inputs, new_states = self._queries_keys_values(tokens, window, states) if self.rule.qkv else ({}, {})
+        taps: list[Tensor] = []
+        if options.value_skip:
+            taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
+        if self.own is not None:
+            inputs |= {**self.own(x_BTD), "weights": self.own.weights()}
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
-            q,
-            k,
-            v,
+            **inputs,
             **self._rates(x_BTD),
-            states={name: state for name, state in states.items() if name not in local} or None,
+            states={name: state for name, state in states.items() if name not in new_states} or None,
             mask=tokens.mask_BT,
             cu_seqlens=cu_seqlens,
             scale=options.scale,
@@ -277,10 +269,28 @@ class FastWeightLayer(nn.Module):
         if not torch.compiler.is_compiling():
             self.backend_ran = ran[-1]
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
-        if options.value_skip:
-            taps, new_states["skip"] = window.taps(v_BTC, options.value_skip, states.get("skip"))
-            reads = torch.cat([reads, *taps], dim=-1)
-        return reads, {**new_states, **rule_states}
+        return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
+
+    def _queries_keys_values(
+        self, tokens: MixerInputs, window: Window, states: States
+    ) -> tuple[dict[str, Any], States]:
+        """The rule's q, k and v, with `skip` the values of a direct path, and what the convolutions keep."""
+        new_states: States = {}
+        projected = []
+        for name in ("q", "k", "v"):
+            y_BTC = getattr(self, f"{name}_proj")(tokens.hidden_BTD)
+            if self.options.conv_size:
+                taps, kept = window.taps(y_BTC, self.options.conv_size, states.get(f"{name}_conv"))
+                y_BTC = getattr(self, f"{name}_conv1d")(taps)
+                new_states[f"{name}_conv"] = kept
+            projected.append(y_BTC)
+        q_BTC, k_BTC, v_BTC = projected
+        if self.options.feature_map == "silu":
+            # the activation of the whole modern shell (Yang et al. 2024), values included
+            v_BTC = F.silu(v_BTC)
+        q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
+        given = {"q": q, "k": k, "v": v}
+        return given | ({"skip": v_BTC} if self.options.value_skip else {}), new_states
 
     def _written(
         self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None
@@ -373,7 +383,7 @@ def backends_of(model: nn.Module) -> dict[int, str | None]:
 
 def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
-    if isinstance(module, (FastWeightLayer, ShortConvolution, Favor, IdentityLinear)):
+    if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, Favor, IdentityLinear)):
         module.init_weights()
 
 

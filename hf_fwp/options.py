@@ -13,6 +13,7 @@ from typing import Any
 
 from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_size
 from .rules import RULES, Rule
+from .rules.base import Own
 
 OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid")
 STATE_HEADS = ("query", "grouped")
@@ -33,6 +34,17 @@ MIXER_DEFAULTS: dict[str, Any] = {
     "scale": None,
     "allow_neg_eigval": False,
     "expand_v": 1.0,
+}
+
+# Options that act on the layer's q, k and v, with the value at which they do nothing.
+WITHOUT_QKV: dict[str, Any] = {
+    "feature_map": "identity",
+    "qk_norm": "none",
+    "conv_size": 0,
+    "head_norm": False,
+    "rope_heads": "none",
+    "state_bias": False,
+    "value_skip": 0,
 }
 
 
@@ -122,8 +134,11 @@ class MixerOptions:
             self._set("value_head_dim", self.head_dim)
         if not isinstance(self.rope_heads, str):
             self._set("rope_heads", tuple(bool(rotates) for rotates in self.rope_heads))
+        if self.has_own:  # such a rule reads one query per state
+            self._set("state_heads", "query")
         self._check_choices()
         self._check_sizes()
+        self._check_own()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -165,6 +180,34 @@ class MixerOptions:
                 f"rope_heads has {len(self.rope_heads)} entries; it needs one per state: {self.time_scales} time "
                 f"scales x {self.heads_of_states} heads = {self.num_states}, or 'all' or 'none'"
             )
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the rule has inputs, weights or states of its own."""
+        return find_rule(self.rule).own is not None
+
+    def own(self) -> Own:
+        """What the rule has beside q, k, v, beta and g at these sizes."""
+        make, options = find_rule(self.rule).own, self.rule_options
+        if make is None:
+            return Own({})
+        return make(feature_size(self.feature_map, self.head_dim), self.value_head_dim, options)
+
+    def _check_own(self) -> None:
+        heads = self.heads_of_states
+        if self.own().hidden and self.hidden_size != heads * self.head_dim:
+            raise ValueError(
+                f"the rule {self.rule} reads the hidden state split over the heads, so hidden_size must be "
+                f"heads x head_dim = {heads} x {self.head_dim} = {heads * self.head_dim}; it is {self.hidden_size}"
+            )
+        if find_rule(self.rule).qkv:
+            return
+        for option, without in WITHOUT_QKV.items():
+            if getattr(self, option) != without:
+                raise ValueError(
+                    f"{option} is {getattr(self, option)!r}, but the rule {self.rule} takes no queries, keys and "
+                    f"values of the layer that it could act on; set it to {without!r}"
+                )
 
     @property
     def heads_of_states(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_fwp.rules import RULES, Rule
+from hf_fwp.rules.base import Own
 
 # Relative error ‖a - b‖ / ‖b‖ against the float64 recurrence on the same (rounded) inputs.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -52,7 +53,7 @@ class Problem:
     sizes: tuple[int, int] = (5, 7)  # K, V
     heads: tuple[int, int, int] = (2, 4, 4)  # H, HV, HQ
     qk_l2norm: bool = False
-    option: int = 0  # 1: every boolean option of the rule the other way round; n: its n-th choice
+    option: int = 0  # the number of every option's value, for booleans and for those with a list of choices
     seed: int = 0
 
     def __str__(self) -> str:
@@ -63,17 +64,24 @@ class Problem:
 
 @dataclass
 class Tensors:
-    """The arguments of `Rule.apply`: leaves that can be differentiated, and the rest."""
+    """The arguments of `Rule.apply`: leaves that can be differentiated, and the rest, a rule's own weights with it."""
 
     leaves: dict[str, Tensor]
     states: dict[str, Tensor]
     keywords: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.keywords.get("weights", {})
+
     def copy(self, dtype: torch.dtype) -> "Tensors":
         """Fresh leaves in `dtype`; states in float32, or float64 for float64."""
         wide = dtype if dtype == torch.float64 else torch.float32
-        leaves = {n: x.detach().to(dtype).requires_grad_() for n, x in self.leaves.items()}
-        return Tensors(leaves, {n: x.detach().to(wide).requires_grad_() for n, x in self.states.items()}, self.keywords)
+        leaves = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in self.leaves.items()}
+        weights = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in self.weights.items()}
+        keywords = self.keywords | ({"weights": weights} if weights else {})
+        states = {n: x.detach().to(wide, copy=True).requires_grad_() for n, x in self.states.items()}
+        return Tensors(leaves, states, keywords)
 
 
 def pairwise(choices: dict[str, tuple[Any, ...]], seed: int = 0) -> list[dict[str, Any]]:
@@ -104,21 +112,32 @@ def tensors(problem: Problem) -> Tensors:
     rule, (heads, value_heads, query_heads) = RULES[problem.rule], problem.heads
     (key_size, value_size), length = problem.sizes, problem.length
     batch = 1 if problem.layout == "packed" else 2
-    options = {n: x != bool(problem.option) if isinstance(x, bool) else x for n, x in rule.options.items()}
-    options |= {name: choices[problem.option % len(choices)] for name, choices in rule.choices.items()}
+    options = {n: chosen(rule, n, problem.option) for n in rule.options}
+    own = rule.own(key_size, value_size, options) if rule.own else Own({"state": (key_size, value_size)})
+    if rule.own:  # one query per state
+        query_heads = min(query_heads, value_heads)
     sizes = {"H": heads, "HV": value_heads, "HQ": query_heads, "K": key_size, "V": value_size, **options}
-    names = ("q", "k", "v", *rule.inputs_with(options))
+    names = (*(("q", "k", "v") if rule.qkv else ()), *rule.inputs_with(options))
     leaves = {n: draw(n, (batch, length, *(sizes[letter] for letter in rule.shape(n)))) for n in names}
     if options.get("normalize"):
         leaves |= {name: leaves[name].abs() for name in ("q", "k")}
-    keywords: dict[str, Any] = {"options": options, "qk_l2norm": problem.qk_l2norm, "mask": None, "cu_seqlens": None}
+    leaves |= {name: torch.randn(batch, length, value_heads, width) for name, width in own.projections.items()}
+    if own.hidden:
+        leaves["x"] = torch.randn(batch, length, value_heads, key_size)
+    keywords: dict[str, Any] = {"options": options, "qk_l2norm": problem.qk_l2norm and rule.qkv}
+    keywords |= {"mask": None, "cu_seqlens": None}
     count = batch
     if problem.layout == "packed":
         keywords["cu_seqlens"] = torch.tensor([0, length // 3, length // 3, length])  # one of them is empty
         count = 3
     if problem.layout == "padded":
         keywords["mask"] = torch.rand(batch, length) > 0.3
-    states = {"state": torch.randn(count, value_heads, key_size, value_size)} if problem.initial else {}
+    if own.weights:
+        weights = {name: weight.draw(value_heads, *weight.shape) for name, weight in own.weights.items()}
+        keywords["weights"] = {name: x.to(problem.dtype).double() for name, x in weights.items()}
+    states = {}
+    if problem.initial:
+        states = {name: torch.randn(count, value_heads, *shape) for name, shape in own.states.items()}
     if problem.initial and options.get("normalize"):
         states["norm_state"] = torch.rand(count, heads, key_size)
     if problem.initial:
@@ -137,6 +156,27 @@ def draw(name: str, shape: tuple[int, ...]) -> Tensor:
     return {"g": -1, "moment_g": -1, "beta": 2}.get(name, 1) * torch.rand(shape)
 
 
+def chosen(rule: Rule, option: str, number: int) -> Any:
+    """A value of an option: of a boolean its opposite for number 1, of several choices the one with this number."""
+    default = rule.options[option]
+    if isinstance(default, bool):
+        return default != bool(number)
+    choices = rule.choices.get(option, (default,))
+    return choices[number % len(choices)]
+
+
+def variants(rule: Rule) -> int:
+    """How many numbers `chosen` needs to reach every choice."""
+    booleans = [2 for x in rule.options.values() if isinstance(x, bool)]
+    return max([1, *booleans, *(len(choices) for choices in rule.choices.values())])
+
+
+def of_head(keywords: dict[str, Any], heads: slice) -> dict[str, Any]:
+    """Keywords with the weights of some heads only."""
+    weights = {name: x[heads] for name, x in keywords.get("weights", {}).items()}
+    return keywords | ({"weights": weights} if weights else {})
+
+
 def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> dict[str, Tensor]:
     """Outputs, final states, and the gradient of a random function of both with respect to every leaf."""
     out, states = apply(**given.leaves, states=given.states or None, backend=backend, **given.keywords)
@@ -144,7 +184,7 @@ def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> d
     generator = torch.Generator().manual_seed(1)
     weights = {n: torch.randn(x.shape, dtype=torch.float64, generator=generator) for n, x in result.items()}
     loss = sum((x.double() * weights[name]).sum() for name, x in result.items())
-    leaves = given.leaves | {f"initial {name}": x for name, x in given.states.items()}
+    leaves = given.leaves | given.weights | {f"initial {name}": x for name, x in given.states.items()}
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {n: x.detach() for n, x in result.items()} | {f"grad {n}": x for n, x in zip(leaves, grads, strict=True)}
 
@@ -159,5 +199,5 @@ def assert_agrees(result: dict[str, Tensor], expected: dict[str, Tensor], tolera
     assert result.keys() == expected.keys()
     for name, x in result.items():
         size = max(float(expected[name].norm()), 0.05 * expected[name].numel() ** 0.5)
-        error = float((x.detach().double() - expected[name].double()).norm()) / size
+        error = float((x.detach().double() - expected[name].detach().double()).norm()) / size
         assert error <= tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.0e}"

@@ -2,14 +2,18 @@
 
 from . import (
     comba,
+    delta_lstm,
     delta_net,
     delta_product,
+    delta_rnn,
     gated_delta_net,
     gated_delta_net_2,
     kimi_delta,
     linear_attention,
     oja,
     precond_delta,
+    recurrent_delta_net,
+    srwm,
 )
 from .base import Rule
 
@@ -24,6 +28,10 @@ RULES: dict[str, Rule] = {
     "precond_delta": precond_delta.RULE,
     "oja": oja.RULE,
     "gated_oja": oja.GATED,
+    "recurrent_delta_net": recurrent_delta_net.RULE,
+    "delta_rnn": delta_rnn.RULE,
+    "delta_lstm": delta_lstm.RULE,
+    "srwm": srwm.RULE,
 }
 
 __all__ = ["RULES", "Rule"]

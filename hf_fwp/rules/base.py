@@ -33,6 +33,29 @@ INPUT_SHAPES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A learned tensor that every state has: its shape, and what draws the values it starts from."""
+
+    shape: tuple[int, ...]
+    draw: Callable[..., Tensor]
+    """draw(*shape) -> Tensor"""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a rule has beside queries, keys, values and rates, for one state of given sizes."""
+
+    states: Mapping[str, tuple[int, ...]]
+    """Shapes of the carried tensors, without [N, HV]. Zeros are a fresh start."""
+    projections: Mapping[str, int] = field(default_factory=dict)
+    """Per-token inputs made from the hidden state by a Linear: their names and widths."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    """Learned tensors of each state."""
+    hidden: bool = False
+    """Whether the rule reads the hidden state itself, split over the heads, as its input `x`."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """One update rule: its mathematics and what a layer must know to use it."""
 
@@ -68,6 +91,10 @@ class Rule:
     """Raises ValueError for options that the rule cannot run with."""
     writes: str = ""
     """The option that says how many keys, values and rates a token brings (k [B,T,H,n,K]); "" = always one."""
+    qkv: bool = True
+    """Whether the rule takes the q, k and v that a layer projects, convolves, rotates and maps to features."""
+    own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
+    """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
 
     def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rule's options with `given` on top; a name that the rule does not know is an error."""
@@ -141,6 +168,16 @@ def keep_valid(x: Tensor, mask: Tensor, other: Tensor | None = None) -> Tensor:
     return torch.where(valid, x, x.new_zeros(()) if other is None else other)
 
 
+def normal(std: float, mean: float = 0.0) -> Callable[..., Tensor]:
+    """Draws from the normal distribution."""
+    return lambda *shape: mean + std * torch.randn(*shape)
+
+
 def read(state_BHKV: Tensor, q_BHxK: Tensor) -> Tensor:
     """Sᵀ q for one query per head [B, H, K] or several [B, H, R, K]."""
     return torch.einsum("bhkv,bh...k->bh...v", state_BHKV, q_BHxK)
+
+
+def through(weight_HIO: Tensor, x_BHI: Tensor) -> Tensor:
+    """Wᵀ x, with a matrix for each head."""
+    return torch.einsum("hio,bhi->bho", weight_HIO, x_BHI)

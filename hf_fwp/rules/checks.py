@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .base import Own
+
 SHAPES = "k [B,T,H,K]; v [B,T,HV,V] with HV a multiple of H; q [B,T,HQ,K] with HQ = H or a multiple of HV"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -98,3 +100,54 @@ def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[tuple[int, int]]:
     if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
         raise ValueError(f"cu_seqlens is {ends}; it must start with 0, never decrease, and end with T = {length}")
     return list(pairwise(ends))
+
+
+def check_own_arguments(
+    rule: str,
+    common: tuple[str, ...],
+    own: Own,
+    *,
+    inputs: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    states: dict[str, Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError where the arguments of a rule with inputs, weights and states of its own do not fit."""
+    expected = (*common, *own.projections, *(("x",) if own.hidden else ()))
+    _check_names(f"argument of {rule}", inputs, expected)
+    _check_names(f"weight of {rule}", weights, tuple(own.weights))
+    first = next(iter(inputs.values()))
+    batch, length, heads = first.shape[:3]
+    if length == 0:
+        raise ValueError("the sequence is empty (T = 0); pass at least one token")
+    for name, x in inputs.items():
+        width = (own.projections[name],) if name in own.projections else tuple(x.shape[3:])
+        _check_shape(name, x, (batch, length, heads, *width))
+    for name, x in weights.items():
+        _check_shape(name, x, (heads, *own.weights[name].shape))
+    if mask is not None:
+        _check_shape("mask", mask, (batch, length))
+    _check_packing(first, cu_seqlens)
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs.values()) else torch.float32
+    for name, x in states.items():
+        if name not in own.states:
+            raise ValueError(f"unknown state {name!r} of {rule}; the states are {', '.join(own.states)}")
+        _check_shape(f"the initial {name}", x, (count, heads, *own.states[name]))
+        if x.dtype != dtype:
+            raise ValueError(f"the initial {name} has dtype {x.dtype}; it must be {dtype}: use .to()")
+
+
+def _check_names(kind: str, given: dict[str, Tensor], expected: tuple[str, ...]) -> None:
+    unknown, missing = sorted(set(given) - set(expected)), [name for name in expected if name not in given]
+    if unknown or missing:
+        wrong = f"unknown {kind}: {unknown[0]!r}" if unknown else f"missing {kind}: {missing[0]!r}"
+        raise ValueError(f"{wrong}; it takes {', '.join(expected) or 'none'}")
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if x.dtype not in FLOATS and name != "mask":
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be a floating-point tensor: use .to(torch.float32)")
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {list(x.shape)}; these inputs need {list(expected)}")

@@ -48,7 +48,8 @@ def test_a_budget_is_shared_as_before():
     assert (only.align_tokens, only.distil_tokens) == (10, 0)
 
 
-@pytest.mark.parametrize("rule", RULES)
+# a rule with inputs or weights of its own cannot be filled from a teacher
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
 def test_every_rule_has_a_student(rule):
     assert rule in STUDENTS
     student = copy_teacher(tiny_teacher("llama"), layers=[1], fwp=student_options(rule))

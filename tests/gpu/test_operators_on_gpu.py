@@ -1,7 +1,9 @@
 """The operators on a GPU agree with the float64 recurrence on the processor."""
 
+import operators as problems
 import pytest
 import torch
+from operators import Problem
 
 from hf_fwp.rules import RULES
 
@@ -13,22 +15,14 @@ pytestmark = [
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def inputs(rule: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    given = {name: torch.randn(2, 200, 3, 32) for name in ("q", "k", "v")}
-    given["k"] = torch.nn.functional.normalize(given["k"].abs(), dim=-1)
-    given["q"] = given["q"].abs()
-    optional = {"beta": torch.rand(2, 200, 3), "g": -torch.rand(2, 200, 3)}
-    return {name: x.to(dtype) for name, x in (given | {name: optional[name] for name in RULES[rule].inputs}).items()}
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_gpu_computes_the_recurrence(rule, dtype):
-    given = inputs(rule, dtype)
-    q, k, v = (given.pop(name) for name in ("q", "k", "v"))
-    exact = {name: x.double() for name, x in given.items()}
-    truth, _ = RULES[rule].apply(q.double(), k.double(), v.double(), **exact, backend="reference")
-    there = {name: x.cuda() for name, x in given.items()}
-    out, _ = RULES[rule].apply(q.cuda(), k.cuda(), v.cuda(), **there)
+    given = problems.tensors(Problem(rule, dtype, length=200, sizes=(32, 32), heads=(3, 3, 3), initial=False))
+    with torch.no_grad():
+        truth, _ = RULES[rule].apply(**given.leaves, backend="reference", **given.keywords)
+        there = given.copy(dtype)
+        weights = {name: x.cuda() for name, x in there.weights.items()}
+        keywords = there.keywords | ({"weights": weights} if weights else {})
+        out, _ = RULES[rule].apply(**{name: x.cuda() for name, x in there.leaves.items()}, **keywords)
     assert (out.cpu().double() - truth).norm() <= TOLERANCE[dtype] * truth.norm()

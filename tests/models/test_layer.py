@@ -7,6 +7,7 @@ from transformers.cache_utils import DynamicCache
 
 from hf_fwp import RULES, FastWeightLayer, MixerOptions
 from hf_fwp.layer import ShortConvolution
+from hf_fwp.options import WITHOUT_QKV
 from hf_fwp.packing import Window
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
@@ -18,9 +19,18 @@ def rule(request):
     return request.param
 
 
+@pytest.fixture(params=[rule for rule in RULES if RULES[rule].qkv])
+def qkv_rule(request):
+    return request.param
+
+
 def mixer(rule, **options):
+    """A mixer with these options, without those that need queries, keys and values where the rule takes none."""
     torch.manual_seed(0)
-    return FastWeightLayer(MixerOptions(rule=rule, **{**SIZES, **BARE, **options}), 0).double()
+    chosen = {**SIZES, **BARE, **options}
+    if not RULES[rule].qkv:
+        chosen = {name: x for name, x in chosen.items() if name not in WITHOUT_QKV}
+    return FastWeightLayer(MixerOptions(rule=rule, **chosen), 0).double()
 
 
 def hidden(length=11):
@@ -45,11 +55,14 @@ def copy_rows(layer, other, rows):
             if not name.endswith("_down.weight"):
                 given = given.unflatten(0, (other.options.num_states, -1))[rows].flatten(0, 1)
             x.copy_(given)
+    for name, weight in ({} if layer.own is None else layer.own.state_dict()).items():
+        by_state = other.own.state_dict()[name].unflatten(0, (other.own.states, -1))[rows]
+        weight.copy_(by_state.flatten(0, 1))
 
 
 @torch.no_grad()
-def test_forward_is_o_proj_of_mixed_reads(rule):
-    layer = mixer(rule, value_skip=2, time_scales=2, o_bias=True)
+def test_forward_is_o_proj_of_mixed_reads(qkv_rule):
+    layer = mixer(qkv_rule, value_skip=2, time_scales=2, o_bias=True)
     reads = layer.mixed_reads(hidden())
     assert reads.shape[-1] == 2 * 4 * 6 + 2 * layer.writes * 2 * 6
     width = layer.o_proj.in_features
@@ -62,7 +75,7 @@ def test_time_scales_are_independent_fast_weights(rule):
     blocks = []
     for scale in (0, 1):
         one = mixer(rule)
-        for name in ("q_proj", "k_proj", "v_proj"):
+        for name in ("q_proj", "k_proj", "v_proj") if RULES[rule].qkv else ():
             getattr(one, name).load_state_dict(getattr(two, name).state_dict())
         copy_rows(one, two, slice(4 * scale, 4 * scale + 4))
         blocks.append(one.mixed_reads(hidden()))
@@ -71,11 +84,11 @@ def test_time_scales_are_independent_fast_weights(rule):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scales", [1, 2])
-def test_each_state_rotates_or_not(rule, scales):
+def test_each_state_rotates_or_not(qkv_rule, scales):
     options = {"time_scales": scales, "feature_map": "elu1"}
-    turned, plain = mixer(rule, rope_heads="all", **options), mixer(rule, **options)
+    turned, plain = mixer(qkv_rule, rope_heads="all", **options), mixer(qkv_rule, **options)
     choice = [state % 3 == 0 for state in range(4 * scales)]
-    mixed = mixer(rule, rope_heads=choice, **options)
+    mixed = mixer(qkv_rule, rope_heads=choice, **options)
     reads = mixed.mixed_reads(hidden(), position_embeddings=rotary()).unflatten(-1, (-1, 6))
     turned = turned.mixed_reads(hidden(), position_embeddings=rotary()).unflatten(-1, (-1, 6))
     plain = plain.mixed_reads(hidden()).unflatten(-1, (-1, 6))
@@ -92,31 +105,56 @@ def test_rotation_depends_on_distance_only():
 
 
 @torch.no_grad()
-def test_partial_rotation_leaves_the_rest(rule):
-    layer = mixer(rule, rope_heads="all")
+def test_partial_rotation_leaves_the_rest(qkv_rule):
+    layer = mixer(qkv_rule, rope_heads="all")
     part = tuple(x[..., :4] for x in rotary())
     still = tuple(torch.stack([x[:, 0]] * 11, dim=1) for x in part)
-    plain = mixer(rule)
+    plain = mixer(qkv_rule)
     assert_close(layer(hidden(), position_embeddings=still)[0], plain(hidden())[0])
     assert not torch.allclose(layer(hidden(), position_embeddings=part)[0], plain(hidden())[0])
 
 
-def test_rotation_needs_position_embeddings(rule):
+def test_rotation_needs_position_embeddings(qkv_rule):
     with pytest.raises(ValueError, match="no position_embeddings"):
-        mixer(rule, rope_heads="all")(hidden())
+        mixer(qkv_rule, rope_heads="all")(hidden())
 
 
 @torch.no_grad()
-def test_value_skip_adds_the_last_values(rule):
-    layer = mixer(rule, value_skip=3)
-    without = mixer(rule)
+def test_value_skip_adds_the_last_values(qkv_rule):
+    layer = mixer(qkv_rule, value_skip=3)
+    without = mixer(qkv_rule)
     without.load_state_dict(layer.state_dict(), strict=False)
     v = layer.v_proj(hidden())
     shifted = [torch.nn.functional.pad(v, (0, 0, j, 0))[:, : v.shape[1]] for j in range(3)]
     assert_close(layer(hidden())[0], without(hidden())[0] + layer.skip_proj(torch.cat(shifted, dim=-1)))
 
 
+@pytest.mark.parametrize("own_rule", [rule for rule in RULES if RULES[rule].own])
+def test_a_rule_with_states_of_its_own_has_one_query_per_state(own_rule):
+    options = mixer(own_rule, state_heads="grouped").options
+    assert (options.state_heads, options.num_states) == ("query", 4)
+
+
+@pytest.mark.parametrize("own_rule", [rule for rule in RULES if not RULES[rule].qkv])
+@pytest.mark.parametrize("option", WITHOUT_QKV)
+def test_a_rule_without_queries_refuses_what_acts_on_them(own_rule, option):
+    value = {"feature_map": "relu", "qk_norm": "l2", "rope_heads": "all"}.get(option, 1)
+    with pytest.raises(ValueError, match=f"{option} is .* takes no queries"):
+        MixerOptions(rule=own_rule, **{**SIZES, option: value})
+
+
+@pytest.mark.parametrize("own_rule", [rule for rule in RULES if RULES[rule].own])
+def test_a_hidden_state_that_does_not_split_over_the_heads_is_refused(own_rule):
+    options = {**SIZES, "rule": own_rule, "hidden_size": 30}
+    if MixerOptions(**{**options, "hidden_size": 24}).own().hidden:
+        with pytest.raises(ValueError, match="split over the heads, so hidden_size"):
+            MixerOptions(**options)
+    else:
+        assert MixerOptions(**options).hidden_size == 30
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
 def test_grouped_states_equal_query_states_with_equal_rates(rule):
     grouped, query = mixer(rule, state_heads="grouped"), mixer(rule)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -126,9 +164,9 @@ def test_grouped_states_equal_query_states_with_equal_rates(rule):
 
 
 @torch.no_grad()
-def test_more_value_heads_than_keys_share_the_keys(rule):
-    layer = mixer(rule, num_attention_heads=2, num_value_heads=4, time_scales=2)
-    one = mixer(rule, num_attention_heads=1, num_key_value_heads=1)
+def test_more_value_heads_than_keys_share_the_keys(qkv_rule):
+    layer = mixer(qkv_rule, num_attention_heads=2, num_value_heads=4, time_scales=2)
+    one = mixer(qkv_rule, num_attention_heads=1, num_key_value_heads=1)
     states = 0
 
     def of_head(weight, head):
@@ -146,9 +184,9 @@ def test_more_value_heads_than_keys_share_the_keys(rule):
 
 
 @torch.no_grad()
-def test_a_convolution_of_the_current_token_changes_nothing(rule):
-    layer = mixer(rule, conv_size=3)
-    plain = mixer(rule)
+def test_a_convolution_of_the_current_token_changes_nothing(qkv_rule):
+    layer = mixer(qkv_rule, conv_size=3)
+    plain = mixer(qkv_rule)
     plain.load_state_dict(layer.state_dict(), strict=False)
     for name in ("q_conv1d", "k_conv1d", "v_conv1d"):
         weight = getattr(layer, name).weight

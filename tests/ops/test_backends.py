@@ -8,6 +8,8 @@ from operators import Problem
 from hf_fwp import ops
 from hf_fwp.rules import RULES, chunked_op
 
+# rules whose fast form solves a triangular system for coefficients that are given
+LINEAR = [rule for rule in RULES if not RULES[rule].own]
 COVERING = problems.covering_problems()
 
 
@@ -46,7 +48,7 @@ def test_decode_step_agrees_with_the_recurrence(problem, in_place):
         assert torch.equal(x, states[name] if in_place else before[name])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LINEAR)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_sequences_of_correlated_keys(rule, dtype):
     """T = 1024, keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit."""

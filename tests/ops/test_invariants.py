@@ -191,7 +191,7 @@ def test_packed_is_separate(rule, backend):
             leaves = {name: x[:, a:b] for name, x in arguments.items() if name in given.leaves}
             rest = {name: x for name, x in arguments.items() if name not in given.leaves}
             own = {name: x[n : n + 1] for name, x in states.items()}
-            parts.append(RULES[rule].apply(**leaves, states=own, **rest) if b > a else (leaves["q"][..., :0], own))
+            parts.append(RULES[rule].apply(**leaves, states=own, **rest) if b > a else (None, own))
         out = torch.cat([parts[0][0], parts[2][0]], dim=1)
         return out, {name: torch.cat([s[name] for _, s in parts]) for name in states}
 
@@ -208,7 +208,8 @@ def test_i46_rows_and_heads_are_independent(rule, backend):
     row = {n: x[1:] for n, x in given.leaves.items()}
     close(apply(**row, states={n: x[1:] for n, x in given.states.items()}, **rest)[0], whole[1:])
     head = {n: x[:, :, 1:] for n, x in given.leaves.items()}
-    close(apply(**head, states={n: x[:, 1:] for n, x in given.states.items()}, **rest)[0], whole[:, :, 1:])
+    of_head = problems.of_head(rest, slice(1, None))
+    close(apply(**head, states={n: x[:, 1:] for n, x in given.states.items()}, **of_head)[0], whole[:, :, 1:])
 
 
 @pytest.mark.parametrize("rule", RULES)

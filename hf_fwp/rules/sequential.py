@@ -1,0 +1,217 @@
+"""The rules that have inputs, weights or states of their own: their arguments checked, a backend chosen and run.
+
+    reference   the recurrence over the rule's own step
+    torch       the rule's fast form: the parts linear in their state chunked, the rest walked through with a backward
+                that keeps few states (walk.py)
+    step        one token, as generate() needs it, optionally updating the given states in place
+
+Packed sequences become rows of a padded batch, so that they run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import delta_net
+from .base import Own, States, keep_valid, recurrence
+from .checks import check_arguments, check_own_arguments, sequence_bounds
+from .linear_class import LinearClassCall, apply_linear_class, choose_backend, computing_dtype, l2_normalize
+from .walk import walk
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a fast form is given beside inputs and states. Inputs are in the computing dtype, 0 where masked."""
+
+    step: Callable[..., tuple[States, Tensor]]
+    weights: Inputs
+    options: Mapping[str, Any]
+    mask: Tensor | None = None
+
+    def walk(
+        self,
+        inputs: Inputs,
+        states: States,
+        *,
+        step: Callable[..., Any] | None = None,
+        weights: Inputs | None = None,
+    ) -> tuple[Tensor, States]:
+        """One step after the other."""
+        weights = self.weights if weights is None else weights
+        return walk(step or self.step, inputs, states, weights=weights, mask=self.mask, **self.options)
+
+    def delta(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The delta rule over the whole sequence, chunk by chunk."""
+        call = LinearClassCall(delta_net.step, erase=True, mask=self.mask, backend="torch")
+        out, states = apply_linear_class(call, q, k, v, beta=beta, states={"state": state}, scale=1.0)
+        return out, states["state"]
+
+
+def walked(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
+    """The fast form of a rule that has no part linear in its state."""
+    return run.walk(inputs, states)
+
+
+def sizes_of_qkv(inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """K and V where the rule takes keys and values."""
+    return inputs["k"].shape[-1], inputs["v"].shape[-1]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a rule of this kind computes."""
+
+    name: str
+    step: Callable[..., tuple[States, Tensor]]
+    """step(states, *, q, k, ..., weights..., options...): one token of every row, [B, HV, size]."""
+    own: Callable[[int, int, Mapping[str, Any]], Own]
+    resolve: Callable[[Mapping[str, Any] | None], dict[str, Any]]
+    """The rule's options with their defaults."""
+    inputs: tuple[str, ...] = ()
+    """Names of the inputs that are not in `own`: q, k, v, beta."""
+    fast: Callable[[Run, Inputs, States], tuple[Tensor, States]] = field(default=walked)
+    sizes: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[int, int]] = field(default=sizes_of_qkv)
+    """sizes(inputs, weights): K and V, read off the arguments."""
+
+
+def apply_form(
+    form: Form,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    states: States | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    qk_l2norm: bool = False,
+    in_place: bool = False,
+    ran: list[str] | None = None,
+    **given: Tensor,
+) -> tuple[Tensor, States]:
+    """Check the arguments, choose the backend and run it. `scale` (1 when left out) multiplies what is returned."""
+    options, states, weights = form.resolve(options), states or {}, dict(weights or {})
+    own, inputs = _checked(form, given, weights, states, options, mask=mask, cu_seqlens=cu_seqlens)
+    compute = computing_dtype(*inputs.values())
+    dtype = given["v" if "v" in given else next(iter(given))].dtype
+    inputs = {name: x.to(compute) for name, x in inputs.items()}
+    if qk_l2norm:
+        inputs |= {name: l2_normalize(inputs[name]) for name in ("q", "k")}
+    if mask is not None:
+        inputs = {name: keep_valid(x, mask) for name, x in inputs.items()}
+    run = Run(form.step, {name: x.to(compute) for name, x in weights.items()}, options, mask)
+    first = next(iter(inputs.values()))
+    backend = _backend(backend, cu_seqlens, first, *inputs.values(), *weights.values(), *states.values())
+    if ran is not None:
+        ran.append(backend)
+    started = _started(own, states, first, cu_seqlens)
+    with torch.autocast(first.device.type, enabled=False):
+        out, final = _run(form, run, inputs, started, backend=backend, cu_seqlens=cu_seqlens)
+    if in_place and states and not torch.is_grad_enabled():
+        final = {name: states[name].copy_(x) if name in states else x for name, x in final.items()}
+    out = out if scale is None or scale == 1 else scale * out
+    return (out if mask is None else keep_valid(out, mask)).to(dtype), final
+
+
+def _checked(
+    form: Form,
+    given: Mapping[str, Tensor],
+    weights: Inputs,
+    states: States,
+    options: Mapping[str, Any],
+    *,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Own, Inputs]:
+    """What the rule has at these sizes, and the inputs with one query, key and value per state."""
+    inputs = {name: x for name, x in given.items() if x is not None}
+    missing = [name for name in form.inputs if name not in inputs]
+    if missing:
+        raise ValueError(f"missing argument of {form.name}: {missing[0]!r}")
+    try:
+        sizes = form.sizes(inputs, weights)
+    except KeyError as absent:
+        raise ValueError(f"missing argument of {form.name}: {absent}") from absent
+    own = form.own(*sizes, options)
+    if "q" in form.inputs:
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        check_arguments(q, k, v, beta=inputs.get("beta"), g=None, states={}, mask=mask, cu_seqlens=cu_seqlens)
+        heads = v.shape[2]
+        if q.shape[2] > heads:
+            raise ValueError(
+                f"q has {q.shape[2]} heads and v {heads}; in {form.name} the reads are part of the recurrence, so "
+                "every state has one query: repeat the values, or use fewer queries"
+            )
+        inputs |= {name: x.repeat_interleave(heads // x.shape[2], dim=2) for name, x in (("q", q), ("k", k))}
+    check_own_arguments(
+        form.name, form.inputs, own, inputs=inputs, weights=weights, states=states, mask=mask, cu_seqlens=cu_seqlens
+    )
+    return own, inputs
+
+
+def _backend(backend: str | None, cu_seqlens: Tensor | None, first: Tensor, *tensors: Tensor) -> str:
+    call = LinearClassCall(delta_net.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
+    return choose_backend(call, first, *tensors)
+
+
+def _started(own: Own, states: States, first: Tensor, cu_seqlens: Tensor | None) -> States:
+    count = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return {
+        name: states[name] if name in states else first.new_zeros(count, first.shape[2], *shape)
+        for name, shape in own.states.items()
+    }
+
+
+def _run(
+    form: Form, run: Run, inputs: Inputs, states: States, *, backend: str, cu_seqlens: Tensor | None
+) -> tuple[Tensor, States]:
+    if backend == "step":
+        now = {name: x[:, 0] for name, x in inputs.items()}
+        new, out = form.step(states, **now, **run.weights, **run.options)
+        if run.mask is not None:
+            new = {name: keep_valid(x, run.mask[:, 0], states[name]) for name, x in new.items()}
+        return out[:, None], new
+    if cu_seqlens is None:
+        return _whole(form, run, inputs, states, backend)
+    length = next(iter(inputs.values())).shape[1]
+    rows, valid, back = _rows(sequence_bounds(cu_seqlens, length), like=cu_seqlens)
+    if run.mask is not None:
+        valid = valid & run.mask[0, rows].bool()
+    padded = {name: keep_valid(x[0, rows], valid) for name, x in inputs.items()}
+    out, final = _whole(form, Run(run.step, run.weights, run.options, valid), padded, states, backend)
+    return out.flatten(0, 1)[back][None], final
+
+
+def _whole(form: Form, run: Run, inputs: Inputs, states: States, backend: str) -> tuple[Tensor, States]:
+    if backend == "torch":
+        return form.fast(run, inputs, states)
+    names = set(inputs)
+
+    def step(carried: States, **now: Any) -> tuple[States, Tensor]:
+        return form.step(carried, **{n: x for n, x in now.items() if n in names}, **run.weights, **run.options)
+
+    return _recurrence(step, inputs, states, run.mask)
+
+
+def _recurrence(step: Callable[..., Any], inputs: Inputs, states: States, mask: Tensor | None) -> tuple[Tensor, States]:
+    # `recurrence` reads the length off q
+    named = inputs if "q" in inputs else inputs | {"q": next(iter(inputs.values()))}
+    return recurrence(step, named, states, mask=mask)
+
+
+def _rows(bounds: list[tuple[int, int]], *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each place of a padded batch [N, L] is found in the packed row, which places are real, and the way back."""
+    longest = max(end - start for start, end in bounds)
+    starts = torch.tensor([start for start, _ in bounds], device=like.device)
+    lengths = torch.tensor([end - start for start, end in bounds], device=like.device)
+    place = torch.arange(longest, device=like.device)
+    valid = place < lengths[:, None]
+    rows = torch.where(valid, starts[:, None] + place, 0)
+    return rows, valid, valid.flatten().nonzero()[:, 0]

@@ -1,0 +1,86 @@
+"""The equations of the rules with states of their own, written once more: one row and one head, vector by vector.
+
+Every function takes the inputs of one head {name: [T, width]}, its weights {name: [...]}, its states {name: [...]} and
+the options; it returns the reads [T, V] and leaves the last states in `states`. Nothing here comes from hf_fwp.
+"""
+
+import torch
+
+soft = lambda x: torch.softmax(x, 0)  # noqa: E731 the equations are to be read side by side with the paper's
+σ, tanh, outer = torch.sigmoid, torch.tanh, torch.outer
+
+
+def recurrent_delta_net(x, w, s, options):
+    S, y, reads = s["state"], s["y"], []
+    for q, k, v, b in zip(x["q"], x["k"], x["v"], x["b"], strict=True):
+        h = tanh(y)
+        q, k = soft(q + w["R_q"].T @ h), soft(k + w["R_k"].T @ h)
+        v, β = v + w["R_v"].T @ h, σ(b[0] + w["r_b"][:, 0] @ h)
+        S = delta(S, k, v, β)
+        y = S.T @ q
+        reads.append(y)
+    s |= {"state": S, "y": y}
+    return torch.stack(reads)
+
+
+def delta(S, k, v, β):
+    return S - β * outer(k, k) @ S + β * outer(k, v)
+
+
+def delta_rnn(x, w, s, options):
+    S, R, y, reads = s["state"], s["recurrent_state"], s["y"], []
+    for t in range(len(x["q"])):
+        q, k, v, β, k_r, v_r, b_r = (x[n][t] for n in ("q", "k", "v", "beta", "k_r", "v_r", "b_r"))
+        S, R = delta(S, k, v, β), delta(R, soft(k_r), v_r, σ(b_r))
+        y = S.T @ q + R.T @ soft(y) if options["variant"] == "v2" else soft(S.T @ q + R.T @ y)
+        reads.append(y)
+    s |= {"state": S, "recurrent_state": R, "y": y}
+    return torch.stack(reads)
+
+
+def delta_lstm(x, w, s, options):
+    variant = options["variant"]
+    S, R, h, c, reads = list(s["state"]), list(s["recurrent_state"]), s["h"], s["c"], []
+    for t in range(len(x["q"])):
+        now = {n: y[t].chunk(3) for n, y in x.items()}
+        past, z, pre = h if variant == "v1" else soft(h), [], []
+        for γ in range(3):
+            q, k = (positive(now[n][γ]) for n in ("q", "k"))
+            S[γ] = delta(S[γ], k, now["v"][γ], σ(now["b"][γ]))
+            R[γ] = delta(R[γ], soft(now["k_r"][γ]), now["v_r"][γ], σ(now["b_r"][γ]))
+            z.append(S[γ].T @ q)
+            pre.append(z[γ] + R[γ].T @ past)
+        i, u, o = σ(pre[0]), pre[1] if variant == "v4" else σ(pre[1]), σ(pre[2])
+        c = i * u + (1 - i) * c
+        h = {"v1": soft(o * c), "v2": o * c, "v3": o * c + z[1], "v4": o * c}[variant]
+        reads.append(h)
+    s |= {"state": torch.stack(S), "recurrent_state": torch.stack(R), "h": h, "c": c}
+    return torch.stack(reads)
+
+
+def positive(x):
+    mapped = torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+    return mapped / (mapped.sum() + 1e-5)
+
+
+def srwm(x, w, s, options):
+    names, reads = ("W_y", "W_q", "W_k", "W_b"), []
+    W_0 = [w[n] for n in names]
+    sizes = [block.shape[1] for block in W_0]
+    W = [a + b for a, b in zip(W_0, s["state"].split(sizes, dim=1), strict=True)]
+    for x_t in x["x"]:
+        x_t = soft(x_t) if options["input_softmax"] else x_t
+        y, a_q, a_k, a_β = (block.T @ x_t for block in W)
+        q, k, β = soft(a_q), soft(a_k), σ(a_β)
+        W = [block + β[n] * outer(k, block.T @ q - block.T @ k) for n, block in enumerate(W)]
+        reads.append(y)
+    s |= {"state": torch.cat([a - b for a, b in zip(W, W_0, strict=True)], dim=1)}
+    return torch.stack(reads)
+
+
+BRUTE_FORCE = {
+    "recurrent_delta_net": recurrent_delta_net,
+    "delta_rnn": delta_rnn,
+    "delta_lstm": delta_lstm,
+    "srwm": srwm,
+}

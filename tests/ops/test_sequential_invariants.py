@@ -1,0 +1,140 @@
+"""Laws of the rules with states of their own (the numbers are those of the specification)."""
+
+import operators as problems
+import pytest
+import torch
+from operators import Problem
+
+from hf_fwp.rules import RULES
+
+BACKENDS = ["reference", "torch"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def given_for(rule, **changes):
+    return problems.tensors(
+        Problem(rule, heads=(2, 2, 2), **{"length": 20, "sizes": (5, 5), "initial": False, **changes})
+    )
+
+
+def run(rule, given, backend, **changes):
+    return RULES[rule].apply(
+        **{**given.leaves, **given.keywords, "states": given.states or None, **changes}, backend=backend
+    )
+
+
+def delta_net(q, k, v, beta, backend, scale=1.0):
+    return RULES["delta_net"].apply(q, k, v, beta=beta, scale=scale, backend=backend)
+
+
+def same(a, b, tolerance=1e-9):
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_i17_a_delta_rnn_without_recurrent_writes_is_a_delta_net(backend):
+    given = given_for("delta_rnn")
+    expected, state = delta_net(*(given.leaves[n] for n in ("q", "k", "v", "beta")), backend)
+    assert not same(run("delta_rnn", given, backend)[0], expected)
+    given.leaves["b_r"].fill_(-1e9)
+    out, states = run("delta_rnn", given, backend)
+    assert same(out, expected)
+    assert same(states["state"], state["state"])
+
+
+def test_i18_a_delta_lstm_with_open_gates_is_the_update_s_delta_net(backend):
+    """The gates are opened by the reads of their own delta nets, which store large values under every key."""
+    given = given_for("delta_lstm", sizes=(4, 4), initial=True)
+    given.leaves["b_r"].fill_(-1e9)
+    given.states["recurrent_state"].zero_()
+    positive = torch.nn.functional.elu(given.leaves["q"].unflatten(-1, (3, 4))[:, :, :, 1]) + 1
+    key = torch.nn.functional.elu(given.leaves["k"].unflatten(-1, (3, 4))[:, :, :, 1]) + 1
+    q, k = (x / (x.sum(-1, keepdim=True) + 1e-5) for x in (positive, key))
+    v, beta = given.leaves["v"].unflatten(-1, (3, 4))[:, :, :, 1], given.leaves["b"][..., 1].sigmoid()
+    expected, _ = RULES["delta_net"].apply(
+        q, k, v, beta=beta, scale=1.0, states={"state": given.states["state"][:, :, 1].clone()}, backend=backend
+    )
+    assert not same(run("delta_lstm", given, backend)[0], expected)
+    given.states["state"][:, :, [0, 2]] = 1e4
+    given.leaves["b"][..., [0, 2]] = -1e9
+    assert same(run("delta_lstm", given, backend)[0], expected)
+
+
+def test_i19_a_recurrent_delta_net_without_recurrence_is_a_delta_net(backend):
+    given = given_for("recurrent_delta_net")
+    q, k, v, b = (given.leaves[n] for n in ("q", "k", "v", "b"))
+    expected, state = delta_net(q.softmax(-1), k.softmax(-1), v, b[..., 0].sigmoid(), backend)
+    assert not same(run("recurrent_delta_net", given, backend)[0], expected)
+    zeros = {name: torch.zeros_like(x) for name, x in given.weights.items()}
+    out, states = run("recurrent_delta_net", given, backend, weights=zeros)
+    assert same(out, expected)
+    assert same(states["state"], state["state"])
+    for name in zeros:
+        one = zeros | {name: given.weights[name]}
+        assert not same(run("recurrent_delta_net", given, backend, weights=one)[0], expected), name
+
+
+@pytest.mark.parametrize(("name", "invariant"), [("q", True), ("k", True), ("v", False)])
+def test_i20_a_constant_added_to_queries_and_keys_changes_nothing(backend, name, invariant):
+    given = given_for("recurrent_delta_net")
+    before, states = run("recurrent_delta_net", given, backend)
+    given.leaves[name] += torch.randn(2, 20, 2, 1, dtype=torch.float64)
+    after, final = run("recurrent_delta_net", given, backend)
+    assert same(before, after) == invariant
+    assert same(states["state"], final["state"]) == invariant
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if RULES[rule].qkv])
+def test_i21_a_query_reaches_later_outputs_only_through_a_recurrent_read(rule, backend):
+    given = given_for(rule)
+    before, _ = run(rule, given, backend)
+    given.leaves["q"][:, 7] += torch.randn(2, 2, 5, dtype=torch.float64)
+    after, _ = run(rule, given, backend)
+    later = [same(before[:, t], after[:, t]) for t in range(8, 20)]
+    assert not same(before[:, 7], after[:, 7])
+    assert all(later) if RULES[rule].own is None else not later[0]
+
+
+def test_i22_a_srwm_with_rates_zero_is_a_linear_layer(backend):
+    given = given_for("srwm")
+    expected = torch.einsum("bthk,hkv->bthv", given.leaves["x"], given.weights["W_y"])
+    out, _ = run("srwm", given, backend)
+    assert not same(out[:, 1:], expected[:, 1:])
+    x = given.leaves["x"]
+    x[..., 0] = 1.0
+    weights = given.weights | {"W_b": torch.zeros_like(given.weights["W_b"])}
+    weights["W_b"][:, 0] = -1e9
+    expected = torch.einsum("bthk,hkv->bthv", x, given.weights["W_y"])
+    out, states = run("srwm", given, backend, weights=weights)
+    assert same(out, expected)
+    assert torch.equal(states["state"], torch.zeros_like(states["state"]))
+
+
+def test_i23_a_srwm_with_equal_query_and_key_never_changes(backend):
+    given = given_for("srwm")
+    assert run("srwm", given, backend)[1]["state"].abs().sum() > 0
+    flat = {name: torch.zeros_like(given.weights[name]) for name in ("W_q", "W_k")}
+    assert torch.equal(*(run("srwm", given, backend, weights=given.weights | flat)[1]["state"] * x for x in (0, 1)))
+
+
+def test_i24_a_srwm_reads_before_it_writes(backend):
+    given = given_for("srwm")
+    static = torch.einsum("bthk,hkv->bthv", given.leaves["x"], given.weights["W_y"])
+    out, _ = run("srwm", given, backend)
+    assert same(out[:, 0], static[:, 0])
+    assert not same(out[:, 1], static[:, 1])
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_i25_a_rate_of_the_srwm_acts_on_its_own_columns(backend, block):
+    given = given_for("srwm", length=1, sizes=(5, 3))
+    given.leaves["x"][..., 0] = 1.0
+    rates = torch.full((2, 5, 4), 0.0, dtype=torch.float64)
+    rates[:, 0] = -1e9
+    rates[:, 0, block] = 1.0
+    _, states = run("srwm", given, backend, weights=given.weights | {"W_b": rates})
+    changed = [part.abs().max() > 0 for part in states["state"].split((3, 5, 5, 4), dim=-1)]
+    assert changed == [number == block for number in range(4)]
