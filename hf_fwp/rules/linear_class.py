@@ -10,8 +10,10 @@ them: the checks of the arguments, the choice of a backend, and three backends:
     step        one token, as generate() needs it, optionally updating the given state in place
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -70,9 +72,8 @@ def apply_linear_class(
 def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> str:
     """The backend asked for, or the fastest that fits these tensors."""
     single = q.shape[1] == 1 and call.cu_seqlens is None
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
     if call.backend is None:
-        return "step" if single and not needs_grad else "torch"
+        return "step" if single and not needs_gradient(q, *others) else "torch"
     if call.backend == "triton":
         raise ValueError(
             "backend 'triton' is not part of this version (hf_fwp.kernels is missing); "
@@ -87,6 +88,16 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
             + "; use 'torch', or leave the backend out"
         )
     return call.backend
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@functools.cache
+def has_decode_kernel(device_type: str) -> bool:
+    """Whether Triton can run on this kind of device."""
+    return device_type in ("cuda", "xpu") and find_spec("triton") is not None
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -204,6 +215,12 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """One token per row, [B, 1, heads, size]. Few calls: generate() waits for every one of them."""
     compute = computing_dtype(q, k, v)
+    if has_decode_kernel(v.device.type) and compute == torch.float32 and not needs_gradient(q, k, v, beta, g, state):
+        from ..kernels.decode import decode_step
+
+        settings = {"scale": float(scale), "erase": call.erase, "l2norm": call.qk_l2norm}
+        in_place = call.in_place and not torch.is_grad_enabled()
+        return decode_step(q, k, v, beta=beta, g=g, state=state, mask=call.mask, in_place=in_place, **settings)
     if call.mask is not None:
         q, k, v = (keep_valid(x, call.mask) for x in (q, k, v))
         beta, g = (x if x is None else keep_valid(x, call.mask) for x in (beta, g))
