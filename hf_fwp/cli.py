@@ -212,6 +212,30 @@ def bench_cpu(
     importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
 
 
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
+Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
+
+
+@bench.command(name="kernels")
+@reports_errors
+def bench_kernels(
+    json: JsonFile = None,
+    plot: PlotFile = None,
+    tune: Annotated[bool, typer.Option("--tune", help="First look for better block sizes, for minutes.")] = False,
+    commit: Commit = None,
+) -> None:
+    """Time the chunked operators on this GPU beside flash-linear-attention, transformers and softmax attention."""
+    importlib.import_module("hf_fwp.bench.kernels").bench_kernels(json=json, plot=plot, tune=tune, commit=commit)
+
+
+@bench.command(name="decode")
+@reports_errors
+def bench_decode(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
+    """Time one decode step on this GPU beside flash-linear-attention, transformers and softmax attention."""
+    importlib.import_module("hf_fwp.bench.decode").bench_decode(json=json, plot=plot, commit=commit)
+
+
 def parse_keep(text: str) -> float | int | list[int] | str:
     """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
     if text.startswith("uniform:"):

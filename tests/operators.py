@@ -183,10 +183,17 @@ def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> d
     result = {"out": out} | {f"final {name}": states[name] for name in sorted(states)}
     generator = torch.Generator().manual_seed(1)
     weights = {n: torch.randn(x.shape, dtype=torch.float64, generator=generator) for n, x in result.items()}
-    loss = sum((x.double() * weights[name]).sum() for name, x in result.items())
+    loss = sum((x.double() * weights[name].to(x.device)).sum() for name, x in result.items())
     leaves = given.leaves | given.weights | {f"initial {name}": x for name, x in given.states.items()}
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {n: x.detach() for n, x in result.items()} | {f"grad {n}": x for n, x in zip(leaves, grads, strict=True)}
+
+
+def on_device(given: Tensors, device: str) -> Tensors:
+    """The same problem on another device."""
+    tables = (given.leaves, given.states, given.keywords)
+    moved = ({n: x.to(device) if isinstance(x, Tensor) else x for n, x in table.items()} for table in tables)
+    return Tensors(*moved)
 
 
 def truth(given: Tensors, rule: Rule) -> dict[str, Tensor]:

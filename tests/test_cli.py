@@ -25,6 +25,8 @@ FUNCTIONS = {
     "info": ("hf_fwp.cli", "info"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
+    "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
+    "bench decode": ("hf_fwp.bench.decode", "bench_decode"),
 }
 
 

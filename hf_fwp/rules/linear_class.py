@@ -76,10 +76,9 @@ def apply_linear_class(
 def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> str:
     """The backend asked for, or the fastest that fits these tensors."""
     single = q.shape[1] == 1 and call.cu_seqlens is None
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
     if call.backend is None:
         chunks = "torch" if why_not_triton(q, *others) else "triton"
-        return "step" if single and not needs_grad else chunks
+        return "step" if single and not needs_gradient(q, *others) else chunks
     if call.backend not in BACKENDS:
         raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
     reason = why_not_triton(q, *others, asked=True) if call.backend == "triton" else None
@@ -127,6 +126,8 @@ def _interpreted() -> bool:
 def _too_old(index: int) -> bool:
     """Whether an NVIDIA GPU lacks bf16 in its tensor cores."""
     return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -272,6 +273,12 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """One token per row, [B, 1, heads, size]. Few calls: generate() waits for every one of them."""
     compute = computing_dtype(q, k, v)
+    if HAS_TRITON and v.device.type in TRITON_DEVICES and compute == torch.float32 and not needs_gradient(q, k, v, beta, g, state):
+        from ..kernels.decode import decode_step
+
+        settings = {"scale": float(scale), "erase": call.erase, "l2norm": call.qk_l2norm}
+        in_place = call.in_place and not torch.is_grad_enabled()
+        return decode_step(q, k, v, beta=beta, g=g, state=state, mask=call.mask, in_place=in_place, **settings)
     if call.mask is not None:
         q, k, v = (keep_valid(x, call.mask) for x in (q, k, v))
         beta, g = (x if x is None else keep_valid(x, call.mask) for x in (beta, g))

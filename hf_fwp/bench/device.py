@@ -1,0 +1,221 @@
+"""What the benches on a GPU share: measuring one call, the two floors it is judged by, the table and the picture.
+
+A floor is a time that nothing can beat on this device: the fewest bytes over the bandwidth of a large copy, and the
+arithmetic over the rate of a large matrix product. Both ceilings are measured in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json as jsonlib
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import rich.table
+import torch
+
+from .cpu import commit as commit_of_checkout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Row = dict[str, Any]
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches: bytes per second (read and written both counted), operations per second."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that has to be done: every input read once, every output written once, and the operations."""
+
+    bytes: int
+    flops: int
+
+
+def require_gpu() -> None:
+    """Raise ValueError where there is nothing to measure."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "this bench needs an NVIDIA or AMD GPU that PyTorch can use (torch.cuda.is_available() is False); "
+            "run it on a machine with one, or use hf-fwp bench cpu"
+        )
+
+
+def check_dtypes(dtypes: Sequence[str]) -> None:
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown:
+        raise ValueError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+
+
+def median_ms(run: Run) -> float:
+    """By events of the device, with the cache cleared before every run."""
+    from triton.testing import do_bench
+
+    found: Any = do_bench(run, warmup=25, rep=100, return_mode="median")
+    return float(found)
+
+
+def ceilings(dtype: str) -> Ceilings:
+    """A copy of 1 GiB, and a product of two 8192 x 8192 matrices of random numbers."""
+    numbers, size = 2**28, 8192
+    source, target = (torch.randn(numbers, device="cuda") for _ in range(2))
+    copied_ms = median_ms(lambda: target.copy_(source))
+    a, b = (torch.randn(size, size, device="cuda").to(DTYPES[dtype]) for _ in range(2))
+    product_ms = median_ms(lambda: a @ b)
+    return Ceilings(2 * 4 * numbers / (1e-3 * copied_ms), 2 * size**3 / (1e-3 * product_ms))
+
+
+def measure(run: Run) -> Row:
+    """Milliseconds of the first call and of the median one, launches, peak memory above what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    try:
+        run()
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return {"ms": None, "note": "out of memory"}
+    first_ms = 1e3 * (time.perf_counter() - start)
+    peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"ms": median_ms(run), "first_ms": first_ms, "launches": launches(run), "peak_mib": peak_mib}
+
+
+def launches(run: Run) -> int:
+    """Kernels of one call, counted by the profiler; copies and fills by the driver are not kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        run()
+        torch.cuda.synchronize()
+    events = found.events() or ()
+    on_device = [e.name for e in events if str(e.device_type).endswith("CUDA")]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
+
+
+def judged(row: Row, work: Work, limits: Ceilings) -> Row:
+    """The row with its floors, its shares of them and its useful GB/s."""
+    bandwidth_ms = 1e3 * work.bytes / limits.bytes_per_s
+    arithmetic_ms = 1e3 * work.flops / limits.flops_per_s
+    found = row | {"bandwidth_floor_ms": bandwidth_ms, "arithmetic_floor_ms": arithmetic_ms}
+    if row["ms"] is None:
+        return found
+    return found | {
+        "gb_s": work.bytes / row["ms"] / 1e6,
+        "share_of_bandwidth_floor": bandwidth_ms / row["ms"],
+        "share_of_arithmetic_floor": arithmetic_ms / row["ms"],
+    }
+
+
+def with_ratios(rows: Sequence[Row], ours: str, same: Sequence[str]) -> list[Row]:
+    """Every row with how many times our time it takes; rows are compared that are alike in the columns `same`."""
+    times = {tuple(map(str, (row[name] for name in same))): row["ms"] for row in rows if row["implementation"] == ours}
+    found = []
+    for row in rows:
+        base = times.get(tuple(map(str, (row[name] for name in same))))
+        found.append(row | {"ratio": row["ms"] / base if base and row["ms"] is not None else None})
+    return found
+
+
+def about(commit: str | None) -> Row:
+    """What the numbers depend on."""
+    peers = {"fla-core": "fla", "triton": "triton", "transformers": "transformers"}
+    versions = {name: importlib.metadata.version(name) for name, module in peers.items() if find_spec(module)}
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or commit_of_checkout(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+COLUMNS = {
+    "operator": "operator",
+    "shape": "shape",
+    "dtype": "dtype",
+    "what": "what",
+    "implementation": "implementation",
+    "ms": "ms",
+    "eager_ms": "ms outside a graph",
+    "first_ms": "ms of the first call",
+    "launches": "launches",
+    "bytes": "bytes moved",
+    "gb_s": "useful GB/s",
+    "share_of_bandwidth_floor": "share of the bandwidth floor",
+    "share_of_arithmetic_floor": "share of the arithmetic floor",
+    "peak_mib": "peak MiB",
+    "ratio": "times ours",
+}
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(result: Row, title: str) -> rich.table.Table:
+    """Columns that have no value in any row are left out."""
+    used = [name for name in COLUMNS if any(row.get(name) is not None for row in result["rows"])]
+    machine = result["machine"]
+    found = rich.table.Table(title=f"{title} on {machine['device']}, torch {machine['torch']}")
+    for name in used:
+        found.add_column(COLUMNS[name])
+    for row in result["rows"]:
+        found.add_row(
+            *(row.get("note") or "-" if name == "ms" and row["ms"] is None else cell(row.get(name)) for name in used)
+        )
+    return found
+
+
+def write(result: Row, *, json: str | Path | None, plot: str | Path | None, title: str) -> None:
+    """Print the table; write the JSON and the picture where asked."""
+    rich.print(table(result, title))
+    if json is not None:
+        Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
+    if plot is not None:
+        draw(result, Path(plot), title)
+
+
+def draw(result: Row, file: Path, title: str) -> None:
+    """Milliseconds as bars, one group for everything that is comparable; the format is the file's ending."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as missing:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from missing
+    groups = list(dict.fromkeys(_group(row) for row in result["rows"]))
+    names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
+    figure = Figure(figsize=(9, 1 + 0.18 * len(result["rows"])), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    for i, name in enumerate(names):
+        rows = [row for row in result["rows"] if row["implementation"] == name and row["ms"] is not None]
+        axes.barh(
+            [groups.index(_group(row)) + i * height for row in rows], [row["ms"] for row in rows], height, label=name
+        )
+    axes.set_yticks([i + 0.4 for i in range(len(groups))], groups, fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("ms, less is better")
+    axes.invert_yaxis()
+    axes.legend()
+    axes.set_title(f"{title} on {result['machine']['device']}")
+    figure.savefig(file)
+
+
+def _group(row: Row) -> str:
+    return " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))

@@ -1,0 +1,71 @@
+"""Bytes between a GPU and its memory, counted by the hardware, in a process of its own.
+
+The counters need rights that a machine may not give, and a profiler without them can end the process: where nothing is
+counted the bytes are None and the reason is printed. Run as `python -m hf_fwp.bench.traffic CALLS`, CALLS in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+
+COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+LIMIT_S = 150
+
+
+def counted_bytes(calls: Sequence[Sequence[Any]]) -> list[int | None]:
+    """Bytes read and written by each call (operator, shape, dtype, what, implementation) of hf_fwp.bench.kernels."""
+    command = [sys.executable, "-m", "hf_fwp.bench.traffic", json.dumps(list(calls))]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+        return json.loads(found.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, json.JSONDecodeError, IndexError) as fault:
+        told = (getattr(fault, "stderr", None) or str(fault)).strip()
+        sys.stderr.write(f"bytes were not counted: {str(told).splitlines()[-1] if told else 'no reason given'}\n")
+        return [None] * len(calls)
+
+
+def bytes_of(run: Callable[[], Any]) -> int | None:
+    """Bytes of one call, after one that compiles it; None if the profiler gives no counters."""
+    run()
+    torch.cuda.synchronize()
+    config = _ExperimentalConfig(profiler_metrics=list(COUNTERS), profiler_measure_per_kernel=False)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, experimental_config=config) as found:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        found.export_chrome_trace(str(trace))
+        return bytes_in(json.loads(trace.read_text()))
+
+
+def bytes_in(trace: dict[str, Any]) -> int | None:
+    """The sum of the counters over the events of a trace."""
+    counts = [event["args"] for event in trace["traceEvents"] if COUNTERS[0] in event.get("args", {})]
+    return sum(int(args.get(name, 0)) for args in counts for name in COUNTERS) if counts else None
+
+
+def main(calls: str) -> None:
+    from .kernels import runs
+
+    found = []
+    for operator, shape, dtype, what, implementation in json.loads(calls):
+        run = dict(runs(operator, tuple(shape), dtype, what))[implementation]
+        try:
+            found.append(bytes_of(run))
+        except torch.cuda.OutOfMemoryError:
+            found.append(None)
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

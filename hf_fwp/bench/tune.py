@@ -1,0 +1,84 @@
+"""`hf-fwp bench kernels --tune`: other rows for the table of launches of hf_fwp.kernels.linear_class, timed here.
+
+One kernel after another, with the best so far for the others: they run one after another, so their times add up.
+Nothing is changed on disk; the row that is printed is for a person to put into the table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import rich
+import torch
+
+from . import device
+from .device import Row, Run
+
+COLUMNS = (16, 32, 64, 128)
+WARPS = (1, 2, 4, 8)
+STAGES = (1, 2, 3)
+
+
+def best_launches(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[str]) -> list[Row]:
+    """The best row for every dtype and shape, with the device's name; printed as the table would have it."""
+    from .kernels import backward, inputs, ours
+
+    try:
+        kernels = importlib.import_module("hf_fwp.kernels.linear_class")
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"--tune has no kernels to tune: {missing}; leave --tune out") from missing
+    found = []
+    for dtype, shape in itertools.product(dtypes, shapes):
+        tensors = inputs(shape, dtype, "cuda")
+        run = backward(ours("gated_delta_rule", "triton"), "gated_delta_rule", tensors)
+        key = (device.DTYPES[dtype].itemsize, max(64, kernels.padded(shape[3])))
+        row, ms, before_ms = descend(kernels.TABLE, key, run, timed)
+        found.append(
+            {"device": torch.cuda.get_device_name(), "key": list(key), "shape": list(shape), "dtype": dtype}
+            | {"row": repr(row), "ms": ms, "ms_before": before_ms}
+        )
+        rich.print(f"{key}: {row!r},  # {ms:.4g} ms, {before_ms:.4g} before; {torch.cuda.get_device_name()}, {shape}")
+    return found
+
+
+def descend(
+    table: MutableMapping[Any, Any], key: Any, run: Run, time: Callable[[Run], float | None]
+) -> tuple[Any, float, float]:
+    """(best row, its ms, ms of the row that is there): every kernel of the row in turn; the table is left as it was."""
+    original = table[key]
+    before_ms = time(run)
+    if before_ms is None:
+        raise ValueError(f"the row {key} of the table does not run on this device; nothing to compare with")
+    best, best_ms = original, before_ms
+    try:
+        for name in original._fields:
+            for launch in candidates(getattr(best, name)):
+                table[key] = best._replace(**{name: launch})
+                ms = time(run)
+                if ms is not None and ms < best_ms:
+                    best, best_ms = table[key], ms
+    finally:
+        table[key] = original
+    return best, best_ms, before_ms
+
+
+def candidates(launch: Any) -> Iterator[Any]:
+    """Every other launch of one kernel."""
+    for columns, warps, stages in itertools.product(COLUMNS, WARPS, STAGES):
+        other = launch._replace(columns=columns, num_warps=warps, num_stages=stages)
+        if other != launch:
+            yield other
+
+
+def timed(run: Run) -> float | None:
+    """Median ms, or None where the compiler or the device has no room for it."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return device.median_ms(run)
+    except (OutOfResources, CompilationError):
+        return None

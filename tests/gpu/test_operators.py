@@ -1,0 +1,228 @@
+"""The operators on a GPU against the float64 recurrence: outputs, final states, the gradients of every input.
+
+What a kernel is compiled for (rule, dtype, sizes, heads, layout, ...) is a set in which every two values meet; every
+member of it runs with every length, with and without an initial state.
+"""
+
+import math
+
+import operators as problems
+import pytest
+import torch
+from operators import Problem
+
+from hf_fwp import ops
+from hf_fwp.rules import RULES
+from hf_fwp.rules.linear_class import BACKENDS
+
+DEVICE = "cuda"
+COMPILED_FOR = {name: problems.CHOICES[name] for name in ("rule", "layout", "heads", "qk_l2norm", "option")} | {
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "sizes": ((16, 16), (64, 64), (128, 128), (96, 80), (20, 128), (256, 256)),
+}
+# (length, with an initial state); a single token without one has no gradient of g to compare with.
+LENGTHS = ((1, True), (2, False), *((n, i) for n in (63, 64, 65, 130, 400) for i in (False, True)))
+COVERING = problems.pairwise(COMPILED_FOR)
+MATRIX = [Problem(**row, length=n, initial=initial) for row in COVERING for n, initial in LENGTHS]
+KERNELS = pytest.mark.skipif("triton" not in BACKENDS, reason="this version has no Triton backend")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def outcome(given: problems.Tensors, problem: Problem, backend: str | None) -> dict[str, torch.Tensor]:
+    return problems.outcome(RULES[problem.rule].apply, given, backend)
+
+
+def on_device(given: problems.Tensors) -> problems.Tensors:
+    return problems.on_device(given, DEVICE)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+@pytest.mark.parametrize("problem", MATRIX, ids=str)
+def test_agrees_with_the_recurrence(problem, backend):
+    if backend == "torch" and problem.length not in (64, 130):
+        pytest.skip("the chunked form in PyTorch is proved at every length on the processor")
+    given = on_device(problems.tensors(problem))
+    expected = outcome(given.copy(torch.float64), problem, "reference")
+    result = outcome(given.copy(problem.dtype), problem, backend)
+    assert result["out"].dtype == problem.dtype
+    assert result["final state"].dtype == torch.float32
+    problems.assert_agrees(result, expected, problems.TOLERANCE[problem.dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_recurrence_on_the_gpu_is_the_one_on_the_processor(rule):
+    problem = Problem(rule, length=65)
+    given = problems.tensors(problem)
+    result = outcome(on_device(given).copy(torch.float64), problem, "reference")
+    expected = outcome(given.copy(torch.float64), problem, "reference")
+    problems.assert_agrees({name: x.cpu() for name, x in result.items()}, expected, 1e-12)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("length", [1, 65])
+def test_the_fastest_backend_is_chosen(dtype, length):
+    given = on_device(problems.tensors(Problem("gated_delta_net", length=length, sizes=(64, 64)))).copy(dtype)
+    ran: list[str] = []
+    with torch.no_grad():
+        RULES["gated_delta_net"].apply(**given.leaves, ran=ran)
+    assert ran == ["step" if length == 1 else "triton"]
+
+
+def long_problem(rule: str, length: int, *, sizes=(64, 64), heads=2, cosine=0.0, seed=0) -> problems.Tensors:
+    torch.manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    common, own = torch.randn(1, 1, heads, sizes[0]), torch.randn(1, length, heads, sizes[0])
+    k = unit(cosine**0.5 * unit(common, dim=-1) + (1 - cosine) ** 0.5 * unit(own, dim=-1), dim=-1)
+    leaves = {"q": unit(torch.randn_like(k), dim=-1), "k": k, "v": torch.randn(1, length, heads, sizes[1])}
+    gates = {"beta": 1.9 * torch.rand(1, length, heads), "g": -0.05 * torch.rand(1, length, heads)}
+    leaves |= {name: gates[name] for name in RULES[rule].inputs}
+    options = {"options": {n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
+    return on_device(problems.Tensors({n: x.double() for n, x in leaves.items()}, {}, options))
+
+
+def rounded(given: problems.Tensors, dtype: torch.dtype) -> problems.Tensors:
+    return problems.Tensors({n: x.to(dtype).double() for n, x in given.leaves.items()}, {}, given.keywords)
+
+
+@pytest.mark.parametrize(("length", "cosine"), [(8192, 0.0), (1024, 0.9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES)
+def test_long_sequences(rule, dtype, length, cosine):
+    given = rounded(long_problem(rule, length, cosine=cosine), dtype)
+    problem = Problem(rule, dtype, length)
+    expected = outcome(given.copy(torch.float64), problem, "reference")
+    problems.assert_agrees(outcome(given.copy(dtype), problem, None), expected, problems.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_4096_decode_steps_do_not_drift(rule):
+    given = long_problem(rule, 4096, sizes=(128, 128)).copy(torch.float32)
+    apply = RULES[rule].apply
+    with torch.no_grad():
+        exact = {name: x.double() for name, x in given.leaves.items()}
+        truth, truth_states = apply(**exact, backend="reference", **given.keywords)
+        prefill, prefill_states = apply(**given.leaves, **given.keywords)
+        states, outs = {"state": torch.zeros(1, 2, 128, 128, device=DEVICE)}, []
+        for t in range(4096):
+            token = {name: x[:, t : t + 1] for name, x in given.leaves.items()}
+            out, states = apply(**token, states=states, in_place=True, **given.keywords)
+            outs.append(out)
+    decoded = {"out": torch.cat(outs, 1), "state": states["state"]}
+    expected = {"out": truth, "state": truth_states["state"]}
+    problems.assert_agrees(decoded, expected, 1e-5)
+    problems.assert_agrees({"out": prefill, "state": prefill_states["state"]}, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_call_twice_gives_the_same_bits(rule, layout):
+    problem = Problem(rule, torch.bfloat16, 400, layout=layout, sizes=(128, 128), heads=(2, 4, 4), option=1)
+    given = on_device(problems.tensors(problem))
+    first, second = (outcome(given.copy(problem.dtype), problem, None) for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+class Guarded:
+    """Allocates every new tensor full of NaN, between two strips of NaN that nothing may write to."""
+
+    STRIP = 1024
+
+    def __init__(self, monkeypatch):
+        self.buffers: list[tuple[torch.Tensor, int]] = []
+        self.full = torch.full
+        monkeypatch.setattr(torch, "empty", self._empty)
+        monkeypatch.setattr(torch, "empty_like", lambda x, **kw: self._new_empty(x, x.shape, **kw))
+        monkeypatch.setattr(torch.Tensor, "new_empty", self._method())
+
+    def _method(self):
+        return lambda x, *size, **kw: self._new_empty(x, size[0] if isinstance(size[0], (tuple, list)) else size, **kw)
+
+    def _empty(self, *size, dtype=None, device=None, **_):
+        shape = size[0] if isinstance(size[0], (tuple, list)) else size
+        dtype = dtype or torch.get_default_dtype()
+        poison = math.nan if dtype.is_floating_point else 77
+        count = math.prod(shape)
+        buffer = self.full((count + 2 * self.STRIP,), poison, dtype=dtype, device=device)
+        self.buffers.append((buffer, count))
+        return buffer[self.STRIP : self.STRIP + count].view(shape)
+
+    def _new_empty(self, x, shape, dtype=None, device=None, **_):
+        return self._empty(tuple(shape), dtype=dtype or x.dtype, device=device or x.device)
+
+    def place(self, x: torch.Tensor) -> torch.Tensor:
+        return self._new_empty(x, x.shape).copy_(x)
+
+    def check(self) -> None:
+        for buffer, count in self.buffers:
+            for strip in (buffer[: self.STRIP], buffer[self.STRIP + count :]):
+                untouched = strip.isnan() if buffer.dtype.is_floating_point else strip == 77
+                assert untouched.all(), "something was written outside a tensor"
+
+
+@pytest.mark.parametrize("length", [1, 65, 130])
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_output_is_written_and_nothing_else(rule, layout, length, monkeypatch):
+    problem = Problem(rule, torch.float32, length, layout=layout, sizes=(24, 40), heads=(2, 4, 4), option=1)
+    given = on_device(problems.tensors(problem))
+    expected = outcome(given.copy(torch.float64), problem, "reference")
+    guard = Guarded(monkeypatch)
+    tensors = given.copy(problem.dtype)
+    tensors.leaves = {name: guard.place(x.detach()).requires_grad_() for name, x in tensors.leaves.items()}
+    tensors.states = {name: guard.place(x.detach()).requires_grad_() for name, x in tensors.states.items()}
+    result = outcome(tensors, problem, None)
+    guard.check()
+    problems.assert_agrees(result, expected, 1e-5)
+    if length == 1 and layout != "packed":
+        with torch.no_grad():
+            out, states = RULES[rule].apply(
+                **tensors.leaves, states=dict(tensors.states), backend="step", in_place=True, **tensors.keywords
+            )
+        guard.check()
+        stepped = {"out": out} | {f"final {name}": x.detach() for name, x in states.items()}
+        problems.assert_agrees(stepped, {name: expected[name] for name in stepped}, 1e-5)
+
+
+def test_the_guard_notices_a_write_outside(monkeypatch):
+    guard = Guarded(monkeypatch)
+    x = torch.empty(8, device=DEVICE)
+    guard.check()
+    x.as_strided((9,), (1,)).fill_(0)
+    with pytest.raises(AssertionError, match="outside a tensor"):
+        guard.check()
+
+
+@KERNELS
+def test_addresses_beyond_32_bits():
+    """2.2e9 numbers in each of q, k, v and out."""
+    shape = (66, 2048, 128, 128)
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(3))
+    beta, g = torch.rand(shape[:3], device=DEVICE), -0.1 * torch.rand(shape[:3], device=DEVICE)
+    with torch.no_grad():
+        out, _ = ops.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+        last = [x[-1:].clone() for x in (q, k, v, g, beta)]
+        expected, _ = ops.gated_delta_rule(*last, use_qk_l2norm_in_kernel=True)
+    problems.assert_agrees({"out": out[-1:]}, {"out": expected}, 1e-2)
+
+
+@KERNELS
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences_do_not_wait_for_the_device(rule):
+    problem = Problem(rule, torch.bfloat16, 400, layout="packed", sizes=(64, 64), initial=False, option=1)
+    given = on_device(problems.tensors(problem)).copy(problem.dtype)
+    outcome(given, problem, None)  # compiles, which may wait
+
+    def run():
+        out, _ = RULES[rule].apply(**given.leaves, **given.keywords)
+        torch.autograd.grad(out, list(given.leaves.values()), torch.ones_like(out))
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

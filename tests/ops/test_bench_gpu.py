@@ -1,0 +1,189 @@
+"""The benches for a GPU on a machine without one: who is called with what, floors, ratios, table and picture."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hf_fwp.bench import decode, device, kernels, traffic, tune
+from hf_fwp.bench.device import Ceilings, Work
+
+LIMITS = Ceilings(bytes_per_s=1e9, flops_per_s=1e12)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def measure(run):
+    """Runs the call, and tells a time that is easy to reckon with."""
+    run()
+    return {"ms": 2.0, "first_ms": 50.0, "launches": 3, "peak_mib": 1.0}
+
+
+@without_gpu
+@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode])
+def test_without_a_gpu_the_request_is_refused(bench):
+    with pytest.raises(ValueError, match=r"needs an NVIDIA or AMD GPU .* hf-fwp bench cpu"):
+        bench()
+
+
+@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode])
+def test_an_unknown_dtype_is_refused(bench):
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32"):
+        bench(dtypes=["int8"])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    runs = kernels.runs
+    monkeypatch.setattr(kernels, "runs", lambda *arguments: runs(*arguments, place="cpu"))
+
+
+def test_kernels_rows(on_cpu):
+    rows = kernels.measured([(1, 70, 2, 16)], "float32", measure, LIMITS)
+    found = {(row["operator"], row["what"], row["implementation"]) for row in rows}
+    assert {name for _, _, name in found} >= {"hf_fwp", "hf_fwp, backend torch", "transformers", "SDPA"}
+    assert {(operator, what) for operator, what, _ in found} == {
+        (o, w) for o in kernels.OPERATORS for w in kernels.WHAT
+    }
+    assert len(found) == len(rows)
+    assert {row["ratio"] for row in rows} == {1.0}
+
+
+def test_the_first_call_compiles_into_an_empty_folder():
+    knobs = pytest.importorskip("triton", reason="Triton is published for Linux only").knobs
+    before = knobs.cache.dir
+    with kernels._compiled_anew():
+        assert not list(Path(knobs.cache.dir).iterdir())
+        assert knobs.cache.dir != before
+    assert knobs.cache.dir == before
+
+
+def test_every_implementation_of_an_operator_computes_the_same():
+    tensors = kernels.inputs((1, 70, 2, 16), "float32", "cpu")
+    ours, torch_, theirs = (
+        kernels.IMPLEMENTATIONS[name]("gated_delta_rule")(tensors)
+        for name in list(kernels.IMPLEMENTATIONS)[:4]
+        if name != "flash-linear-attention"
+    )
+    torch.testing.assert_close(ours, torch_)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_decode_rows(monkeypatch):
+    monkeypatch.setattr(decode, "CONTEXT", 32)
+    rows = decode.measured([(2, 3, 16)], "float32", measure, LIMITS, place="cpu")
+    assert {row["operator"] for row in rows} == set(kernels.OPERATORS)
+    assert {"hf_fwp", "transformers", "SDPA"} <= {row["implementation"] for row in rows}
+
+
+def test_decode_implementations_compute_the_same():
+    tensors = decode.token((2, 3, 16), "float32", "cpu")
+    theirs = decode.transformers_fallback("gated_delta_rule")(tensors)
+    before = tensors["state"].clone()
+    ours = decode.without_gradient(decode.ours("gated_delta_rule"), tensors)()
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, tensors["state"])
+
+
+def test_floors_of_the_specification():
+    """One tensor [8, 4096, 16, 128] in bf16 is X = 134 MB; forward moves 4 X in 0.16 ms at 3.35 TB/s, backward 7 X."""
+    shape, X = (8, 4096, 16, 128), 8 * 4096 * 16 * 128 * 2
+    forward, both = (kernels.work_of("hf_fwp", "linear_attention", shape, "bfloat16", what) for what in kernels.WHAT)
+    assert (forward.bytes, both.bytes) == (4 * X, 11 * X)
+    gated = kernels.work_of("hf_fwp", "gated_delta_rule", shape, "bfloat16", "forward")
+    assert gated.bytes == 4 * X + 8 * 4096 * 16 * (2 + 4)
+    assert gated.flops == 8 * 4096 * 16 * (4 * 2 * 64 * 128 + 3 * 2 * 128 * 128)
+    row = device.judged({"ms": 0.32}, forward, Ceilings(3.35e12, 8e14))
+    assert row["bandwidth_floor_ms"] == pytest.approx(0.16, abs=0.001)
+    assert row["share_of_bandwidth_floor"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_floor_of_a_decode_step_is_the_state_twice():
+    work = decode.work_of("hf_fwp", "gated_delta_rule", (64, 16, 128), "bfloat16")
+    assert work.bytes == 64 * 16 * (2 * 128 * 128 * 4 + 4 * 128 * 2 + 2 + 4)
+    cached = decode.work_of("SDPA", "gated_delta_rule", (64, 16, 128), "bfloat16")
+    assert cached.bytes == 64 * 16 * (2 * 4096 + 4) * 128 * 2
+
+
+def test_shares_and_rates():
+    row = device.judged({"ms": 4.0}, Work(bytes=2_000_000, flops=10**9), LIMITS)
+    assert row["bandwidth_floor_ms"] == 2.0
+    assert row["arithmetic_floor_ms"] == 1.0
+    assert row["share_of_bandwidth_floor"] == 0.5
+    assert row["share_of_arithmetic_floor"] == 0.25
+    assert row["gb_s"] == 0.5
+
+
+def test_ratios_are_to_our_row_of_the_same_problem():
+    rows = [
+        {"shape": [1], "implementation": "hf_fwp", "ms": 2.0},
+        {"shape": [1], "implementation": "peer", "ms": 5.0},
+        {"shape": [2], "implementation": "hf_fwp", "ms": 4.0},
+        {"shape": [2], "implementation": "peer", "ms": 2.0},
+        {"shape": [2], "implementation": "large", "ms": None},
+        {"shape": [3], "implementation": "peer", "ms": 1.0},
+    ]
+    assert [row["ratio"] for row in device.with_ratios(rows, "hf_fwp", ["shape"])] == [1, 2.5, 1, 0.5, None, None]
+
+
+def test_table_json_and_picture(tmp_path, capsys):
+    base = {"operator": "delta_rule", "shape": [1, 2], "dtype": "float32", "what": "forward"}
+    rows = [
+        base | {"implementation": "hf_fwp", "ms": 2.0, "ratio": 1.0, "bytes": 10},
+        base | {"implementation": "peer", "ms": None, "note": "out of memory"},
+    ]
+    result = {"machine": device.about("abc"), "rows": rows}
+    device.write(result, json=tmp_path / "x.json", plot=tmp_path / "x.png", title="operators")
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+    assert result["machine"]["commit"] == "abc"
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "peer" in shown
+    assert "eager" not in shown
+
+
+def test_counters_are_read_out_of_a_trace():
+    read, written = traffic.COUNTERS
+    events = [{"name": "kernel"}, {"args": {read: 10.0, written: 5}}, {"args": {read: "1", written: 2.0}}]
+    assert traffic.bytes_in({"traceEvents": events}) == 18
+    assert traffic.bytes_in({"traceEvents": events[:1]}) is None
+
+
+@without_gpu
+def test_without_counters_there_are_no_bytes(capsys):
+    calls = [["delta_rule", [1, 64, 1, 16], "float32", "forward", "hf_fwp"]]
+    assert traffic.counted_bytes(calls) == [None]
+    assert "bytes were not counted" in capsys.readouterr().err
+
+
+class Launch(NamedTuple):
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+class Launches(NamedTuple):
+    first: Launch
+    second: Launch
+
+
+def test_tuning_finds_the_fastest_row_and_leaves_the_table_alone():
+    row = Launches(Launch(64, 4, 1), Launch(64, 4, 1))
+    table = {"key": row}
+
+    def time(run):
+        first, second = table["key"]
+        if first.columns == 128:
+            return None  # does not fit
+        return abs(first.num_warps - 8) + abs(second.columns - 32) + second.num_stages + 1.0
+
+    best, ms, before = tune.descend(table, "key", lambda: None, time)
+    assert (best.first.num_warps, best.second.columns, best.second.num_stages) == (8, 32, 1)
+    assert (ms, before) == (2.0, 38.0)
+    assert table == {"key": row}
+
+
+def test_a_row_that_does_not_run_is_not_tuned():
+    with pytest.raises(ValueError, match="does not run on this device"):
+        tune.descend({"key": Launches(Launch(1, 1, 1), Launch(1, 1, 1))}, "key", lambda: None, lambda run: None)
