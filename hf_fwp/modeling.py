@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
+from .generation import FastWeightGeneration
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import AlignedLoading
 from .packing import packed_segments, positions_in_segments, valid_tokens
@@ -194,7 +195,7 @@ class FwpModel(FwpPreTrainedModel):
         return torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(like.dtype)
 
 
-class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
+class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
     """Next-token prediction."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers declares it
@@ -239,14 +240,6 @@ class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "continuous batching pages keys and values, which fast-weight layers do not have; "
-            "use generate with a padded batch"
-        )
-
-    init_continuous_batching = generate_batch
 
 
 class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrainedModel):

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache import install_fast_weight_layers
+from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
 from ..packing import packed_segments
@@ -151,7 +152,7 @@ class GraftedModel(Grafted):
         )
 
 
-class GraftedHead(Grafted):
+class GraftedHead(FastWeightGeneration, Grafted):
     """A head of the family on the base model with fast weights."""
 
     def __init__(self, config: Any) -> None:
@@ -164,8 +165,7 @@ class GraftedHead(Grafted):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        prepare: Any = super()
-        prepare._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             install_fast_weight_layers(cache, converted_layers(self.config))

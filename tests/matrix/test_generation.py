@@ -8,7 +8,7 @@ from queue import Queue
 import pytest
 import torch
 from every_model import every_model
-from tiny import byte_tokenizer
+from tiny import ALPHABET, byte_tokenizer
 from tiny_fwp import PAD, assert_close, tiny_model, tokens
 from transformers import CompileConfig, DynamicCache, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -131,10 +131,12 @@ def byte_model(name):
 def test_a_stop_string_stops(name):
     tokenizer, model = byte_model(name)
     ids = tokenizer("what is written can be read", return_tensors="pt")["input_ids"]
-    free = model.generate(ids, **PLAIN, use_cache=False)
+    # half of a letter has no string: the random model may only say capitals
+    settings = {**PLAIN, "suppress_tokens": [i for i, token in enumerate(ALPHABET) if not "A" <= token <= "Z"]}
+    free = model.generate(ids, **settings, use_cache=False)
     stop = tokenizer.decode(free[0, -3:-2])
     first = next(t for t in range(ids.shape[1], free.shape[1]) if stop in tokenizer.decode(free[0, t : t + 1]))
-    stopped = model.generate(ids, **PLAIN, stop_strings=[stop], tokenizer=tokenizer)
+    stopped = model.generate(ids, **settings, stop_strings=[stop], tokenizer=tokenizer)
     assert torch.equal(stopped, free[:, : first + 1])
 
 
@@ -152,12 +154,10 @@ def test_tokens_taken_back_and_fed_again(model):
     ids, wrong = tokens(), tokens().flip(1)
     cache = DynamicCache(config=model.config)
     model(ids[:, :5], past_key_values=cache)
-    if converted := not hasattr(model.config, "rules"):
-        assert cache.get_seq_length() == 5
     cache.activate_past_recording()
     model(torch.cat([ids[:, 5:7], wrong[:, :2]], dim=1), past_key_values=cache)
     cache.crop(-2)
-    assert cache.get_seq_length() == 7, converted
+    assert cache.get_seq_length() == 7
     assert_close(model(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:], 1e-6)
 
 
@@ -185,6 +185,7 @@ def test_rows_of_a_cache_repeated_selected_reordered(model):
         assert_close(model(more[rows], past_key_values=cache).logits, whole, 1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_decoding_gives_the_same_tokens(name):
     model, ids = every_model(name), left_padded()
     compiled = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
