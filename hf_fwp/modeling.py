@@ -34,7 +34,7 @@ from .configuration import ATTENTION_LAYERS, FwpConfig
 from .generation import FastWeightGeneration
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import AlignedLoading
-from .packing import packed_segments, positions_in_segments, valid_tokens
+from .packing import packed_batch, positions_in_segments, valid_tokens
 
 Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -108,10 +108,14 @@ class FwpModel(FwpPreTrainedModel):
         h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = h_BTD.shape
         mask_BT = self._padding(attention_mask, batch=batch, length=length, cache=past_key_values)
-        cu_seqlens = None
-        if past_key_values is None and mask_BT is None:
-            signals = {name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx")}
-            cu_seqlens = packed_segments(batch=batch, length=length, position_ids=position_ids, **signals)
+        cu_seqlens = packed_batch(
+            batch=batch,
+            length=length,
+            padded=mask_BT is not None,
+            cached=past_key_values is not None,
+            position_ids=position_ids,
+            **kwargs,
+        )
         if use_cache and past_key_values is None and cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -119,7 +123,11 @@ class FwpModel(FwpPreTrainedModel):
         if mask_BT is not None:
             # padded embeddings may be NaN, and 0 * NaN would reach real tokens through the attention layers
             h_BTD = torch.where(mask_BT[..., None], h_BTD, 0)
-        masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, position_ids)
+        mask_positions = position_ids
+        if cu_seqlens is not None:
+            # transformers' masks see sequences only in position_ids, and only without a mask
+            attention_mask, mask_positions = None, self._positions(h_BTD, None, None, cu_seqlens)
+        masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, mask_positions)
         rotary = self.rotary_emb(h_BTD, position_ids) if self.config.position_embedding == "rope" else None
         h_BTD = self.dropout(h_BTD + self._position_embedding(position_ids, like=h_BTD))
         for kind, block in zip(self.config.layer_types, self.layers, strict=True):

@@ -22,7 +22,7 @@ from ..cache import install_fast_weight_layers
 from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
-from ..packing import packed_segments
+from ..packing import packed_batch, positions_in_segments, valid_tokens
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .table import HEADS, HOSTS, find_host
 
@@ -121,23 +121,32 @@ class GraftedModel(Grafted):
         **kwargs: Any,
     ) -> Any:
         layers = converted_layers(self.config)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        segments = None
+        if layers and tokens is not None:
+            batch, length = tokens.shape[:2]
+            attention_mask, padding = split_masks(attention_mask)
+            if padding is not None and padding.ndim == 2:
+                padding = valid_tokens(padding, batch=batch, length=length)
+            segments = packed_batch(
+                batch=batch,
+                length=length,
+                padded=padding is not None,
+                cached=past_key_values is not None,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            kwargs["fast_weight_inputs"] = (padding, segments)
+            if segments is not None:
+                # the attention that stays sees sequences only in position_ids, and only without a mask
+                attention_mask = None
+                position_ids = positions_in_segments(segments, total=batch * length).view(batch, length)
+        use_cache = segments is None and (self.config.use_cache if use_cache is None else use_cache)
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             install_fast_weight_layers(past_key_values, layers)
-        tokens = input_ids if input_ids is not None else inputs_embeds
         if layers and tokens is not None:
-            attention_mask, padding = split_masks(attention_mask)
-            resets = position_ids if padding is None and past_key_values is None else None
-            segments = packed_segments(
-                batch=tokens.shape[0],
-                length=tokens.shape[1],
-                cu_seq_lens_q=kwargs.get("cu_seq_lens_q"),
-                seq_idx=kwargs.get("seq_idx"),
-                position_ids=resets,
-            )
-            kwargs["fast_weight_inputs"] = (padding, segments)
             if len(layers) == self.config.num_hidden_layers:
                 # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
                 attention_mask = tokens.new_ones(1, 1, 1, 1)
