@@ -24,6 +24,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -300,4 +301,6 @@ def register_models() -> None:
 
     for auto_class, model_class in MODELS.items():
         auto_class.register(FwpConfig, model_class, exist_ok=True)
+    # Trainer shifts the labels of a smoothed loss for the classes named here only (transformers issues 17960, 27161)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FwpConfig.model_type] = FwpForCausalLM.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[FwpConfig.model_type] = LORA_TARGETS

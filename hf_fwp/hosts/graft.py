@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..cache import install_fast_weight_layers
 from ..generation import FastWeightGeneration
@@ -146,10 +147,9 @@ class GraftedModel(Grafted):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             install_fast_weight_layers(past_key_values, layers)
-        if layers and tokens is not None:
-            if len(layers) == self.config.num_hidden_layers:
-                # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
-                attention_mask = tokens.new_ones(1, 1, 1, 1)
+        if layers and tokens is not None and len(layers) == self.config.num_hidden_layers:
+            # no layer reads the host's [T, T] mask; a 4-D mask is taken as it is, so this one saves building it
+            attention_mask = tokens.new_ones(1, 1, 1, 1)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -248,6 +248,9 @@ def register_models(name: str) -> None:
     host = HOSTS[name]
     for head, model_class in host_classes(name).items():
         getattr(transformers, HEADS[head]).register(host_config(name), model_class, exist_ok=True)
+        if head == "ForCausalLM":
+            # Trainer shifts the labels of a smoothed loss for the classes named here (transformers issues 17960, 27161)
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type] = model_class.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[host.model_type] = list(host.lora_targets)
 
 
