@@ -247,7 +247,8 @@ def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
         )
     if isinstance(layer, CacheLayerMixin) and layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(
-            f"layer {layer_idx} of the cache holds a {type(layer).__name__} already in use; start from a fresh cache"
+            f"layer {layer_idx} of the cache holds a {type(layer).__name__} already in use; start from a fresh cache "
+            "(prefix tuning fills one with keys and values, which fast weights do not read: use LoRA or soft prompts)"
         )
     installed = FastWeightCacheLayer(max_cache_len=getattr(layer, "max_cache_len", None))
     installed.record_past = any(getattr(other, "record_past", False) for other in cache.layers)

@@ -24,6 +24,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -31,9 +32,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
+from .generation import FastWeightGeneration
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import RenamedLoading
-from .packing import packed_segments, positions_in_segments, valid_tokens
+from .packing import packed_batch, positions_in_segments, valid_tokens
 
 Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -107,10 +109,14 @@ class FwpModel(FwpPreTrainedModel):
         h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = h_BTD.shape
         mask_BT = self._padding(attention_mask, batch=batch, length=length, cache=past_key_values)
-        cu_seqlens = None
-        if past_key_values is None and mask_BT is None:
-            signals = {name: kwargs.get(name) for name in ("cu_seq_lens_q", "seq_idx")}
-            cu_seqlens = packed_segments(batch=batch, length=length, position_ids=position_ids, **signals)
+        cu_seqlens = packed_batch(
+            batch=batch,
+            length=length,
+            padded=mask_BT is not None,
+            cached=past_key_values is not None,
+            position_ids=position_ids,
+            **kwargs,
+        )
         if use_cache and past_key_values is None and cu_seqlens is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -118,7 +124,11 @@ class FwpModel(FwpPreTrainedModel):
         if mask_BT is not None:
             # padded embeddings may be NaN, and 0 * NaN would reach real tokens through the attention layers
             h_BTD = torch.where(mask_BT[..., None], h_BTD, 0)
-        masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, position_ids)
+        mask_positions = position_ids
+        if cu_seqlens is not None:
+            # transformers' masks see sequences only in position_ids, and only without a mask
+            attention_mask, mask_positions = None, self._positions(h_BTD, None, None, cu_seqlens)
+        masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, mask_positions)
         rotary = self.rotary_emb(h_BTD, position_ids) if self.config.position_embedding == "rope" else None
         h_BTD = self.dropout(h_BTD + self._position_embedding(position_ids, like=h_BTD))
         for kind, block in zip(self.config.layer_types, self.layers, strict=True):
@@ -194,7 +204,7 @@ class FwpModel(FwpPreTrainedModel):
         return torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(like.dtype)
 
 
-class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
+class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
     """Next-token prediction."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 transformers declares it
@@ -239,14 +249,6 @@ class FwpForCausalLM(FwpPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "continuous batching pages keys and values, which fast-weight layers do not have; "
-            "use generate with a padded batch"
-        )
-
-    init_continuous_batching = generate_batch
 
 
 class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrainedModel):
@@ -299,4 +301,6 @@ def register_models() -> None:
 
     for auto_class, model_class in MODELS.items():
         auto_class.register(FwpConfig, model_class, exist_ok=True)
+    # Trainer shifts the labels of a smoothed loss for the classes named here only (transformers issues 17960, 27161)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FwpConfig.model_type] = FwpForCausalLM.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[FwpConfig.model_type] = LORA_TARGETS

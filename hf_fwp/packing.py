@@ -74,6 +74,41 @@ def packed_segments(
     return torch.cat([starts, starts.new_tensor([batch * length])]).to(torch.int32)
 
 
+def packed_batch(
+    *,
+    batch: int,
+    length: int,
+    padded: bool,
+    cached: bool,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """`packed_segments` of one forward. Packing beside padding or beside a cache is refused; `kwargs` are not read."""
+    given = "cu_seq_lens_q" if cu_seq_lens_q is not None else "seq_idx" if seq_idx is not None else None
+    if padded:
+        if given is not None:
+            raise ValueError(
+                f"the batch is packed ({given}) and padded (attention_mask has zeros); leave the padding out of a "
+                "packed batch, or give one sequence per row"
+            )
+        return None
+    if seq_idx is not None and tuple(seq_idx.shape)[1:] != (length,):
+        raise ValueError(
+            f"seq_idx has shape {list(seq_idx.shape)}; it must be [B, T] = {[batch, length]}: a number per token"
+        )
+    cu_seqlens = packed_segments(
+        batch=batch, length=length, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx, position_ids=position_ids
+    )
+    if cached and cu_seqlens is not None:
+        raise ValueError(
+            f"a packed batch ({given or 'position_ids that begin again'}) cannot use a cache; give one sequence per "
+            "row, or no cache"
+        )
+    return cu_seqlens
+
+
 def positions_in_segments(cu_seqlens: Tensor, *, total: int) -> Tensor:
     """For each of `total` packed tokens, how many tokens of its own sequence stand before it."""
     index = torch.arange(total, device=cu_seqlens.device)

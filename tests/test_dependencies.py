@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "hf_fwp.block",
         "hf_fwp.layer",
         "hf_fwp.cache",
+        "hf_fwp.generation",
         "hf_fwp.loading",
         "hf_fwp.configuration",
         "hf_fwp.options",

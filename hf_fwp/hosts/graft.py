@@ -15,15 +15,15 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..cache import install_fast_weight_layers
+from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
 from ..options import MixerOptions
-from ..packing import packed_segments
-
+from ..packing import packed_batch, packed_segments, positions_in_segments, valid_tokens
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .rotary import FORMS
 from .table import HEADS, HOSTS, Host, find_host
@@ -132,24 +132,33 @@ def _prepare(
     """The arguments of the module that owns the blocks, with what mixers need: a cache with fast-weight layers in it,
     and padding and the beginnings of packed sequences beside the host's own masks."""
     host, layers, given = HOSTS[config.host_name], converted_layers(config), dict(kwargs)
-    given["use_cache"] = config.use_cache if given.get("use_cache") is None else given["use_cache"]
-    cache = given.get("past_key_values")
+    cache, padding, segments = given.get("past_key_values"), None, None
+    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if layers and tokens is not None:
+        batch, length = tokens.shape[:2]
+        given["attention_mask"], padding = split_masks(given.get("attention_mask"))
+        if padding is not None and padding.ndim == 2:
+            padding = valid_tokens(padding, batch=batch, length=length)
+        segments = packed_batch(
+            batch=batch,
+            length=length,
+            padded=padding is not None,
+            cached=cache is not None,
+            **{name: given.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")},
+        )
+        if segments is not None:
+            # the attention that stays sees sequences only in position_ids, and only without a mask
+            given["attention_mask"] = None
+            given["position_ids"] = positions_in_segments(segments, total=batch * length).view(batch, length)
+    wanted = config.use_cache if given.get("use_cache") is None else given["use_cache"]
+    given["use_cache"] = wanted and segments is None
     blocks: Any = owner.get_submodule(host.blocks.rpartition(".")[2])
     if given["use_cache"] and cache is None and not (owner.training and blocks[0].gradient_checkpointing):
         cache = given["past_key_values"] = DynamicCache(config=config)
     if cache is not None:
         install_fast_weight_layers(cache, layers)
-    tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
     if not layers or tokens is None:
         return args, given
-    given["attention_mask"], padding = split_masks(given.get("attention_mask"))
-    segments = packed_segments(
-        batch=tokens.shape[0],
-        length=tokens.shape[1],
-        cu_seq_lens_q=given.get("cu_seq_lens_q"),
-        seq_idx=given.get("seq_idx"),
-        position_ids=given.get("position_ids") if padding is None and cache is None else None,
-    )
     if host.closed:
         refuse_packed(segments, config)
     else:
@@ -160,7 +169,7 @@ def _prepare(
     return args, given
 
 
-class GraftedHead(Grafted):
+class GraftedHead(FastWeightGeneration, Grafted):
     """A head of the family on the base model with fast weights."""
 
     def __init__(self, config: Any) -> None:
@@ -175,8 +184,7 @@ class GraftedHead(Grafted):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        prepare: Any = super()
-        prepare._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             install_fast_weight_layers(cache, converted_layers(self.config))
@@ -283,6 +291,9 @@ def register_models(name: str) -> None:
     host = HOSTS[name]
     for head, model_class in host_classes(name).items():
         getattr(transformers, HEADS[head]).register(host_config(name), model_class, exist_ok=True)
+        if head == "ForCausalLM":
+            # Trainer shifts the labels of a smoothed loss for the classes named here (transformers issues 17960, 27161)
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type] = model_class.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[host.model_type] = list(host.lora_targets)
 
 

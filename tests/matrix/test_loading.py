@@ -1,0 +1,163 @@
+"""Saved in every form, loaded in every form: the same function, and a file that does not fit is named."""
+
+import copy
+import io
+import multiprocessing
+import pickle
+
+import pytest
+import torch
+from every_model import every_model
+from safetensors.torch import load_file, save_file
+from tiny_fwp import assert_close, tokens
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
+HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+
+
+@pytest.fixture
+def folder(name, tmp_path):
+    every_model(name).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_loaded_in_every_dtype(name, folder, dtype):
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # decays stay float32 where the rest is narrower
+    expected = every_model(name)(tokens()).logits
+    logits = loaded(tokens()).logits
+    assert logits.dtype == dtype
+    assert_close(logits.double(), expected, max(DTYPES[dtype], 1e-6))
+
+
+def test_a_dtype_that_is_read_from_the_file(name, folder):
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert loaded.lm_head.weight.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_sharded_files_and_pieces_of_the_vocabulary(name, tmp_path):
+    model = every_model(name, dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+@torch.no_grad()
+def test_placed_on_devices(name, folder, device_map):
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(tokens()).logits, plain(tokens()).logits)
+
+
+@torch.no_grad()
+def test_weights_kept_on_the_disk(name, tmp_path):
+    from accelerate import disk_offload
+
+    model = every_model(name, dtype=torch.float32)
+    expected = model(tokens()).logits
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert_close(model(tokens()).logits, expected, 1e-6)
+
+
+def test_made_on_the_meta_device_without_touching_data(name, folder):
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert all(weight.is_meta for weight in empty.parameters())
+    assert empty.state_dict().keys() == every_model(name).state_dict().keys()
+
+
+def test_missing_and_unexpected_weights_are_reported(name, folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    lost = next(key for key in weights if key.endswith("q_proj.weight"))
+    weights["nowhere.weight"] = weights.pop(lost)
+    save_file(weights, file, metadata={"format": "pt"})
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert set(report["missing_keys"]) == {lost}
+    assert set(report["unexpected_keys"]) == {"nowhere.weight"}
+    assert loaded.get_parameter(lost).isfinite().all()
+
+
+def test_a_weight_of_another_shape_is_named(name, folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    wrong = next(key for key in weights if key.endswith("q_proj.weight"))
+    weights[wrong] = weights[wrong][:-1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("auto", HEADS, ids=lambda auto: auto.__name__)
+@torch.no_grad()
+def test_a_head_on_a_causal_checkpoint(name, folder, auto):
+    model, report = auto.from_pretrained(folder, output_loading_info=True, dtype=torch.float64)
+    assert all(key.startswith(("score", "qa_outputs")) for key in report["missing_keys"])
+    hidden = AutoModel.from_pretrained(folder, dtype=torch.float64)(tokens()).last_hidden_state
+    assert_close(model.base_model(tokens()).last_hidden_state, hidden)
+    assert all(x.isfinite().all() for x in model(tokens()).to_tuple() if isinstance(x, torch.Tensor))
+
+
+@torch.no_grad()
+def test_copies_are_equal_and_independent(model):
+    expected, original = model(tokens()).logits, model.get_input_embeddings().weight
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
+    for twin in copies:
+        assert torch.equal(twin(tokens()).logits, expected)
+        assert twin.get_input_embeddings().weight.data_ptr() != original.data_ptr()
+
+
+def test_a_config_reaches_worker_processes(model):
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:
+        assert pool.apply(type, (model.config,)) is type(model.config)
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied(name, tmp_path):
+    model = every_model(name, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_larger_vocabulary(name, tied, tmp_path):
+    model = every_model(name, tie_word_embeddings=tied)
+    before, size = model(tokens()).logits, model.config.vocab_size
+    model.resize_token_embeddings(size + 3)
+    assert_close(model(tokens()).logits[..., :size], before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert loaded.config.vocab_size == size + 3
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported_program_is_the_same_function(name):
+    model = every_model(name, dtype=torch.float32)
+    model.config.use_cache = False
+    exported = torch.export.export(model, (tokens(),), kwargs={"use_cache": False}, strict=False)
+    assert_close(exported.module()(tokens(), use_cache=False).logits, model(tokens(), use_cache=False).logits, 1e-5)
