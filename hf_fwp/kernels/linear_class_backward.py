@@ -129,6 +129,8 @@ def gradients(
     along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ V
     along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
     along_state = 0.0  # ⟨S0, dS1⟩
+    if ERASE:
+        t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
         s = load_matrix(states, index, keys, values, K, V)
@@ -144,7 +146,6 @@ def gradients(
         if HAS_BETA:
             written *= rate[:, None]
         if ERASE:
-            t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
             written = dot(t, written, DOT, PRECISION)
             erased += dot(dw, tl.trans(written), DOT, PRECISION)
             d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
