@@ -43,14 +43,13 @@ class Launches(NamedTuple):
 # By bytes per number and padded key size. Chosen by the memory and registers that the compiler reports for sm_90; not yet
 # measured on a device.
 TABLE = {
-    (2, 64): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1)),
-    (2, 128): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 8, 1)),
-    (2, 256): Launches(Launch(64, 1, 2), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
-    (4, 64): Launches(Launch(32, 1, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
-    (4, 128): Launches(Launch(32, 1, 2), Launch(32, 8, 1), Launch(32, 8, 1), Launch(16, 8, 1)),
-    (4, 256): Launches(Launch(32, 1, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (2, 64): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 8, 1)),
+    (2, 128): Launches(Launch(64, 1, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 1)),
+    (2, 256): Launches(Launch(64, 1, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (4, 64): Launches(Launch(32, 1, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 8, 1)),
+    (4, 128): Launches(Launch(32, 1, 2), Launch(16, 8, 1), Launch(32, 8, 1), Launch(16, 8, 1)),
 }
-LARGEST = max(size for _, size in TABLE)
+PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
 
 
 def interpreted() -> bool:
@@ -75,8 +74,10 @@ class Call(NamedTuple):
     dynamic: dict[str, int]
 
     def scan(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **flags: Any) -> None:
-        width = self.width(launch)
-        grid = (self.pairs * triton.cdiv(self.constants["V"], width),)
+        width, values = self.width(launch), self.constants["V"]
+        while width > 16 and self.pairs * triton.cdiv(values, width) < PROGRAMS:
+            width //= 2
+        grid = (self.pairs * triton.cdiv(values, width),)
         common = {"length": self.dynamic["length"], "BV": width, "num_warps": launch.num_warps}
         kernel[grid](*tensors, **self.constants, **common, **flags, num_stages=launch.num_stages)
 
@@ -128,7 +129,7 @@ def prepare(
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
     dynamic = {"length": length, "sequences": sequences, "halvings": sequences.bit_length()}
-    launches = TABLE[word.itemsize, max(64, padded(key_size))]
+    launches = TABLE[word.itemsize, max(64, padded(key_size), padded(value_size))]
     return Call(word, launches, slots, sequences * value_heads, constants, dynamic)
 
 

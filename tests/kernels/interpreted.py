@@ -135,7 +135,7 @@ def test_without_a_gradient_no_state_is_kept():
 
 REFUSED = {
     "float64": ({"v": torch.zeros(1, 3, 1, 4).double()}, "a tensor is float64"),
-    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and the kernels go up to 256"),
+    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and in 32 bits the kernels go up to 128"),
     "devices": ({"beta": torch.zeros(1, 3, 1, device="meta")}, "several devices: cpu, meta"),
 }
 
