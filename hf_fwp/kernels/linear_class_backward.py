@@ -8,7 +8,7 @@ With N = -(β dY Rᵀ) ⊙ Γ (strict), Ω = (dO Rᵀ) ⊙ Γ, and the erase gra
     dβ = η + Σ_v dY ⊙ V            dG = Σ_k (Q ⊙ dQ - K ⊙ dK) + 2 β η,   dG_C += ⟨S1, dS1⟩
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 import triton
@@ -20,7 +20,6 @@ from .tiles import (
     dot,
     first_slot,
     inverse_length,
-    load_column,
     load_decay,
     load_matrix,
     load_rate,
@@ -96,7 +95,7 @@ def gradients(
     ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs of one chunk and one query head; those of k and g are summed over a state's readers later.
+    """Gradients of one chunk and one query head; those of k and g are summed over a state's readers later.
 
     What does not depend on the query is added by the first reader of a state.
     """

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 def test_under_the_interpreter(which):
     """In a process of its own: the interpreter would serve every later user of Triton in this one."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", "-k", which)
+    file = "tests/kernels/interpreted.py"
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)
     surroundings = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -30,13 +31,13 @@ def given(**changes):
 
 
 def test_refused_on_a_processor():
-    with pytest.raises(ValueError, match=r"'triton' cannot run this: .* on cpu, and Triton needs one of cuda, xpu; use"):
+    with pytest.raises(ValueError, match="on cpu, and Triton needs one of cuda, xpu; use 'torch'"):
         ops.delta_rule(**given(), backend="triton")
 
 
 def test_refused_without_the_package(monkeypatch):
     monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
-    with pytest.raises(ValueError, match="package triton is not installed .pip install triton.; use 'torch'"):
+    with pytest.raises(ValueError, match="the package triton is not installed"):
         ops.delta_rule(**given(), backend="triton")
 
 
