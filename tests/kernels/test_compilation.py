@@ -36,7 +36,7 @@ def module(monkeypatch):
     return linear_class
 
 
-def launches(module, monkeypatch, dtype, size, heads=(2, 2, 2), packed=False, padded=False):
+def launches(module, monkeypatch, dtype, size, heads=(2, 2, 2), packed=False, padded=False, erase=True):
     """What a forward and a backward launch; no kernel runs."""
     found = []
     for name in KERNELS:
@@ -44,13 +44,13 @@ def launches(module, monkeypatch, dtype, size, heads=(2, 2, 2), packed=False, pa
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(module, "PROGRAMS", 0)
     q, k, v = (torch.zeros(1, 128, n, size, dtype=dtype) for n in (heads[2], heads[0], heads[1]))
-    beta, g = torch.zeros(1, 128, heads[1]), torch.zeros(1, 128, heads[1])
+    beta, g = torch.zeros(1, 128, heads[1]) if erase else None, torch.zeros(1, 128, heads[1])
     mask = torch.ones(1, 128).bool() if padded else None
     bounds = torch.tensor([0, 60, 128]) if packed else None
     common = (mask, bounds)
-    out, final, *kept = module.linear_class_forward(q, k, v, beta, g, None, *common, 1.0, True, True, True)
-    module.linear_class_backward(out, final, q, k, v, beta, g, *common, *kept, 1.0, True, True)
-    assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS)
+    out, final, *kept = module.linear_class_forward(q, k, v, beta, g, None, *common, 1.0, erase, True, True)
+    module.linear_class_backward(out, final, q, k, v, beta, g, *common, *kept, 1.0, erase, True)
+    assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS if erase else KERNELS[1:])
     return found
 
 
@@ -104,6 +104,8 @@ def test_compiles_for_an_h100(module, monkeypatch, tmp_path, dtype, size, allowe
         assert spill <= allowed, said
 
 
-def test_compiles_packed_padded_and_for_several_queries(module, monkeypatch):
-    for case in launches(module, monkeypatch, torch.bfloat16, 24, heads=(1, 2, 4), packed=True, padded=True):
+@pytest.mark.parametrize("erase", [False, True])
+def test_compiles_packed_padded_and_for_several_queries(module, monkeypatch, erase):
+    options = {"heads": (1, 2, 4), "packed": True, "padded": True, "erase": erase}
+    for case in launches(module, monkeypatch, torch.bfloat16, 24, **options):
         compiled(*case)
