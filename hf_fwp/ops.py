@@ -11,8 +11,9 @@ Keywords of all of them:
     output_final_state  return the state after the last token, otherwise None
     cu_seqlens          [N + 1] boundaries of N sequences packed in one row (B = 1); every one starts from its own state
     mask                [B,T], 0 = padding: changes no state, reads 0, may hold NaN
-    backend             "reference" (the recurrence), "torch" (chunked, any device), "step" (one token);
-                        None = the fastest that fits
+    backend             "reference" (the recurrence), "torch" (chunked, any device), "triton" (chunked, GPUs),
+                        "step" (one token); None = the fastest that fits. "triton" does not wait for the values of
+                        cu_seqlens: they are trusted to rise from 0 to T
 
 The mathematics is in hf_fwp.rules, one file per rule.
 """

@@ -35,6 +35,8 @@ def test_a_file_can_be_read_in_one_sitting(path):
 def test_public_functions_say_their_types(path):
     tree = ast.parse(path.read_text())
     public = [node for node in tree.body if isinstance(node, FUNCTIONS) and not node.name.startswith("_")]
+    # Triton reads the annotations of its functions: they can only say constexpr
+    public = [node for node in public if not any("triton.jit" in ast.unparse(d) for d in node.decorator_list)]
     untyped = [
         f"{inner.name}({argument.arg})"
         for inner in public

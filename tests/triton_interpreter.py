@@ -1,4 +1,4 @@
-"""The interpreter of Triton, quicker: it patches the language again in every call of a function inside a kernel (5 ms)."""
+"""The interpreter of Triton, quicker: by itself it patches the language (5 ms) in every call inside a kernel."""
 
 import triton.language as tl
 from triton.runtime import interpreter

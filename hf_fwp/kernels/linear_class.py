@@ -24,7 +24,7 @@ WORD = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: t
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: the width of its tiles (value columns, or key columns for the inverse) and what runs it."""
+    """How one kernel is launched: the width of its tiles (value columns; key columns for the inverse), what runs it."""
 
     columns: int
     num_warps: int
@@ -40,17 +40,16 @@ class Launches(NamedTuple):
     gradients: Launch
 
 
-# By bytes per number and padded key size. Chosen by the memory and registers that the compiler reports for sm_90; not yet
-# measured on a device.
+# By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
+# yet measured on a device.
 TABLE = {
-    (2, 64): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1)),
-    (2, 128): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 8, 1)),
-    (2, 256): Launches(Launch(64, 1, 2), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
-    (4, 64): Launches(Launch(32, 1, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
-    (4, 128): Launches(Launch(32, 1, 2), Launch(32, 8, 1), Launch(32, 8, 1), Launch(16, 8, 1)),
-    (4, 256): Launches(Launch(32, 1, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (2, 64): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 8, 1)),
+    (2, 128): Launches(Launch(64, 1, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 1)),
+    (2, 256): Launches(Launch(64, 1, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
+    (4, 64): Launches(Launch(32, 1, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 8, 1)),
+    (4, 128): Launches(Launch(32, 1, 2), Launch(16, 8, 1), Launch(32, 8, 1), Launch(16, 8, 1)),
 }
-LARGEST = max(size for _, size in TABLE)
+PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
 
 
 def interpreted() -> bool:
@@ -74,19 +73,28 @@ class Call(NamedTuple):
     constants: dict[str, Any]
     dynamic: dict[str, int]
 
-    def scan(self, kernel: Any, launch: Launch, *tensors: Tensor | None, **flags: Any) -> None:
-        width = self.width(launch)
-        grid = (self.pairs * triton.cdiv(self.constants["V"], width),)
-        common = {"length": self.dynamic["length"], "BV": width, "num_warps": launch.num_warps}
-        kernel[grid](*tensors, **self.constants, **common, **flags, num_stages=launch.num_stages)
+    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
+        width, values = self.width(launch), self.constants["V"]
+        while width > 16 and self.pairs * pieces(values, width) < PROGRAMS:
+            width //= 2
+        programs = self.pairs * pieces(values, width)
+        run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **self.constants, **flags)
 
     def width(self, launch: Launch) -> int:
         return min(launch.columns, padded(self.constants["V"]))
 
 
+def run(kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any) -> None:
+    kernel[(programs,)](*arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
 def padded(size: int) -> int:
     """Tiles have sizes that are powers of two, products at least 16."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def pieces(size: int, width: int) -> int:
+    return -(-size // width)
 
 
 def prepare(
@@ -104,7 +112,7 @@ def prepare(
     batch, length, heads, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = batch * triton.cdiv(length, CHUNK) if cu_seqlens is None else length // CHUNK + sequences
+    slots = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + sequences
     word = computing_word(q, k, v)
     share = q.shape[2] == heads
     constants = {
@@ -128,7 +136,7 @@ def prepare(
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
     dynamic = {"length": length, "sequences": sequences, "halvings": sequences.bit_length()}
-    launches = TABLE[word.itemsize, max(64, padded(key_size))]
+    launches = TABLE[word.itemsize, max(64, padded(key_size), padded(value_size))]
     return Call(word, launches, slots, sequences * value_heads, constants, dynamic)
 
 
@@ -164,10 +172,9 @@ def linear_class_forward(
         if erase:
             launch, names = call.launches.invert, ("H", "HV", "K", "HAS_BETA", "HAS_G", "HAS_MASK", "PACKED", "L2NORM")
             chosen = {name: call.constants[name] for name in (*names, "DOT", "PRECISION")}
-            invert_chunks[(call.slots * v.shape[2],)](
-                k, beta, g, mask, cu_seqlens, solve, **call.dynamic, **chosen,
-                KB=min(launch.columns, call.constants["BK"]), num_warps=launch.num_warps, num_stages=launch.num_stages,
-            )  # fmt: skip
+            chosen |= {"KB": min(launch.columns, call.constants["BK"])}
+            tensors = (k, beta, g, mask, cu_seqlens, solve)
+            run(invert_chunks, call.slots * v.shape[2], launch, *tensors, *call.dynamic.values(), **chosen)
         call.scan(
             scan_forward, call.launches.forward, q, k, v, beta, g, mask, cu_seqlens, state, solve, out, final, states,
             scale, HAS_STATE=state is not None, KEEP=keep,
@@ -182,7 +189,7 @@ def new_results(
     batch, length, _, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     out, final, _ = new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)
-    chunks = -(-length // CHUNK) * batch if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0] - 1
+    chunks = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0] - 1
     word = computing_word(q, k, v)
     solve = v.new_empty(chunks if erase else 0, value_heads, CHUNK, CHUNK, dtype=word)
     return out, final, solve, v.new_empty(chunks if keep else 0, value_heads, key_size, value_size, dtype=word)
@@ -227,10 +234,10 @@ def linear_class_backward(
             scan_backward, call.launches.backward, q, k, beta, g, mask, cu_seqlens, solve, d_out, d_final, d_initial,
             d_states, d_written, scale, HAS_FINAL=d_final is not None,
         )  # fmt: skip
-        gradients[(call.slots * readers,)](
-            q, k, v, beta, g, mask, cu_seqlens, solve, states, d_states, d_written, d_out,
-            per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], scale, **call.dynamic, **call.constants,
-            BV=call.width(launch), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        run(
+            gradients, call.slots * readers, launch, q, k, v, beta, g, mask, cu_seqlens, solve, states, d_states,
+            d_written, d_out, per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], scale,
+            *call.dynamic.values(), BV=call.width(launch), **call.constants,
         )  # fmt: skip
     for total, parts in ((dq, per_reader["q"]), (dk, per_reader["k"]), (d_g, per_reader["g"])):
         if parts is not total:
@@ -239,7 +246,7 @@ def linear_class_backward(
 
 
 def readers_of(call: Call, gradient: Tensor) -> Tensor:
-    """Room for the share of every query head in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
+    """Room for every query head's share in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
     readers = call.constants["HV"] * call.constants["R"]
     if gradient.ndim < 3 or gradient.shape[2] == readers:
         return gradient

@@ -8,7 +8,7 @@ With N = -(β dY Rᵀ) ⊙ Γ (strict), Ω = (dO Rᵀ) ⊙ Γ, and the erase gra
     dβ = η + Σ_v dY ⊙ V            dG = Σ_k (Q ⊙ dQ - K ⊙ dK) + 2 β η,   dG_C += ⟨S1, dS1⟩
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 import triton
@@ -20,7 +20,6 @@ from .tiles import (
     dot,
     first_slot,
     inverse_length,
-    load_column,
     load_decay,
     load_matrix,
     load_rate,
@@ -96,7 +95,7 @@ def gradients(
     ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the inputs of one chunk and one query head; those of k and g are summed over a state's readers later.
+    """Gradients of one chunk and one query head; those of k and g are summed over a state's readers later.
 
     What does not depend on the query is added by the first reader of a state.
     """
@@ -129,6 +128,8 @@ def gradients(
     along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ V
     along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
     along_state = 0.0  # ⟨S0, dS1⟩
+    if ERASE:
+        t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
         s = load_matrix(states, index, keys, values, K, V)
@@ -144,7 +145,6 @@ def gradients(
         if HAS_BETA:
             written *= rate[:, None]
         if ERASE:
-            t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
             written = dot(t, written, DOT, PRECISION)
             erased += dot(dw, tl.trans(written), DOT, PRECISION)
             d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)

@@ -7,7 +7,7 @@ q and k are never normalised in memory: with unit vectors asked for, what was mu
 lengths, in float32.
 """
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 import triton
@@ -41,10 +41,7 @@ def _gates_of_rows(beta, g, mask, first, left, rows, hv, HV, HAS_BETA: tl.conste
     """Validity, β and g of some rows of a chunk."""
     valid = valid_rows(mask, first, rows, rows < left, HAS_MASK)
     rate = load_rate(beta, first, hv, HV, rows, valid, HAS_BETA)
-    if HAS_G:
-        step = load_column(g, first, hv, HV, rows, valid)
-    else:
-        step = rows * 0.0
+    step = load_column(g, first, hv, HV, rows, valid) if HAS_G else rows * 0.0
     return valid, rate, step
 
 

@@ -1,8 +1,11 @@
 """What the kernels of the linear class share: where a chunk lies in memory, loading its tiles, its gates.
 
-A chunk has a slot. Rows of a batch have the same number of slots; of packed sequences, chunk i of sequence n has the slot
-start_n // C + n + i, which needs no count of the chunks before, so that no value of cu_seqlens is read on the host.
+A chunk has a slot. Rows of a batch have the same number of slots; of packed sequences, chunk i of sequence n has the
+slot start_n // C + n + i, which needs no count of the chunks before: no value of cu_seqlens is read on the host.
 """
+
+# pyright: reportGeneralTypeIssues=false
+# (the bodies of kernels are another language)
 
 import triton
 import triton.language as tl
@@ -28,11 +31,7 @@ def sequence_span(n, cu, length, PACKED: tl.constexpr):
 @triton.jit
 def first_slot(n, first, length, C: tl.constexpr, PACKED: tl.constexpr):
     """Slot of the first chunk of sequence n."""
-    if PACKED:
-        slot = first // C + n
-    else:
-        slot = n.to(tl.int64) * tl.cdiv(length, C)
-    return slot
+    return first // C + n if PACKED else n.to(tl.int64) * tl.cdiv(length, C)
 
 
 @triton.jit
@@ -101,21 +100,13 @@ def inverse_length(x, L2NORM: tl.constexpr):
     """1 / length of the rows, or 1: every product with q or k is scaled afterwards, in float32."""
     x = x.to(tl.float32)
     total = tl.sum(x * x, 1)
-    if L2NORM:
-        scale = tl.rsqrt(total + EPS)
-    else:
-        scale = tl.full(total.shape, 1.0, tl.float32)
-    return scale
+    return tl.rsqrt(total + EPS) if L2NORM else tl.full(total.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def load_rate(beta, first, head, heads, rows, valid, HAS_BETA: tl.constexpr):
     """β, 1 when there is none, 0 where nothing is written."""
-    if HAS_BETA:
-        rate = load_column(beta, first, head, heads, rows, valid)
-    else:
-        rate = valid.to(tl.float32)
-    return rate
+    return load_column(beta, first, head, heads, rows, valid) if HAS_BETA else valid.to(tl.float32)
 
 
 @triton.jit
@@ -131,10 +122,7 @@ def split_sum(step):
 @triton.jit
 def load_decay(g, first, head, heads, rows, valid, HAS_G: tl.constexpr):
     """G, the inclusive sum of g over the chunk (in two parts); exp(G); exp(G_C - G); exp(G_C)."""
-    if HAS_G:
-        step = load_column(g, first, head, heads, rows, valid)
-    else:
-        step = rows * 0.0
+    step = load_column(g, first, head, heads, rows, valid) if HAS_G else rows * 0.0
     coarse, fine = split_sum(step)
     last = rows == rows.shape[0] - 1
     coarse_last, fine_last = tl.sum(tl.where(last, coarse, 0.0), 0), tl.sum(tl.where(last, fine, 0.0), 0)

@@ -11,7 +11,6 @@ them: the checks of the arguments, the choice of a backend, and four backends:
     step        one token, as generate() needs it, optionally updating the given state in place
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +22,8 @@ from .base import States, keep_valid, recurrence
 from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
+from .triton_fit import HAS_TRITON, TRITON_DEVICES, why_not_triton
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
-LARGEST_HEAD = 256
 BACKENDS = ("reference", "torch", "triton", "step")
 
 
@@ -77,8 +74,9 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
     """The backend asked for, or the fastest that fits these tensors."""
     single = q.shape[1] == 1 and call.cu_seqlens is None
     if call.backend is None:
-        chunks = "torch" if why_not_triton(q, *others) else "triton"
-        return "step" if single and not needs_gradient(q, *others) else chunks
+        if single and not needs_gradient(q, *others):
+            return "step"
+        return "torch" if why_not_triton(q, *others) else "triton"
     if call.backend not in BACKENDS:
         raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
     reason = why_not_triton(q, *others, asked=True) if call.backend == "triton" else None
@@ -93,39 +91,6 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
     return call.backend
 
 
-def why_not_triton(*tensors: Tensor | None, asked: bool = False) -> str | None:
-    """The reason why the kernels cannot serve these tensors (q, k and v first), or None.
-
-    The processor is served under the interpreter of Triton only, and only when `asked`.
-    """
-    given = [x for x in tensors if x is not None]
-    device, sizes = given[0].device, {x.shape[-1] for x in given[:3]}
-    if not HAS_TRITON:
-        return "the package triton is not installed (pip install triton)"
-    if device.type not in TRITON_DEVICES and not (asked and device.type == "cpu" and _interpreted()):
-        return f"the tensors are on {device}, and Triton needs one of {', '.join(TRITON_DEVICES)}"
-    if device.type == "cuda" and _too_old(device.index or 0):
-        return f"{device} is older than compute capability 8.0"
-    if any(x.device != device for x in given):
-        return f"the tensors are on several devices: {', '.join(sorted({str(x.device) for x in given}))}"
-    if any(x.dtype == torch.float64 for x in given):
-        return "the kernels compute in float32, but a tensor is float64"
-    if max(sizes) > LARGEST_HEAD:
-        return f"heads have size {max(sizes)}, and the kernels go up to {LARGEST_HEAD}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    from ..kernels.linear_class import interpreted
-
-    return interpreted()
-
-
-@torch.compiler.assume_constant_result
-def _too_old(index: int) -> bool:
-    """Whether an NVIDIA GPU lacks bf16 in its tensor cores."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0)
 def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

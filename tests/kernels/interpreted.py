@@ -72,8 +72,8 @@ def test_padding_may_hold_nan():
 
 
 def test_the_inverse_keeps_its_digits_with_correlated_keys():
-    """Keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit. Keys and β are multiples
-    of 1/64, so that the triangle itself is exact in float32: rounding it alone costs 2e-6 of the inverse."""
+    """Keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit. Keys and β are
+    multiples of 1/64, so that the triangle itself is exact in float32: rounding it alone costs 2e-6 of the inverse."""
     unit = torch.nn.functional.normalize
     common, own = torch.randn(1, 1, 1, 32), torch.randn(1, 100, 1, 32)
     k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
@@ -135,7 +135,7 @@ def test_without_a_gradient_no_state_is_kept():
 
 REFUSED = {
     "float64": ({"v": torch.zeros(1, 3, 1, 4).double()}, "a tensor is float64"),
-    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and the kernels go up to 256"),
+    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and in 32 bits the kernels go up to 128"),
     "devices": ({"beta": torch.zeros(1, 3, 1, device="meta")}, "several devices: cpu, meta"),
 }
 

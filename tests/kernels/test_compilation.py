@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SHARED_MEMORY = 227 * 1024  # bytes that one program may have on sm_90
+from hf_fwp.rules.triton_fit import SHARED_MEMORY
+
+H100 = 227 * 1024  # bytes of shared memory that one program may have
 KERNELS = ("invert_chunks", "scan_forward", "scan_backward", "gradients")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1", torch.int64: "*i64"}
 
@@ -34,20 +36,21 @@ def module(monkeypatch):
     return linear_class
 
 
-def launches(module, monkeypatch, dtype, size, heads=(2, 2, 2), packed=False, padded=False):
+def launches(module, monkeypatch, dtype, size, heads=(2, 2, 2), packed=False, padded=False, erase=True):
     """What a forward and a backward launch; no kernel runs."""
     found = []
     for name in KERNELS:
         monkeypatch.setattr(module, name, Recorded(getattr(module, name), found))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(module, "PROGRAMS", 0)
     q, k, v = (torch.zeros(1, 128, n, size, dtype=dtype) for n in (heads[2], heads[0], heads[1]))
-    beta, g = torch.zeros(1, 128, heads[1]), torch.zeros(1, 128, heads[1])
+    beta, g = torch.zeros(1, 128, heads[1]) if erase else None, torch.zeros(1, 128, heads[1])
     mask = torch.ones(1, 128).bool() if padded else None
     bounds = torch.tensor([0, 60, 128]) if packed else None
     common = (mask, bounds)
-    out, final, *kept = module.linear_class_forward(q, k, v, beta, g, None, *common, 1.0, True, True, True)
-    module.linear_class_backward(out, final, q, k, v, beta, g, *common, *kept, 1.0, True, True)
-    assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS)
+    out, final, *kept = module.linear_class_forward(q, k, v, beta, g, None, *common, 1.0, erase, True, True)
+    module.linear_class_backward(out, final, q, k, v, beta, g, *common, *kept, 1.0, erase, True)
+    assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS if erase else KERNELS[1:])
     return found
 
 
@@ -81,12 +84,13 @@ def spilled(binary: bytes, folder: Path) -> int:
     return int(re.search(r"STACK:(\d+)", shown)[1])
 
 
-# type, size of a head, bytes a thread may spill: those that the table of launches leaves
+# type, size of a head, bytes a thread may spill: what the table of launches leaves, and a little
 CASES = [
-    (torch.bfloat16, 128, 400),
-    pytest.param(torch.bfloat16, 64, 400, marks=pytest.mark.slow),
+    (torch.bfloat16, 128, 500),
+    pytest.param(torch.bfloat16, 64, 100, marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, 256, 2000, marks=pytest.mark.slow),
     pytest.param(torch.float32, 64, 2000, marks=pytest.mark.slow),
-    pytest.param(torch.float32, 128, 3000, marks=pytest.mark.slow),
+    pytest.param(torch.float32, 128, 4000, marks=pytest.mark.slow),
 ]
 
 
@@ -96,10 +100,12 @@ def test_compiles_for_an_h100(module, monkeypatch, tmp_path, dtype, size, allowe
         found = compiled(kernel, arguments, keywords)
         spill = spilled(found.asm["cubin"], tmp_path)
         said = f"{kernel.__name__}: {found.metadata.shared} bytes of shared memory, {spill} bytes spilled per thread"
-        assert found.metadata.shared <= SHARED_MEMORY, said
+        assert found.metadata.shared <= SHARED_MEMORY[dtype.itemsize, size] <= H100, said
         assert spill <= allowed, said
 
 
-def test_compiles_packed_padded_and_for_several_queries(module, monkeypatch):
-    for case in launches(module, monkeypatch, torch.bfloat16, 24, heads=(1, 2, 4), packed=True, padded=True):
+@pytest.mark.parametrize("erase", [False, True])
+def test_compiles_packed_padded_and_for_several_queries(module, monkeypatch, erase):
+    options = {"heads": (1, 2, 4), "packed": True, "padded": True, "erase": erase}
+    for case in launches(module, monkeypatch, torch.bfloat16, 24, **options):
         compiled(*case)

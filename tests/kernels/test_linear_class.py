@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_fwp import ops
-from hf_fwp.rules import linear_class
+from hf_fwp.rules import RULES, linear_class, triton_fit
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 def test_under_the_interpreter(which):
     """In a process of its own: the interpreter would serve every later user of Triton in this one."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", "-k", which)
+    file = "tests/kernels/interpreted.py"
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)
     surroundings = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -30,38 +31,57 @@ def given(**changes):
 
 
 def test_refused_on_a_processor():
-    with pytest.raises(ValueError, match=r"'triton' cannot run this: .* on cpu, and Triton needs one of cuda, xpu; use"):
+    with pytest.raises(ValueError, match="on cpu, and Triton needs one of cuda, xpu; use 'torch'"):
         ops.delta_rule(**given(), backend="triton")
 
 
 def test_refused_without_the_package(monkeypatch):
-    monkeypatch.setattr(linear_class, "HAS_TRITON", False)
-    with pytest.raises(ValueError, match="package triton is not installed .pip install triton.; use 'torch'"):
+    monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match="the package triton is not installed"):
         ops.delta_rule(**given(), backend="triton")
 
 
-def chosen(monkeypatch, *, capability=(9, 0), **changes):
+def chosen(monkeypatch, **changes):
     """The backend for these tensors if the processor were a GPU."""
-    monkeypatch.setattr(linear_class, "TRITON_DEVICES", ("cpu",))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    call = linear_class.LinearClassCall(None, erase=True)
+    monkeypatch.setattr(triton_fit, "DEVICES", ("cpu",))
+    call = linear_class.LinearClassCall(RULES["delta_net"].step, erase=True)
     return linear_class.choose_backend(call, *given(**changes).values())
 
 
 def test_chosen_on_a_gpu_where_they_fit(monkeypatch):
-    long, wide = torch.zeros(1, 3, 1, 300), torch.zeros(1, 3, 1, 4).double()
+    wide, half = torch.zeros(1, 3, 1, 200), torch.zeros(1, 3, 1, 200).bfloat16()
     assert chosen(monkeypatch) == "triton"
-    assert chosen(monkeypatch, v=long) == "torch"
-    assert chosen(monkeypatch, v=wide) == "torch"
+    assert chosen(monkeypatch, q=half, k=half, v=half) == "triton"
+    assert chosen(monkeypatch, q=wide, k=wide, v=wide) == "torch"
+    assert chosen(monkeypatch, v=half) == "torch"
+    assert chosen(monkeypatch, v=torch.zeros(1, 3, 1, 4).double()) == "torch"
     assert chosen(monkeypatch, **{name: x[:, :1] for name, x in given().items()}) == "step"
-    monkeypatch.setattr(linear_class, "HAS_TRITON", False)
+    monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
     assert chosen(monkeypatch) == "torch"
 
 
-@pytest.mark.parametrize(("device", "capability", "old"), [("cuda:0", (7, 5), True), ("cuda:0", (8, 0), False)])
-def test_gpus_without_bf16_are_left_to_pytorch(monkeypatch, device, capability, old):
+class OnGpu:
+    """What a tensor on a GPU says of itself."""
+
+    device = torch.device("cuda:0")
+    dtype, shape = torch.float32, (1, 3, 1, 100)
+
+    def element_size(self):
+        return 4
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(227 * 1024, True), (99 * 1024, False)])
+def test_heads_that_need_more_memory_than_the_gpu_has_are_left_to_pytorch(monkeypatch, memory, fits):
+    monkeypatch.setattr(triton_fit, "_too_old", lambda _: False)
+    monkeypatch.setattr(triton_fit, "_shared_memory", lambda _: memory)
+    reason = triton_fit.why_not_triton(OnGpu(), OnGpu(), OnGpu())
+    assert reason is None if fits else "need 163840 bytes of shared memory, cuda:0 has 101376" in reason
+
+
+@pytest.mark.parametrize(("capability", "old"), [((7, 5), True), ((8, 0), False)])
+def test_gpus_without_bf16_are_left_to_pytorch(monkeypatch, capability, old):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert linear_class._too_old(0) is old
+    assert triton_fit._too_old(0) is old
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert not linear_class._too_old(0)
+    assert not triton_fit._too_old(0)
