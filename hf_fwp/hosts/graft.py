@@ -15,7 +15,6 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
-from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..cache import install_fast_weight_layers
@@ -23,7 +22,6 @@ from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
 from ..options import MixerOptions
 from ..packing import packed_segments
-
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .rotary import FORMS
 from .table import HEADS, HOSTS, Host, find_host
@@ -185,8 +183,10 @@ class GraftedHead(Grafted):
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The host's masks for a cache of fixed size, and beside them the padding of the current tokens."""
-        if HOSTS[config.host_name].masked_positions:
-            return attention_mask  # the host makes its masks itself, when it has counted positions
+        if HOSTS[config.host_name].masked_positions:  # the host makes its masks itself, when it has counted positions
+            own = getattr(super(), "create_masks_for_generate", None)
+            given = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            return attention_mask if own is None else own(**given, **kwargs)
         masks = create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None or not converted_layers(config):
             return masks
