@@ -11,7 +11,6 @@ far (SmolLM2-135M, half of the layers kept: perplexity 44 against 53).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

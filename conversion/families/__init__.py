@@ -148,9 +148,7 @@ def _empty_student(teacher: PreTrainedModel, config: Any, host: Host) -> PreTrai
     classes = {host.class_name(head): made for head, made in host_classes(host.name).items()}
     name = type(teacher).__name__
     if name not in classes:
-        raise ValueError(
-            f"cannot convert a {name}; the heads of the family {host.name!r} are {', '.join(classes)}"
-        )
+        raise ValueError(f"cannot convert a {name}; the heads of the family {host.name!r} are {', '.join(classes)}")
     with torch.device("meta"):
         return classes[name](config)
 

@@ -193,8 +193,10 @@ class GraftedHead(FastWeightGeneration, Grafted):
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The host's masks for a cache of fixed size, and beside them the padding of the current tokens."""
-        if HOSTS[config.host_name].masked_positions:
-            return attention_mask  # the host makes its masks itself, when it has counted positions
+        if HOSTS[config.host_name].masked_positions:  # the host makes its masks itself, when it has counted positions
+            own = getattr(super(), "create_masks_for_generate", None)
+            given = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            return attention_mask if own is None else own(**given, **kwargs)
         masks = create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None or not converted_layers(config):
             return masks

@@ -1,9 +1,9 @@
 """Rotary positions in the forms that families hand to their attention, brought into one: cos and sin of cat(a, a).
 
-    halves      x cos + (-x2, x1) sin,  x = (x1, x2),  cos of cat(a, a)       most families
-    half_width  the same, cos of a                                            gpt_oss
-    pairs       x = (even, odd) components side by side, cos of each a twice  cohere: its weight map moves q and k
-                                                                              from pairs to halves
+halves      x cos + (-x2, x1) sin,  x = (x1, x2),  cos of cat(a, a)       most families
+half_width  the same, cos of a                                            gpt_oss
+pairs       x = (even, odd) components side by side, cos of each a twice  cohere: its weight map moves q and k
+                                                                          from pairs to halves
 """
 
 from __future__ import annotations

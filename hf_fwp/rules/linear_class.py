@@ -22,7 +22,7 @@ from .base import States, keep_valid, recurrence
 from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
-from .triton_fit import HAS_TRITON, TRITON_DEVICES, why_not_triton
+from .triton_fit import DEVICES, HAS_TRITON, why_not_triton
 
 BACKENDS = ("reference", "torch", "triton", "step")
 
@@ -238,7 +238,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """One token per row, [B, 1, heads, size]. Few calls: generate() waits for every one of them."""
     compute = computing_dtype(q, k, v)
-    if HAS_TRITON and v.device.type in TRITON_DEVICES and compute == torch.float32 and not needs_gradient(q, k, v, beta, g, state):
+    kernel = HAS_TRITON and v.device.type in DEVICES and compute == torch.float32
+    if kernel and not needs_gradient(q, k, v, beta, g, state):
         from ..kernels.decode import decode_step
 
         settings = {"scale": float(scale), "erase": call.erase, "l2norm": call.qk_l2norm}

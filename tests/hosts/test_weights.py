@@ -83,9 +83,7 @@ def test_with_softmax_over_what_was_copied_the_logits_are_the_teachers(teacher, 
 def test_other_shapes_of_a_family_are_copied_as_well(name, changes, tokens):
     teacher = tiny_teacher(name, **changes)
     student = copy_teacher(teacher, layers=range(LAYERS))
-    torch.testing.assert_close(
-        with_softmax(student, teacher, tokens), teacher(tokens).logits, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(with_softmax(student, teacher, tokens), teacher(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_linear_attention_without_rotation_is_computed_from_the_teachers_heads(tokens):
