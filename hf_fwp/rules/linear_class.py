@@ -10,7 +10,6 @@ them: the checks of the arguments, the choice of a backend, and three backends:
     step        one token, as generate() needs it, optionally updating the given state in place
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +23,7 @@ from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
 
+HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("reference", "torch", "step")
 
 
@@ -94,10 +94,9 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-@functools.cache
 def has_decode_kernel(device_type: str) -> bool:
-    """Whether Triton can run on this kind of device."""
-    return device_type in ("cuda", "xpu") and find_spec("triton") is not None
+    """Whether Triton can run on this kind of device; ROCm calls itself cuda."""
+    return HAS_TRITON and device_type in ("cuda", "xpu")
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
