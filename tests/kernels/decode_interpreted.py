@@ -114,9 +114,10 @@ def test_a_step_that_needs_gradients_is_left_to_torch():
     assert out.requires_grad
 
 
+@pytest.mark.parametrize("option", [0, 1])
 @pytest.mark.parametrize("rule", RULES)
-def test_compiles_without_graph_breaks(rule, monkeypatch):
-    given = problems.tensors(Problem(rule, torch.float32, 1, option=1)).copy(torch.float32)
+def test_compiles_without_graph_breaks(rule, option):
+    given = problems.tensors(Problem(rule, torch.float32, 1, option=option)).copy(torch.float32)
     leaves = {name: x.detach() for name, x in given.leaves.items()}
 
     def step(states):
