@@ -22,10 +22,39 @@ test-full: $(STAMP)
 results: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.results
 
-# The Python on PATH, as it is: GPU machines carry their own build of torch, and often no network.
+# The Python on PATH, as it is: GPU machines carry their own build of torch, and often no network, and no history of the
+# checkout (then: make gpu COMMIT=...). A piece whose file is there is not run again. Under 10 minutes on one GPU.
+RESULTS ?= out/gpu
+COMMIT ?=
 gpu:
-	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) -m hf_fwp.cli info
+	@$(MAKE) --no-print-directory -k $(GPU_PIECES:%=$(RESULTS)/%)
+	@$(PYTHON) -c "$$FAILED_TESTS" $(RESULTS)/tests-*.xml
+
+GPU_PIECES := machine.json tests-operators.xml tests-models.xml kernels.json decode.json
+
+$(RESULTS)/machine.json:
+	mkdir -p $(RESULTS)
+	$(PYTHON) -m hf_fwp.bench.device $(COMMIT) > $@.part
+	mv $@.part $@
+
+# pytest gives 1 when tests failed: that is a result too.
+$(RESULTS)/tests-%.xml: | $(RESULTS)/machine.json
+	$(PYTHON) -m pytest -q tests/gpu/test_$*.py --junitxml=$@.part \
+		$$($(PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null) || test $$? = 1
+	mv $@.part $@
+
+$(RESULTS)/%.json: | $(RESULTS)/machine.json
+	$(PYTHON) -m hf_fwp.cli bench $* --json $@.part $(COMMIT:%=--commit %) \
+		$$($(PYTHON) -c 'import matplotlib; print("--plot $(RESULTS)/$*.png")' 2> /dev/null)
+	mv $@.part $@
+
+define FAILED_TESTS
+import sys, xml.etree.ElementTree as trees
+suites = [(file, suite) for file in sys.argv[1:] for suite in trees.parse(file).iter('testsuite')]
+failed = [file for file, suite in suites if int(suite.get('failures')) + int(suite.get('errors'))]
+sys.exit('tests failed: ' + ', '.join(failed) if failed else 0)
+endef
+export FAILED_TESTS
 
 lint: $(STAMP)
 	$(BIN)/ruff check hf_fwp conversion tests examples

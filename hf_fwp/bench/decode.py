@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..rules import RULES
 from . import device
 from .device import Ceilings, Row, Run, Work
-from .kernels import NORMALIZED, OPERATORS, OURS, Operator, inputs
+from .kernels import NORMALIZED, OPERATORS, OURS, SAME, Operator, inputs
 
 # sequences, heads, K = V
 Shape = tuple[int, int, int]
@@ -45,8 +45,7 @@ def bench_decode(
 
     Raises ValueError without a GPU.
     """
-    device.check_dtypes(dtypes)
-    device.require_gpu()
+    device.check_request(dtypes, plot)
     rows: list[Row] = []
     for dtype in dtypes:
         rows += measured(shapes, dtype, measure_in_graph, device.ceilings(dtype))
@@ -70,7 +69,7 @@ def measured(
                 row = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": "one token"}
                 found = row | {"implementation": name} | measure(without_gradient(compute, tensors))
                 rows.append(device.judged(found, work_of(name, operator, shape, dtype), limits))
-    return device.with_ratios(rows, OURS, ("operator", "shape", "dtype", "what"))
+    return device.with_ratios(rows, OURS, SAME)
 
 
 def token(shape: Shape, dtype: str, place: str) -> dict[str, Tensor]:

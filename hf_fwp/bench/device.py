@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json as jsonlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ def require_gpu() -> None:
             "this bench needs an NVIDIA or AMD GPU that PyTorch can use (torch.cuda.is_available() is False); "
             "run it on a machine with one, or use hf-fwp bench cpu"
         )
+
+
+def check_request(dtypes: Sequence[str], plot: str | Path | None) -> None:
+    """Raise ValueError for what would fail after minutes of measuring."""
+    check_dtypes(dtypes)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    require_gpu()
 
 
 def check_dtypes(dtypes: Sequence[str]) -> None:
@@ -194,10 +203,8 @@ def write(result: Row, *, json: str | Path | None, plot: str | Path | None, titl
 
 def draw(result: Row, file: Path, title: str) -> None:
     """Milliseconds as bars, one group for everything that is comparable; the format is the file's ending."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as missing:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from missing
+    from matplotlib.figure import Figure
+
     groups = list(dict.fromkeys(_group(row) for row in result["rows"]))
     names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
     figure = Figure(figsize=(9, 1 + 0.18 * len(result["rows"])), layout="constrained")
@@ -219,3 +226,16 @@ def draw(result: Row, file: Path, title: str) -> None:
 
 def _group(row: Row) -> str:
     return " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))
+
+
+def main(commit: str | None) -> None:
+    """`make gpu` begins with this: what the results will depend on, or one line that says that there is no GPU."""
+    try:
+        require_gpu()
+    except ValueError as fault:
+        sys.exit(str(fault))
+    sys.stdout.write(jsonlib.dumps(about(commit), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:] or [None])

@@ -31,6 +31,8 @@ SHAPES: tuple[Shape, ...] = ((8, 4096, 16, 128), (1, 32768, 16, 128), (32, 2048,
 CHUNK = 64
 WHAT = ("forward", "forward + backward")
 OURS = "hf_fwp"
+COUNTED = (OURS, "flash-linear-attention", "SDPA")
+SAME = ("operator", "shape", "dtype", "what")
 OPERATORS = {"delta_rule": ("beta",), "gated_delta_rule": ("g", "beta"), "linear_attention": ()}
 NORMALIZED = {"use_qk_l2norm_in_kernel": True}
 
@@ -60,20 +62,24 @@ def bench_kernels(
     `tune` tries other rows of the kernels' table of block sizes first and reports the best; `commit` names the version
     where the checkout has no history. Raises ValueError without a GPU.
     """
-    device.check_dtypes(dtypes)
-    device.require_gpu()
+    device.check_request(dtypes, plot)
     tuned = importlib.import_module("hf_fwp.bench.tune").best_launches(shapes, dtypes) if tune else None
     rows: list[Row] = []
     with _compiled_anew():
         for dtype in dtypes:
             rows += measured(shapes, dtype, device.measure, device.ceilings(dtype))
-    bytes_moved = counted_bytes(
-        [[row[name] for name in ("operator", "shape", "dtype", "what", "implementation")] for row in rows]
-    )
-    rows = [row | {"bytes": found} for row, found in zip(rows, bytes_moved, strict=True)]
+    rows = with_bytes(rows)
     result = {"machine": device.about(commit), "rows": rows} | ({} if tuned is None else {"tuned": tuned})
     device.write(result, json=json, plot=plot, title="chunked operators")
     return result
+
+
+def with_bytes(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the bytes that the hardware counts; not of the slow fallbacks, which would take minutes."""
+    chosen = [row for row in rows if row["implementation"] in COUNTED and row["ms"] is not None]
+    counts = counted_bytes([[row[name] for name in (*SAME, "implementation")] for row in chosen])
+    found = {id(row): count for row, count in zip(chosen, counts, strict=True)}
+    return [row | {"bytes": found.get(id(row))} for row in rows]
 
 
 def measured(shapes: Sequence[Shape], dtype: str, measure: Callable[[Run], Row], limits: Ceilings) -> list[Row]:
@@ -86,7 +92,7 @@ def measured(shapes: Sequence[Shape], dtype: str, measure: Callable[[Run], Row],
                     work = work_of(name, operator, shape, dtype, what)
                     row = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": what}
                     rows.append(device.judged(row | {"implementation": name} | measure(run), work, limits))
-    return device.with_ratios(rows, OURS, ("operator", "shape", "dtype", "what"))
+    return device.with_ratios(rows, OURS, SAME)
 
 
 def runs(operator: str, shape: Shape, dtype: str, what: str, place: str = "cuda") -> Iterator[tuple[str, Run]]:

@@ -24,13 +24,16 @@ LIMIT_S = 150
 def counted_bytes(calls: Sequence[Sequence[Any]]) -> list[int | None]:
     """Bytes read and written by each call (operator, shape, dtype, what, implementation) of hf_fwp.bench.kernels."""
     command = [sys.executable, "-m", "hf_fwp.bench.traffic", json.dumps(list(calls))]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
-        return json.loads(found.stdout.splitlines()[-1])
-    except (subprocess.SubprocessError, json.JSONDecodeError, IndexError) as fault:
-        told = (getattr(fault, "stderr", None) or str(fault)).strip()
-        sys.stderr.write(f"bytes were not counted: {str(told).splitlines()[-1] if told else 'no reason given'}\n")
-        return [None] * len(calls)
+    with tempfile.TemporaryFile("w+") as found, tempfile.TemporaryFile("w+") as told:
+        try:
+            subprocess.run(command, stdout=found, stderr=told, timeout=LIMIT_S, check=True)
+        except subprocess.SubprocessError as fault:
+            told.seek(0)
+            reason = [*told.read().strip().splitlines(), str(fault)[-200:]][-2:]
+            sys.stderr.write(f"not every byte was counted: {'; '.join(reason)}\n")
+        found.seek(0)
+        counts = [json.loads(line) for line in found if line.strip() == "null" or line.strip().isdigit()]
+    return counts + [None] * (len(calls) - len(counts))
 
 
 def bytes_of(run: Callable[[], Any]) -> int | None:
@@ -55,16 +58,17 @@ def bytes_in(trace: dict[str, Any]) -> int | None:
 
 
 def main(calls: str) -> None:
+    """A line for every call as soon as it is counted: what comes before an early end is not lost."""
     from .kernels import runs
 
-    found = []
     for operator, shape, dtype, what, implementation in json.loads(calls):
         run = dict(runs(operator, tuple(shape), dtype, what))[implementation]
         try:
-            found.append(bytes_of(run))
+            found = bytes_of(run)
         except torch.cuda.OutOfMemoryError:
-            found.append(None)
-    sys.stdout.write(json.dumps(found) + "\n")
+            found = None
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

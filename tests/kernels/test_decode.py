@@ -21,7 +21,7 @@ SHAPES = {
 def test_under_the_interpreter():
     # Triton decides at its import; the other tests of this process want it as it is.
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted" / "decode.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "decode_interpreted.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=HERE.parent.parent,
         capture_output=True,

@@ -1,6 +1,8 @@
 """The benches for a GPU on a machine without one: who is called with what, floors, ratios, table and picture."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 from hf_fwp.bench import decode, device, kernels, traffic, tune
 from hf_fwp.bench.device import Ceilings, Work
 
+ROOT = Path(__file__).parent.parent.parent
 LIMITS = Ceilings(bytes_per_s=1e9, flops_per_s=1e12)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -31,6 +34,12 @@ def test_without_a_gpu_the_request_is_refused(bench):
 def test_an_unknown_dtype_is_refused(bench):
     with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32"):
         bench(dtypes=["int8"])
+
+
+def test_a_missing_matplotlib_is_told_before_the_measuring(monkeypatch):
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
+        kernels.bench_kernels(plot="x.png")
 
 
 @pytest.fixture
@@ -57,6 +66,40 @@ def test_the_first_call_compiles_into_an_empty_folder():
         assert not list(Path(knobs.cache.dir).iterdir())
         assert knobs.cache.dir != before
     assert knobs.cache.dir == before
+
+
+def test_the_whole_bench_of_kernels(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "require_gpu", lambda: None)
+    monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
+    monkeypatch.setattr(device, "measure", measure)
+    monkeypatch.setattr(kernels, "counted_bytes", lambda calls: list(range(len(calls))))
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    result = kernels.bench_kernels(json=tmp_path / "x.json", shapes=[(1, 8, 1, 16)], commit="abc")
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+    counted = [row["bytes"] for row in result["rows"] if row["implementation"] in kernels.COUNTED]
+    assert counted == list(range(len(counted)))
+    assert {row["bytes"] for row in result["rows"] if row["implementation"] == "transformers"} == {None}
+
+
+def test_the_whole_bench_of_decode(monkeypatch, tmp_path):
+    token = decode.token
+    monkeypatch.setattr(decode, "CONTEXT", 32)
+    monkeypatch.setattr(decode, "token", lambda shape, dtype, place: token(shape, dtype, "cpu"))
+    monkeypatch.setattr(decode, "measure_in_graph", measure)
+    monkeypatch.setattr(device, "require_gpu", lambda: None)
+    monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
+    result = decode.bench_decode(json=tmp_path / "x.json", shapes=[(2, 1, 16)], commit="abc")
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+    assert result["machine"]["commit"] == "abc"
+
+
+def test_what_runs_on_a_gpu_machine_needs_no_datasets():
+    code = "import sys, pytest, hf_fwp.cli, hf_fwp.bench.kernels; pytest.main(['--collect-only', '-q', 'tests/gpu'])"
+    code += "; print('loaded:', sorted({'datasets', 'gguf', 'llama_cpp', 'matplotlib'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "no tests" not in found.stdout
+    assert "error" not in found.stdout.splitlines()[-2]
+    assert found.stdout.splitlines()[-1] == "loaded: []"
 
 
 def test_every_implementation_of_an_operator_computes_the_same():
@@ -154,7 +197,7 @@ def test_counters_are_read_out_of_a_trace():
 def test_without_counters_there_are_no_bytes(capsys):
     calls = [["delta_rule", [1, 64, 1, 16], "float32", "forward", "hf_fwp"]]
     assert traffic.counted_bytes(calls) == [None]
-    assert "bytes were not counted" in capsys.readouterr().err
+    assert "not every byte was counted" in capsys.readouterr().err
 
 
 class Launch(NamedTuple):

@@ -114,6 +114,25 @@ def test_a_step_that_needs_gradients_is_left_to_torch():
     assert out.requires_grad
 
 
+@pytest.mark.parametrize("option", [0, 1])
+@pytest.mark.parametrize("rule", RULES)
+def test_compiles_without_graph_breaks(rule, option):
+    given = problems.tensors(Problem(rule, torch.float32, 1, option=option)).copy(torch.float32)
+    leaves = {name: x.detach() for name, x in given.leaves.items()}
+
+    def step(states):
+        out, after = RULES[rule].apply(**leaves, states=states, in_place=True, **given.keywords)
+        return out, after["state"]
+
+    with torch.no_grad():
+        eager, traced = ({name: x.detach().clone() for name, x in given.states.items()} for _ in range(2))
+        expected = step(eager)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(traced)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(traced, eager)
+    assert not torch.equal(traced["state"], given.states["state"])
+
+
 @pytest.mark.parametrize(("has_state", "has_gates"), list(itertools.product([False, True], repeat=2)))
 def test_opcheck(has_state, has_gates, monkeypatch):
     monkeypatch.undo()  # opcheck compares runs, and NaN is not equal to NaN
