@@ -120,8 +120,9 @@ class FastWeightLayer(nn.Module):
         if self.options.state_bias:
             init.zeros_(self.q_bias)
             init.zeros_(self.k_bias)
-        for name, value in ({} if self.gates is None else self.gates.initial()).items():
-            init.copy_(self.gates.get_parameter(name), value)
+        if self.gates is not None:
+            for name, value in self.gates.initial().items():
+                init.copy_(self.gates.get_parameter(name), value)
         if self._projects("g"):
             init.copy_(self.A_log, start_rates(self.A_log))
             init.copy_(self.dt_bias, start_steps(self.dt_bias))
