@@ -33,6 +33,7 @@ GATES = {
     "sigmoid": torch.sigmoid,
     "sigmoid2": lambda x: 2 * torch.sigmoid(x),
     "head_sigmoid": torch.sigmoid,
+    "low_rank_sigmoid": torch.sigmoid,
 }
 
 States = dict[str, Tensor]
@@ -94,6 +95,9 @@ class FastWeightLayer(nn.Module):
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
         if options.output_gate == "head_sigmoid":
             self.g_proj = nn.Linear(hidden, options.num_reads)
+        elif options.output_gate == "low_rank_sigmoid":  # Kimi Linear 2025
+            up = nn.Linear(V, options.num_reads * V, bias=False)
+            self.g_proj = nn.Sequential(nn.Linear(hidden, V, bias=False), up)
         elif options.output_gate != "none":
             self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
         if options.state_bias:

@@ -14,7 +14,7 @@ from typing import Any
 from .features import FEATURES, QK_NORMS, feature_size
 from .rules import RULES, Rule
 
-OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid")
+OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid", "low_rank_sigmoid")
 STATE_HEADS = ("query", "grouped")
 BACKENDS = ("reference", "torch", "step", "triton")
 

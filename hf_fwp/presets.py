@@ -86,10 +86,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expand_v": 1.0,
         "allow_neg_eigval": True,
     },
-    # The recurrent layers of Kimi Linear (arXiv 2510.26692); the output gate is one matrix here, two there.
-    "kimi2025-delta": {**_MODERN, "rule": "kimi_delta", "output_gate": "sigmoid", "expand_v": 1.0},
+    # The recurrent layers of Kimi Linear (arXiv 2510.26692).
+    "kimi2025-delta": {**_MODERN, "rule": "kimi_delta", "output_gate": "low_rank_sigmoid", "expand_v": 1.0},
     # Gated DeltaNet-2 (arXiv 2605.22791).
-    "gated-deltanet-2": {**_MODERN, "rule": "gated_delta_net_2", "output_gate": "sigmoid", "expand_v": 1.0},
+    "gated-deltanet-2": {**_MODERN, "rule": "gated_delta_net_2", "output_gate": "low_rank_sigmoid", "expand_v": 1.0},
     # Comba (arXiv 2506.02475).
     "comba2025": {**_MODERN, "rule": "comba", "output_gate": "silu", "expand_v": 1.0},
     # Preconditioned delta rule (arXiv 2604.21100).
