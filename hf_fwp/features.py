@@ -5,7 +5,7 @@
     softmax   phi(x) = softmax(x) over the feature dimension
     dpfp:n    r = [relu(x); relu(-x)];  phi(x) = concat_{i=1..n} r * roll(r, i)        Schlag et al. 2021
     favor:m   phi(x) = exp(-|x|^2/2) [exp(W x); exp(-W x)] / sqrt(2m)                  Choromanski et al. 2020
-    hedgehog  y = Linear(x);  phi(x) = softmax([y; -y])                                Zhang et al. 2024
+    hedgehog:c  y = Linear(x);  phi(x) = softmax([c y; -c y]), c = 1 unless given      Zhang et al. 2024
     silu, identity
 
 followed by `none`, `l2`: x / sqrt(sum x^2 + 1e-6), or `sum`: x / (sum x + 1e-5).
@@ -75,13 +75,14 @@ class IdentityLinear(nn.Linear):
 class Hedgehog(nn.Module):
     """A learned linear map, one for queries and one for keys, then a softmax over both signs."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, sharpness: int = 1) -> None:
         super().__init__()
+        self.sharpness = sharpness
         self.query = IdentityLinear(head_dim, head_dim)
         self.key = IdentityLinear(head_dim, head_dim)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        y_q, y_k = self.query(q), self.key(k)
+        y_q, y_k = self.sharpness * self.query(q), self.sharpness * self.key(k)
         return torch.cat([y_q, -y_q], dim=-1).softmax(-1), torch.cat([y_k, -y_k], dim=-1).softmax(-1)
 
 
@@ -130,7 +131,7 @@ FEATURES: dict[str, tuple[int | None, Callable[[int, int], nn.Module], Callable[
     "softmax": (None, lambda d, n: Pointwise(softmax_features), lambda d, n: d),
     "dpfp": (2, lambda d, n: Dpfp(n), lambda d, n: 2 * d * n),
     "favor": (64, Favor, lambda d, n: 2 * n),
-    "hedgehog": (None, lambda d, n: Hedgehog(d), lambda d, n: 2 * d),
+    "hedgehog": (1, Hedgehog, lambda d, n: 2 * d),
 }
 
 

@@ -34,6 +34,7 @@ GATES = {
     "sigmoid": torch.sigmoid,
     "sigmoid2": lambda x: 2 * torch.sigmoid(x),
     "head_sigmoid": torch.sigmoid,
+    "low_rank_sigmoid": torch.sigmoid,
 }
 
 States = dict[str, Tensor]
@@ -77,9 +78,9 @@ class FastWeightLayer(nn.Module):
         self.own = OwnWeights(options) if options.has_own else None
         self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
         self.gates = self._make_gates()
-        if self._projects("beta"):
+        if self.projects("beta"):
             self.b_proj = nn.Linear(hidden, self.writes * options.num_states, bias=options.beta_bias)
-        if self._projects("g"):
+        if self.projects("g"):
             self.a_proj = nn.Linear(hidden, options.num_states, bias=False)
             # float32 under any default dtype: in bf16 half-lives of many tokens all round to the same value
             self.A_log = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
@@ -97,6 +98,9 @@ class FastWeightLayer(nn.Module):
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
         if options.output_gate == "head_sigmoid":
             self.g_proj = nn.Linear(hidden, options.num_reads)
+        elif options.output_gate == "low_rank_sigmoid":  # Kimi Linear 2025
+            up = nn.Linear(V, options.num_reads * V, bias=False)
+            self.g_proj = nn.Sequential(nn.Linear(hidden, V, bias=False), up)
         elif options.output_gate != "none":
             self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
         if options.state_bias:
@@ -114,7 +118,7 @@ class FastWeightLayer(nn.Module):
         sizes = {"key_size": feature_size(o.feature_map, o.head_dim), "value_size": o.value_head_dim}
         return self.rule.gates(o.hidden_size, states=o.num_states, **sizes, options=o.rule_options)
 
-    def _projects(self, name: str) -> bool:
+    def projects(self, name: str) -> bool:
         """Whether the layer itself computes this input of the rule."""
         return name in self.inputs and (self.gates is None or name not in self.gates.gives)
 
@@ -123,9 +127,10 @@ class FastWeightLayer(nn.Module):
         if self.options.state_bias:
             init.zeros_(self.q_bias)
             init.zeros_(self.k_bias)
-        for name, value in ({} if self.gates is None else self.gates.initial()).items():
-            init.copy_(self.gates.get_parameter(name), value)
-        if self._projects("g"):
+        if self.gates is not None:
+            for name, value in self.gates.initial().items():
+                init.copy_(self.gates.get_parameter(name), value)
+        if self.projects("g"):
             init.copy_(self.A_log, start_rates(self.A_log))
             init.copy_(self.dt_bias, start_steps(self.dt_bias))
 
@@ -295,10 +300,10 @@ class FastWeightLayer(nn.Module):
     def _written(
         self, q_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as the rule takes them: with several writes a token, k and v are [B, T, S, writes, size]."""
+        """q, k, v as the rule takes them: k and v are [B, T, S, writes, size] where a token writes several times."""
         keys, values = k_BTC.chunk(self.writes, dim=-1), v_BTC.chunk(self.writes, dim=-1)
         q, k = self._features(q_BTC, keys[0], rotary)
-        if self.writes == 1:
+        if not self.rule.writes:
             return q, k, self._values_of_states(v_BTC)
         k = torch.stack([k, *(self._features(q_BTC, key, rotary)[1] for key in keys[1:])], dim=3)
         return q, k, torch.stack([self._values_of_states(value) for value in values], dim=3)
@@ -346,12 +351,12 @@ class FastWeightLayer(nn.Module):
         """beta and g in float32 (float64 for float64 inputs), for the rules that take them, and the rule's own."""
         rates: States = {} if self.gates is None else self.gates(x_BTD)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        if self._projects("beta"):
+        if self.projects("beta"):
             beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
-            if self.writes > 1:
+            if self.rule.writes:
                 beta_BTS = beta_BTS.unflatten(-1, (self.writes, -1)).mT
             rates["beta"] = beta_BTS
-        if self._projects("g"):
+        if self.projects("g"):
             step_BTS = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
             rates["g"] = -self.A_log.to(wide).exp() * step_BTS
         if self.options.allow_neg_eigval:

@@ -27,6 +27,9 @@ _MODERN: dict[str, Any] = {
     "position_embedding": "none",
 }
 
+# Irie et al. 2021: no positions, no convolution, nothing after the read.
+_ALGORITHMIC: dict[str, Any] = {**_TRANSFORMER_2017, "position_embedding": "none"}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Linear transformer (arXiv 2006.16236): elu + 1, normalised reads.
     "katharopoulos2020": {
@@ -48,4 +51,47 @@ PRESETS: dict[str, dict[str, Any]] = {
     "yang2024-deltanet": {**_MODERN, "rule": "delta_net", "output_gate": "none", "expand_v": 1.0},
     # Gated DeltaNet (arXiv 2412.06464).
     "yang2024-gated-deltanet": {**_MODERN, "rule": "gated_delta_net", "output_gate": "silu", "expand_v": 2.0},
+    # DeltaNet whose transitions reach eigenvalue -1 (arXiv 2411.12537).
+    "grazzi2024-deltanet": {
+        **_MODERN,
+        "rule": "delta_net",
+        "output_gate": "none",
+        "expand_v": 1.0,
+        "allow_neg_eigval": True,
+    },
+    # Linear transformer of the code execution and ListOps study: no normaliser, no positions (arXiv 2106.06295).
+    "irie2021-linear-transformer": {
+        **_ALGORITHMIC,
+        "rule": "linear_attention",
+        "rule_options": {"normalize": False},
+        "feature_map": "elu1",
+        "qk_norm": "none",
+    },
+    # Delta net of the same study.
+    "irie2021-deltanet": {**_ALGORITHMIC, "rule": "delta_net", "feature_map": "elu1", "qk_norm": "sum"},
+    # DeltaProduct with two Householder factors and a forget gate, and without one (arXiv 2502.10297).
+    "siems2025-gated-deltaproduct": {
+        **_MODERN,
+        "rule": "delta_product",
+        "rule_options": {"num_householder": 2, "forget_gate": True},
+        "output_gate": "silu",
+        "expand_v": 1.0,
+        "allow_neg_eigval": True,
+    },
+    "siems2025-deltaproduct": {
+        **_MODERN,
+        "rule": "delta_product",
+        "rule_options": {"num_householder": 2, "forget_gate": False},
+        "output_gate": "none",
+        "expand_v": 1.0,
+        "allow_neg_eigval": True,
+    },
+    # The recurrent layers of Kimi Linear (arXiv 2510.26692).
+    "kimi2025-delta": {**_MODERN, "rule": "kimi_delta", "output_gate": "low_rank_sigmoid", "expand_v": 1.0},
+    # Gated DeltaNet-2 (arXiv 2605.22791).
+    "gated-deltanet-2": {**_MODERN, "rule": "gated_delta_net_2", "output_gate": "low_rank_sigmoid", "expand_v": 1.0},
+    # Comba (arXiv 2506.02475).
+    "comba2025": {**_MODERN, "rule": "comba", "output_gate": "silu", "expand_v": 1.0},
+    # Preconditioned delta rule (arXiv 2604.21100).
+    "precond2026-delta": {**_MODERN, "rule": "precond_delta", "output_gate": "silu", "expand_v": 1.0},
 }

@@ -74,7 +74,63 @@ def test_comparison_rejects(mutation, dtype, backend):
         problems.assert_agrees(result, expected, problems.TOLERANCE[dtype])
 
 
-def test_comparison_accepts_the_rule_itself():
-    given = problems.tensors(Problem(RULE.name, torch.float32, 9, layout="padded", sizes=(5, 5), heads=(2, 2, 2)))
-    result = problems.outcome(RULE.apply, given.copy(torch.float32), "torch")
-    problems.assert_agrees(result, problems.truth(given, RULE), 1e-5)
+def a_decay_shared_by_all_channels(*arguments, g, **rest):
+    return RULES["kimi_delta"].apply(*arguments, g=g.mean(-1, keepdim=True).expand_as(g), **rest)
+
+
+def erased_where_it_writes(*arguments, erase, write, **rest):
+    return RULES["gated_delta_net_2"].apply(*arguments, erase=erase.roll(1, dims=-1), write=write, **rest)
+
+
+def everything_is_erased(*arguments, closeness, **rest):
+    return RULES["comba"].apply(*arguments, closeness=torch.ones_like(closeness) + 0 * closeness, **rest)
+
+
+def the_query_as_it_is(*arguments, correction, **rest):
+    return RULES["comba"].apply(*arguments, correction=0 * correction, **rest)
+
+
+def steps_in_the_wrong_order(q, k, v, *, beta, **rest):
+    return RULES["delta_product"].apply(q, k.flip(3), v.flip(3), beta=beta.flip(-1), **rest)
+
+
+def a_moment_that_is_never_forgotten(*arguments, moment_g, **rest):
+    return RULES["precond_delta"].apply(*arguments, moment_g=0 * moment_g, **rest)
+
+
+def values_decay_as_one(*arguments, g, **rest):
+    return RULES["gated_oja"].apply(*arguments, g=g.mean(-1, keepdim=True).expand_as(g), **rest)
+
+
+def read_from_the_other_side(q, k, v, **rest):
+    return RULES["oja"].apply(v, k, q, **rest)
+
+
+OF_ONE_RULE = {
+    a_decay_shared_by_all_channels: "kimi_delta",
+    erased_where_it_writes: "gated_delta_net_2",
+    everything_is_erased: "comba",
+    the_query_as_it_is: "comba",
+    steps_in_the_wrong_order: "delta_product",
+    a_moment_that_is_never_forgotten: "precond_delta",
+    values_decay_as_one: "gated_oja",
+    read_from_the_other_side: "oja",
+}
+
+
+@pytest.mark.parametrize("mutation", OF_ONE_RULE, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", problems.TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_comparison_rejects_what_one_rule_could_get_wrong(mutation, dtype, backend):
+    rule = RULES[OF_ONE_RULE[mutation]]
+    given = problems.tensors(Problem(rule.name, dtype, 9, layout="padded", sizes=(5, 5), heads=(2, 2, 2)))
+    result = problems.outcome(mutation, given.copy(dtype), backend)
+    with pytest.raises(AssertionError, match="relative error"):
+        problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_comparison_accepts_every_rule(rule):
+    given = problems.tensors(Problem(rule, torch.float32, 9, layout="padded", sizes=(5, 5), heads=(2, 2, 2)))
+    result = problems.outcome(RULES[rule].apply, given.copy(torch.float32), "torch")
+    problems.assert_agrees(result, problems.truth(given, RULES[rule]), 1e-5)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, refuse_unknown, rule_default
+from ..options import MIXER_DEFAULTS, MixerOptions, complete_rule_options, find_rule, refuse_unknown, rule_default
 from .rotary import layer_rotates
 from .table import find_host
 
@@ -86,7 +86,8 @@ def graft_defaults(rule: str) -> dict[str, Any]:
     options = {option: rule_default(rule, option) for option in MIXER_DEFAULTS if option in OPTIONS}
     if options["feature_map"] == "silu":  # the activation after a short convolution, of which there is none
         options["feature_map"] = "identity"
-    return {"rule": rule, "rule_options": complete_rule_options(rule, None), **options, **GRAFT_DEFAULTS}
+    once = {find_rule(rule).writes: 1} if find_rule(rule).writes else None  # the teacher has one key per token
+    return {"rule": rule, "rule_options": complete_rule_options(rule, once), **options, **GRAFT_DEFAULTS}
 
 
 def written_out(layers: Iterable[int], fwp: Mapping[str, Any] | None) -> dict[str, Any]:

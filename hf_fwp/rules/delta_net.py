@@ -93,10 +93,10 @@ def apply(
     )
     if chosen["normalize"] is None:
         return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=scale)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=scale, **chosen)
-    return _normalized(call, q, k, v, beta, states or {}, scale=scale, **chosen)
+        return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=factor, **chosen)
+    return _normalized(call, q, k, v, beta, states or {}, scale=factor, **chosen)
 
 
 def _normalized(

@@ -61,15 +61,15 @@ def apply(
         shared = {"mask": mask, "cu_seqlens": cu_seqlens, "backend": backend, "options": options}
         return apply_form(RULE, None, q, k, v, inputs, **shared, **call)
     chosen = RULE.resolve_options(options)
-    check_inputs(RULE, chosen, {"k": k, "v": v, **inputs}, k, v)
+    given = check_inputs(RULE, chosen, {"k": k, "v": v, **inputs}, k, v)
     backend = choose_backend(
         LinearClassCall(step, erase=True, cu_seqlens=cu_seqlens, backend=backend), q, k, v, beta, g, *_given(call)
     )
     if backend == "step":
-        return _one_token(q, k, v, g=g, beta=beta, mask=mask, **call)
+        return _one_token(q, k, v, g=g, beta=given["beta"], mask=mask, **call)
     count = chosen["num_householder"]
-    k, v, beta = (in_a_row(x) for x in (k, v, beta))
-    rows = {"k": k, "v": v, "beta": beta, "q": _at(q, count, first=False), "backend": backend}
+    rows: dict[str, Any] = {name: in_a_row(given[name]) for name in ("k", "v", "beta")}
+    rows |= {"q": _at(q, count, first=False), "backend": backend}
     rows["mask"] = None if mask is None else mask.repeat_interleave(count, dim=1)
     rows["cu_seqlens"] = None if cu_seqlens is None else cu_seqlens * count
     if g is None:

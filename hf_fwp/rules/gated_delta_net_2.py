@@ -87,7 +87,7 @@ RULE = Rule(
         "feature_map": "silu",
         "qk_norm": "l2",
         "conv_size": 4,
-        "output_gate": "sigmoid",
+        "output_gate": "low_rank_sigmoid",
         "output_norm": True,
         "output_scale": 1.0,
         "scale": None,

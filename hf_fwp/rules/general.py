@@ -18,7 +18,7 @@ is one number per head, chunked.py does the same faster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,20 +39,15 @@ class Form:
     g: Tensor | None  # [B, T, HV, K] or [B, T, HV, 1]
     transposed: bool = False  # M = Sᵀ: w, e and g have size V, u has size K
 
-    def span(self, start: int, end: int) -> Form:
-        """The tokens from start to end; views."""
-        cut = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Form(**{n: x[:, start:end] if isinstance(x, Tensor) else x for n, x in cut.items()})
-
 
 def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     """Reads [B, T, HV, R, V] and the state after the last token, in the dtype of the state."""
     length = form.w.shape[1]
     longest = blocks.chunk_length(form.w.shape[-1], form.u.shape[-1])
     chunk = min(longest, 1 << (length - 1).bit_length())
-    q, w, e, u, g = (None if x is None else in_chunks(x, chunk) for x in (form.q, form.w, form.e, form.u, form.g))
+    q, w, e, u = (in_chunks(x, chunk) for x in (form.q, form.w, form.e, form.u))
     state = (state_BHKV.mT if form.transposed else state_BHKV).flatten(0, 1)
-    total = None if g is None else g.cumsum(-2)
+    total = None if form.g is None else in_chunks(form.g, chunk).cumsum(-2)
     scores = decayed(e if form.transposed else torch.cat([e, q], dim=2), w, total)
     decay = None if total is None else total.exp()
     erased = e if decay is None else e * decay
@@ -60,7 +55,8 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     solved = torch.linalg.solve_triangular(scores[:, :, 0], both, upper=False, unitriangular=True)
     remaining = w if total is None else w * (total[..., -1:, :] - total).exp()
     left = None if decay is None else decay[..., 0, -1, :, None]
-    before, written, state = scan(*solved.split([u.shape[-1], e.shape[-1]], dim=-1), remaining.squeeze(2), left, state)
+    target, weights = solved.split([u.shape[-1], e.shape[-1]], dim=-1)
+    before, written, state = scan(target, weights, remaining.squeeze(2), left, state)
     if form.transposed:
         out = q @ before.mT.unsqueeze(2)
         out = (out if decay is None else out * decay) + spread((q @ written.mT.unsqueeze(2)).tril(), w, total)

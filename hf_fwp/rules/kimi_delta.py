@@ -54,7 +54,7 @@ RULE = Rule(
         "qk_norm": "l2",
         "conv_size": 4,
         "beta_bias": False,
-        "output_gate": "sigmoid",
+        "output_gate": "low_rank_sigmoid",
         "output_norm": True,
         "output_scale": 1.0,
         "scale": None,

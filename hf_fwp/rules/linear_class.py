@@ -95,6 +95,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def has_decode_kernel(device_type: str) -> bool:
+    """Whether Triton can run on this kind of device."""
+    return HAS_TRITON and device_type in DEVICES
+
+
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32 for every input but float64: the state drifts in bf16."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -238,8 +243,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """One token per row, [B, 1, heads, size]. Few calls: generate() waits for every one of them."""
     compute = computing_dtype(q, k, v)
-    kernel = HAS_TRITON and v.device.type in DEVICES and compute == torch.float32
-    if kernel and not needs_gradient(q, k, v, beta, g, state):
+    if has_decode_kernel(v.device.type) and compute == torch.float32 and not needs_gradient(q, k, v, beta, g, state):
         from ..kernels.decode import decode_step
 
         settings = {"scale": float(scale), "erase": call.erase, "l2norm": call.qk_l2norm}

@@ -9,7 +9,7 @@ from hf_fwp.features import FEATURES, QK_NORMS, Favor, Hedgehog, feature_size, m
 x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", [*FEATURES, "dpfp:3", "favor:10"])
+@pytest.mark.parametrize("name", [*FEATURES, "dpfp:3", "favor:10", "hedgehog:2"])
 def test_size_and_sharing(name):
     features = make_feature_map(name, 8).double()
     q, k = features(x, x)
@@ -47,6 +47,8 @@ def test_hedgehog_starts_as_a_softmax_over_both_signs():
     q, _ = Hedgehog(8).double()(x, x)
     assert_close(q, torch.cat([x, -x], -1).softmax(-1))
     assert_close(q.sum(-1), torch.ones_like(q.sum(-1)))
+    sharper = make_feature_map("hedgehog:2", 8).double()(x, x)[0]
+    assert_close(sharper, torch.cat([2 * x, -2 * x], -1).softmax(-1))
 
 
 def test_norms():

@@ -108,6 +108,39 @@ def test_opcheck(packed, erase):
     torch.library.opcheck(chunked_op.linear_class_forward, arguments)
 
 
+@pytest.mark.parametrize("rule", ["kimi_delta", "gated_oja"])
+def test_the_backward_keeps_one_state_per_chunk(rule):
+    """Numbers kept per token and head do not grow with T and are far fewer than a state has."""
+    kept = []
+    for length in (256, 512):
+        given = problems.tensors(Problem(rule, torch.float32, length, sizes=(64, 64), heads=(2, 2, 2), initial=False))
+        tensors, storages = given.copy(torch.float32), {}
+
+        def remember(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+            _outputs = RULES[rule].apply(**tensors.leaves, **tensors.keywords)
+        kept.append(sum(storages.values()) / (2 * 2 * length * 4))
+    assert kept[1] <= 1.01 * kept[0]
+    assert kept[0] < 64 * 64 / 3
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.shapes])
+def test_rules_with_gates_of_their_own_compile_without_graph_breaks(rule):
+    given = problems.tensors(Problem(rule, torch.float32, 70)).copy(torch.float32)
+
+    def loss():
+        out, states = RULES[rule].apply(**given.leaves, states=given.states, **given.keywords)
+        return out.sum() + states["state"].square().sum()
+
+    leaves = (*given.leaves.values(), *given.states.values())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "gated_delta_rule"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_breaks(operator, packed):

@@ -111,6 +111,19 @@ def test_i38_negative_eigenvalues_count_parity(backend):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_i21_what_is_asked_changes_nothing_later(rule):
+    """True of every rule that is linear in its state: the query of a token is not among what it writes."""
+    given = problems.tensors(Problem(rule, length=20))
+    before, states = RULES[rule].apply(**given.leaves, states=given.states, **given.keywords)
+    given.leaves["q"][:, 7] += 1
+    after, changed = RULES[rule].apply(**given.leaves, states=given.states, **given.keywords)
+    assert not torch.allclose(before[:, 7], after[:, 7])
+    close(torch.cat([after[:, :7], after[:, 8:]], dim=1), torch.cat([before[:, :7], before[:, 8:]], dim=1))
+    for name, x in states.items():
+        close(changed[name], x)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("split", [1, 30, 64, 69])
 def test_i42_split_is_whole(rule, split):
     """With gradients, which must flow through the carried state."""
