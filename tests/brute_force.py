@@ -78,7 +78,67 @@ def srwm(x, w, s, options):
     return torch.stack(reads)
 
 
+SQUASH = {
+    "identity": (0.0, lambda a, τ: a),
+    "tanh": (0.0, lambda a, τ: tanh(a)),
+    "logistic": (0.5, lambda a, τ: 1 / (1 + torch.exp(-τ * (a - 0.5)))),
+}
+ACT = {"identity": lambda a: a, "tanh": tanh, "logistic": σ}
+
+
+def fwp_1991(x, w, s, options):
+    begin, squash = SQUASH[options["squashing"]]
+    f, full, reads = ACT[options["activation"]], options["interface"] == "full", []
+    η = options["eta"] or (1.0 if full else 0.5)
+    S = begin + s["state"]
+    for t, x_t in enumerate(x["x"]):
+        change = x["p"][t].reshape(S.shape) if full else outer(f(x["f"][t]), f(x["t"][t]))
+        S = squash(S + η * change, options["tau"])
+        reads.append(S.T @ x_t)
+    s |= {"state": S - begin}
+    return torch.stack(reads)
+
+
+def fwp_1993(x, w, s, options):
+    begin, squash = SQUASH[options["squashing"]]
+    S, h, reads = begin + s["state"], s["h"], []
+    for x_t in x["x"]:
+        past = torch.cat([x_t, h, torch.ones(1, dtype=h.dtype)])
+        h = tanh((w["W_s"] + S).T @ past)
+        S = squash(S + options["eta"] * outer(tanh(w["W_f"].T @ h), tanh(w["W_t"].T @ h)), options["tau"])
+        reads.append(w["W_y"].T @ h)
+    s |= {"state": S - begin, "h": h}
+    return torch.stack(reads)
+
+
+def self_modifying_delta(x, w, s, options):
+    slow = {"state": s["shift"]}
+    S, K, reads = s["state"], s["state"].shape[0], []
+    for m in srwm(x, w, slow, options):
+        q, k, v, β = soft(m[:K]), soft(m[K : 2 * K]), m[2 * K : -1], σ(m[-1])
+        S = delta(S, k, v, β)
+        reads.append(S.T @ q)
+    s |= {"state": S, "shift": slow["state"]}
+    return torch.stack(reads)
+
+
+def delta_delta(x, w, s, options):
+    base = w.get("base", 0.0)
+    S1, S2, K, reads = s["first_state"] + base, s["state"], s["state"].shape[0], []
+    for q, k, v, b in zip(x["q"], x["k"], x["v"], x["b"], strict=True):
+        S1 = delta(S1, positive(k), v, σ(b))
+        m = S1.T @ positive(q)
+        S2 = delta(S2, positive(m[K : 2 * K]), m[2 * K : -1], σ(m[-1]))
+        reads.append(S2.T @ positive(m[:K]))
+    s |= {"state": S2, "first_state": S1 - base}
+    return torch.stack(reads)
+
+
 BRUTE_FORCE = {
+    "fwp_1991": fwp_1991,
+    "fwp_1993": fwp_1993,
+    "self_modifying_delta": self_modifying_delta,
+    "delta_delta": delta_delta,
     "recurrent_delta_net": recurrent_delta_net,
     "delta_rnn": delta_rnn,
     "delta_lstm": delta_lstm,

@@ -1,12 +1,16 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
 from . import (
+    delta_delta,
     delta_lstm,
     delta_net,
     delta_rnn,
+    fwp_1991,
+    fwp_1993,
     gated_delta_net,
     linear_attention,
     recurrent_delta_net,
+    self_modifying_delta,
     srwm,
 )
 from .base import Rule
@@ -19,6 +23,10 @@ RULES: dict[str, Rule] = {
     "delta_rnn": delta_rnn.RULE,
     "delta_lstm": delta_lstm.RULE,
     "srwm": srwm.RULE,
+    "fwp_1991": fwp_1991.RULE,
+    "fwp_1993": fwp_1993.RULE,
+    "self_modifying_delta": self_modifying_delta.RULE,
+    "delta_delta": delta_delta.RULE,
 }
 
 __all__ = ["RULES", "Rule"]

@@ -138,3 +138,64 @@ def test_i25_a_rate_of_the_srwm_acts_on_its_own_columns(backend, block):
     _, states = run("srwm", given, backend, weights=given.weights | {"W_b": rates})
     changed = [part.abs().max() > 0 for part in states["state"].split((3, 5, 5, 4), dim=-1)]
     assert changed == [number == block for number in range(4)]
+
+
+def test_i14_an_unsquashed_from_to_programmer_is_linear_attention(backend):
+    given = given_for("fwp_1991")
+    x, f, t = (given.leaves[name] for name in ("x", "f", "t"))
+    expected, state = RULES["linear_attention"].apply(x, f, t, scale=1.0, options={"normalize": False}, backend=backend)
+    plain = given.keywords["options"] | {"activation": "identity", "eta": 1.0}
+    assert not same(run("fwp_1991", given, backend)[0], expected)
+    out, states = run("fwp_1991", given, backend, options=plain)
+    assert same(out, expected)
+    assert same(states["state"], state["state"])
+    squashed = plain | {"squashing": "tanh"}
+    assert not same(run("fwp_1991", given, backend, options=squashed)[0], expected)
+
+
+def test_a_logistic_squash_without_a_write_stays_at_its_fixed_point(backend):
+    given = given_for("fwp_1991")
+    options = given.keywords["options"] | {"squashing": "logistic", "eta": 0.0}
+    out, states = run("fwp_1991", given, backend, options=options)
+    assert torch.equal(states["state"], torch.zeros_like(states["state"]))
+    assert same(out, 0.5 * given.leaves["x"].sum(-1, keepdim=True).expand_as(out))
+    assert run("fwp_1991", given, backend, options=options | {"eta": 0.5})[1]["state"].abs().max() > 0.1
+
+
+def test_a_recurrent_programmer_that_writes_nothing_is_a_plain_rnn(backend):
+    given = given_for("fwp_1993")
+    h, reads = torch.zeros(2, 2, 5, dtype=torch.float64), []
+    for x_t in given.leaves["x"].unbind(1):
+        s = torch.cat([x_t, h, torch.ones(2, 2, 1, dtype=torch.float64)], dim=-1)
+        h = torch.einsum("hio,bhi->bho", given.weights["W_s"], s).tanh()
+        reads.append(torch.einsum("hio,bhi->bho", given.weights["W_y"], h))
+    expected = torch.stack(reads, dim=1)
+    assert not same(run("fwp_1993", given, backend)[0], expected)
+    still = given.keywords["options"] | {"eta": 0.0}
+    assert same(run("fwp_1993", given, backend, options=still)[0], expected)
+
+
+def test_i26_a_self_modifying_net_with_rates_zero_is_a_delta_net(backend):
+    given = given_for("self_modifying_delta")
+    m = torch.einsum("bthk,hkv->bthv", given.leaves["x"].softmax(-1), given.weights["W_y"])
+    q, k, v, b = m.split((5, 5, 5, 1), dim=-1)
+    expected, _ = delta_net(q.softmax(-1), k.softmax(-1), v, b[..., 0].sigmoid(), backend)
+    assert not same(run("self_modifying_delta", given, backend)[0], expected)
+    frozen = given.weights | {"W_b": torch.full_like(given.weights["W_b"], -1e9)}
+    assert same(run("self_modifying_delta", given, backend, weights=frozen)[0], expected)
+
+
+def test_i16_a_delta_delta_net_that_writes_nothing_reads_nothing(backend):
+    """β1 = 0: the second net's query and key are uniform and its value 0; with a state it decays along that key."""
+    given = given_for("delta_delta", initial=True)
+    given.states["first_state"].zero_()
+    state, uniform = given.states["state"].clone(), torch.full((5,), 0.2, dtype=torch.float64)
+    assert not same(run("delta_delta", given, backend)[0][:, 0], 0.9 * state.mean(-2))
+    given.leaves["b"].fill_(-1e9)
+    out, states = run("delta_delta", given, backend)
+    for t in range(20):
+        state = state - 0.5 * torch.einsum("k,bhv->bhkv", uniform, torch.einsum("bhkv,k->bhv", state, uniform))
+        assert same(out[:, t], torch.einsum("bhkv,k->bhv", state, uniform), 1e-4)  # the sum norm's ε is 1e-5
+    assert torch.equal(states["first_state"], torch.zeros_like(states["first_state"]))
+    given.states["state"].zero_()
+    assert run("delta_delta", given, backend)[0].abs().max() == 0
