@@ -134,7 +134,73 @@ def delta_delta(x, w, s, options):
     return torch.stack(reads)
 
 
+def ba_fast_weights(x, w, s, options):
+    f = {"relu": lambda a: a.clamp(min=0), "tanh": tanh}[options["activation"]]
+    A, h, reads = s["state"], s["h"], []
+    for c in x["c"]:
+        A = options["decay"] * A + options["eta"] * outer(h, h)
+        base = w["W_h"].T @ h + c
+        h = f(base)
+        for _ in range(options["n_steps"]):
+            h = f(layer_norm(base + A.T @ h) * w["gain"] + w["bias"])
+        reads.append(h)
+    s |= {"state": A, "h": h}
+    return torch.stack(reads)
+
+
+def layer_norm(a):
+    centred = a - a.mean()
+    return centred / torch.sqrt(centred.square().mean() + 1e-5)
+
+
+def fast_weight_memory(x, w, s, options):
+    M, h, c, reads = s["state"], s["h"], s["c"], []
+    K, V = M.shape[1], len(h)
+    for a in x["gates"]:
+        a = a + w["W_h"].T @ h + w["b_h"]
+        i, f, g, o = (a[n * V : (n + 1) * V] for n in range(4))
+        c = σ(f + 1) * c + σ(i) * tanh(g)
+        h = σ(o) * tanh(c)
+        a = w["W_w"].T @ h + w["b_w"]
+        κ, t = outer(tanh(a[:K]), tanh(a[K : 2 * K])).reshape(-1), tanh(a[2 * K : 3 * K])
+        scale = 1 / K if options["write_scale"] is None else options["write_scale"]
+        M = M + outer(κ, scale * σ(a[-1] + 1) * (t - M.T @ κ))
+        if options["clip"]:
+            M = M / max(1.0, torch.linalg.matrix_norm(M))
+        a = w["W_r"].T @ h + w["b_r"]
+        q = tanh(a[:K]) if options["tanh_query"] else a[:K]
+        for n in range(1, options["n_reads"] + 1):
+            q = layer_norm(M.T @ outer(q, tanh(a[n * K : (n + 1) * K])).reshape(-1))
+        reads.append(w["W_o"].T @ q + w["b_o"] + h)
+    s |= {"state": M, "h": h, "c": c}
+    return torch.stack(reads)
+
+
+def continuous_fwp(x, w, s, options):
+    S, Δ, reads = s["state"], options["time_step"], []
+    for q, k, v, b in zip(x["q"], x["k"], x["v"], x["b"], strict=True):
+        β, kk, rule = σ(b[0]), soft(k), options["learning_rule"]
+        if rule == "hebb":
+            F = β * outer(kk, tanh(v))
+        elif rule == "oja":
+            F = β * outer(soft(k - S @ tanh(v)), tanh(v))
+        elif rule == "delta_post_tanh":
+            F = β * outer(kk, tanh(v - S.T @ kk))
+        else:
+            F = β * outer(kk, tanh(v) - S.T @ kk)
+        if rule == "delta_exact_hold":
+            n = kk @ kk
+            F = (1 - torch.exp(-β * n * Δ)) / n / (β * Δ) * F
+        S = S + Δ * F
+        reads.append(S.T @ soft(q))
+    s |= {"state": S}
+    return torch.stack(reads)
+
+
 BRUTE_FORCE = {
+    "ba_fast_weights": ba_fast_weights,
+    "fast_weight_memory": fast_weight_memory,
+    "continuous_fwp": continuous_fwp,
     "fwp_1991": fwp_1991,
     "fwp_1993": fwp_1993,
     "self_modifying_delta": self_modifying_delta,

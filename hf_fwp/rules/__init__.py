@@ -1,10 +1,13 @@
 """The table of update rules. A new rule is a file beside this one and a line in RULES."""
 
 from . import (
+    ba_fast_weights,
+    continuous_fwp,
     delta_delta,
     delta_lstm,
     delta_net,
     delta_rnn,
+    fast_weight_memory,
     fwp_1991,
     fwp_1993,
     gated_delta_net,
@@ -27,6 +30,9 @@ RULES: dict[str, Rule] = {
     "fwp_1993": fwp_1993.RULE,
     "self_modifying_delta": self_modifying_delta.RULE,
     "delta_delta": delta_delta.RULE,
+    "ba_fast_weights": ba_fast_weights.RULE,
+    "fast_weight_memory": fast_weight_memory.RULE,
+    "continuous_fwp": continuous_fwp.RULE,
 }
 
 __all__ = ["RULES", "Rule"]
