@@ -27,6 +27,10 @@ _MODERN: dict[str, Any] = {
     "position_embedding": "none",
 }
 
+# The blocks of the algorithmic tasks. The language models of the same paper have norm_placement="idsia_pre" and, for
+# the delta net, the recurrent delta net, the delta RNN v2 and the delta LSTM v2 to v4, output_scale=head_dim**-0.5.
+_IDSIA: dict[str, Any] = {**_TRANSFORMER_2017, "norm_placement": "pre", "position_embedding": "none"}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Linear transformer (arXiv 2006.16236): elu + 1, normalised reads.
     "katharopoulos2020": {
@@ -48,4 +52,26 @@ PRESETS: dict[str, dict[str, Any]] = {
     "yang2024-deltanet": {**_MODERN, "rule": "delta_net", "output_gate": "none", "expand_v": 1.0},
     # Gated DeltaNet (arXiv 2412.06464).
     "yang2024-gated-deltanet": {**_MODERN, "rule": "gated_delta_net", "output_gate": "silu", "expand_v": 2.0},
+    # Recurrent fast weight programmers (arXiv 2106.06295).
+    "irie2021-recurrent-delta-net": {**_IDSIA, "rule": "recurrent_delta_net"},
+    "irie2021-delta-rnn": {**_IDSIA, "rule": "delta_rnn", "feature_map": "elu1", "qk_norm": "sum"},
+    "irie2021-delta-rnn-v1": {
+        **_IDSIA,
+        "rule": "delta_rnn",
+        "rule_options": {"variant": "v1"},
+        "feature_map": "softmax",
+        "qk_norm": "none",
+    },
+    "irie2021-delta-lstm": {**_IDSIA, "rule": "delta_lstm"},
+    "irie2021-delta-delta": {**_IDSIA, "rule": "delta_delta"},
+    # Self-referential weight matrices (arXiv 2202.05780); few-shot learning, and formal languages (arXiv 2310.16076).
+    "irie2022-srwm": {**_IDSIA, "rule": "srwm", "norm_placement": "residual"},
+    "irie2023-srwm": {
+        **_IDSIA,
+        "rule": "srwm",
+        "norm_placement": "residual",
+        "rule_options": {"query_init": 0.01, "beta_init": -1.0},
+    },
+    # Learning rules in continuous time on tokens (arXiv 2206.01649).
+    "irie2022-continuous": {**_IDSIA, "rule": "continuous_fwp"},
 }
