@@ -63,6 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_norm": "none",
     },
     "irie2021-delta-lstm": {**_IDSIA, "rule": "delta_lstm"},
+    "irie2021-delta-mlp": {**_IDSIA, "rule": "delta_mlp"},
     "irie2021-delta-delta": {**_IDSIA, "rule": "delta_delta"},
     # Self-referential weight matrices (arXiv 2202.05780); few-shot learning, and formal languages (arXiv 2310.16076).
     "irie2022-srwm": {**_IDSIA, "rule": "srwm", "norm_placement": "residual"},

@@ -197,7 +197,23 @@ def continuous_fwp(x, w, s, options):
     return torch.stack(reads)
 
 
+def delta_mlp(x, w, s, options):
+    S1, S2, K, reads = list(s["state"]), list(s["second_state"]), x["q"].shape[1], []
+    for t, a in enumerate(x["q"]):
+        for j in range(options["depth"]):
+            k, v = (x[n][t][5 * K * j : 5 * K * (j + 1)] for n in ("k", "v"))
+            β1, β2 = σ(x["b"][t][2 * j]), σ(x["b"][t][2 * j + 1])
+            S1[j] = delta(S1[j], positive(k[:K]), v[: 4 * K], β1)
+            S2[j] = delta(S2[j], positive(k[K:]), v[4 * K :], β2)
+            u = positive(layer_norm(a) * w["gain"][j] + w["bias"][j])
+            a = a + S2[j].T @ positive(S1[j].T @ u)
+        reads.append(a)
+    s |= {"state": torch.stack(S1), "second_state": torch.stack(S2)}
+    return torch.stack(reads)
+
+
 BRUTE_FORCE = {
+    "delta_mlp": delta_mlp,
     "ba_fast_weights": ba_fast_weights,
     "fast_weight_memory": fast_weight_memory,
     "continuous_fwp": continuous_fwp,

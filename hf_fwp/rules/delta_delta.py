@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import delta_net
-from .base import Own, Rule, States, Weight
+from .base import Own, Rule, States, Weight, positive_features
 from .sequential import Form, Inputs, Run, apply_form
-
-SUM_EPS = 1e-5
 
 
 def own(key_size: int, value_size: int, options: Mapping[str, Any]) -> Own:
@@ -37,17 +34,11 @@ def own(key_size: int, value_size: int, options: Mapping[str, Any]) -> Own:
     )
 
 
-def features(x: Tensor) -> Tensor:
-    """ψ(x): ELU(x) + 1 over its sum."""
-    positive = F.elu(x) + 1
-    return positive / (positive.sum(-1, keepdim=True) + SUM_EPS)
-
-
 def programmed(m: Tensor, key_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and beta of the second matrix out of the read m [..., 2K + V + 1]."""
     value_size = m.shape[-1] - 2 * key_size - 1
     q, k, v, b = m.split((key_size, key_size, value_size, 1), dim=-1)
-    return features(q), features(k), v, b[..., 0].sigmoid()
+    return positive_features(q), positive_features(k), v, b[..., 0].sigmoid()
 
 
 def from_base(base: Tensor | None, x: Tensor) -> Tensor | float:
@@ -66,7 +57,7 @@ def step(
     learned_base: bool = False,
 ) -> tuple[States, Tensor]:
     """One token: q, k [B,H,K], v [B,H,2K+V+1], b [B,H,1]."""
-    q, k = features(q), features(k)
+    q, k = positive_features(q), positive_features(k)
     value = v - from_base(base, k)
     first, m = delta_net.step({"state": states["first_state"]}, q=q, k=k, v=value, beta=b[..., 0].sigmoid())
     q2, k2, v2, beta2 = programmed(m + from_base(base, q), q.shape[-1])
@@ -76,7 +67,7 @@ def step(
 
 def fast(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
     """Two passes, chunk by chunk."""
-    q, k, base = features(inputs["q"]), features(inputs["k"]), run.weights.get("base")
+    q, k, base = positive_features(inputs["q"]), positive_features(inputs["k"]), run.weights.get("base")
     value = inputs["v"] - from_base(base, k)
     m, first = run.delta(q, k, value, inputs["b"][..., 0].sigmoid(), states["first_state"])
     q2, k2, v2, beta2 = programmed(m + from_base(base, q), q.shape[-1])

@@ -146,6 +146,12 @@ def test_a_hidden_state_that_does_not_split_over_the_heads_is_refused(own_rule):
         assert MixerOptions(**options).hidden_size == 30
 
 
+@pytest.mark.parametrize("square", [rule for rule in RULES if RULES[rule].square])
+def test_larger_values_are_refused_where_keys_and_values_are_equal(square):
+    with pytest.raises(ValueError, match="set expand_v=1"):
+        MixerOptions(rule=square, **SIZES, value_head_dim=8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
 def test_grouped_states_equal_query_states_with_equal_rates(rule):

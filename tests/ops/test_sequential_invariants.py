@@ -276,3 +276,12 @@ def test_i32_ba_s_fast_weights_attend_to_the_past(backend):
     read = torch.einsum("bhij,bhj->bhi", states["state"], probe)
     assert same(read, attended(0.95))
     assert not same(read, attended(0.9))
+
+
+def test_i15_a_delta_mlp_that_writes_nothing_is_its_query(backend):
+    given = given_for("delta_mlp")
+    assert not same(run("delta_mlp", given, backend)[0], given.leaves["q"])
+    given.leaves["b"].fill_(-1e9)
+    out, states = run("delta_mlp", given, backend)
+    assert same(out, given.leaves["q"])
+    assert all(x.abs().max() < 1e-15 for x in states.values())
