@@ -3,6 +3,7 @@
     pre         h = h + mix(norm(h));              h = h + mlp(norm(h))
     post        h = norm(h + mix(h));              h = norm(h + mlp(h))            Vaswani et al. 2017
     idsia_pre   h = norm(h);  h = h + mix(h);      h = h + mlp(norm(h))            Irie et al. 2021
+    residual    h = norm(h) + mix(h);              h = h + mlp(norm(h))            Irie et al. 2022 (SRWM)
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ class FwpBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        h_BTD = hidden_states if self.placement == "post" else self.mixer_norm(hidden_states)
-        residual = h_BTD if self.placement == "idsia_pre" else hidden_states
+        normed = hidden_states if self.placement == "post" else self.mixer_norm(hidden_states)
+        h_BTD = hidden_states if self.placement == "residual" else normed
+        residual = normed if self.placement in ("idsia_pre", "residual") else hidden_states
         if self.layer_type == LAYER_TYPE:
             kwargs = {"cu_seqlens": cu_seqlens}
         mixed, _ = self.mixer(

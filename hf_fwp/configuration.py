@@ -37,7 +37,7 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 CHOICES = {
     "mlp_type": ("swiglu", "mlp"),
     "norm_type": ("rms", "layer"),
-    "norm_placement": ("pre", "post", "idsia_pre"),
+    "norm_placement": ("pre", "post", "idsia_pre", "residual"),
     "position_embedding": ("none", "rope", "learned", "sinusoidal"),
 }
 # Keywords that are no fields but that transformers reads or writes in a config.

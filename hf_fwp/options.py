@@ -194,6 +194,12 @@ class MixerOptions:
         return make(feature_size(self.feature_map, self.head_dim), self.value_head_dim, options)
 
     def _check_own(self) -> None:
+        key_size = feature_size(self.feature_map, self.head_dim)
+        if find_rule(self.rule).square and key_size != self.value_head_dim:
+            raise ValueError(
+                f"the rule {self.rule} needs values as large as keys, not {self.value_head_dim} for {key_size}; "
+                "set expand_v=1"
+            )
         heads = self.heads_of_states
         if self.own().hidden and self.hidden_size != heads * self.head_dim:
             raise ValueError(

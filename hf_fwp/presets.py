@@ -27,8 +27,9 @@ _MODERN: dict[str, Any] = {
     "position_embedding": "none",
 }
 
-# Irie et al. 2021: no positions, no convolution, nothing after the read.
-_ALGORITHMIC: dict[str, Any] = {**_TRANSFORMER_2017, "position_embedding": "none"}
+# The blocks of the algorithmic tasks. The language models of the same paper have norm_placement="idsia_pre" and, for
+# the delta net, the recurrent delta net, the delta RNN v2 and the delta LSTM v2 to v4, output_scale=head_dim**-0.5.
+_IDSIA: dict[str, Any] = {**_TRANSFORMER_2017, "norm_placement": "pre", "position_embedding": "none"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Linear transformer (arXiv 2006.16236): elu + 1, normalised reads.
@@ -61,14 +62,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Linear transformer of the code execution and ListOps study: no normaliser, no positions (arXiv 2106.06295).
     "irie2021-linear-transformer": {
-        **_ALGORITHMIC,
+        **_IDSIA,
         "rule": "linear_attention",
         "rule_options": {"normalize": False},
         "feature_map": "elu1",
         "qk_norm": "none",
     },
     # Delta net of the same study.
-    "irie2021-deltanet": {**_ALGORITHMIC, "rule": "delta_net", "feature_map": "elu1", "qk_norm": "sum"},
+    "irie2021-deltanet": {**_IDSIA, "rule": "delta_net", "feature_map": "elu1", "qk_norm": "sum"},
     # DeltaProduct with two Householder factors and a forget gate, and without one (arXiv 2502.10297).
     "siems2025-gated-deltaproduct": {
         **_MODERN,
@@ -94,4 +95,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "comba2025": {**_MODERN, "rule": "comba", "output_gate": "silu", "expand_v": 1.0},
     # Preconditioned delta rule (arXiv 2604.21100).
     "precond2026-delta": {**_MODERN, "rule": "precond_delta", "output_gate": "silu", "expand_v": 1.0},
+    # Recurrent fast weight programmers (arXiv 2106.06295).
+    "irie2021-recurrent-delta-net": {**_IDSIA, "rule": "recurrent_delta_net"},
+    "irie2021-delta-rnn": {**_IDSIA, "rule": "delta_rnn", "feature_map": "elu1", "qk_norm": "sum"},
+    "irie2021-delta-rnn-v1": {
+        **_IDSIA,
+        "rule": "delta_rnn",
+        "rule_options": {"variant": "v1"},
+        "feature_map": "softmax",
+        "qk_norm": "none",
+    },
+    "irie2021-delta-lstm": {**_IDSIA, "rule": "delta_lstm"},
+    "irie2021-delta-mlp": {**_IDSIA, "rule": "delta_mlp"},
+    "irie2021-delta-delta": {**_IDSIA, "rule": "delta_delta"},
+    # Self-referential weight matrices (arXiv 2202.05780); few-shot learning, and formal languages (arXiv 2310.16076).
+    "irie2022-srwm": {**_IDSIA, "rule": "srwm", "norm_placement": "residual"},
+    "irie2023-srwm": {
+        **_IDSIA,
+        "rule": "srwm",
+        "norm_placement": "residual",
+        "rule_options": {"query_init": 0.01, "beta_init": -1.0},
+    },
+    # Learning rules in continuous time on tokens (arXiv 2206.01649).
+    "irie2022-continuous": {**_IDSIA, "rule": "continuous_fwp"},
 }

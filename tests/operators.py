@@ -112,6 +112,7 @@ def tensors(problem: Problem) -> Tensors:
     rule, (heads, value_heads, query_heads) = RULES[problem.rule], problem.heads
     (key_size, value_size), length = problem.sizes, problem.length
     batch = 1 if problem.layout == "packed" else 2
+    value_size = key_size if rule.square else value_size
     options = {n: chosen(rule, n, problem.option) for n in rule.options}
     own = rule.own(key_size, value_size, options) if rule.own else Own({"state": (key_size, value_size)})
     if rule.own:  # one query per state

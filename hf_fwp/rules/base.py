@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+SUM_EPS = 1e-5
 
 States = dict[str, Tensor]
 
@@ -93,6 +96,8 @@ class Rule:
     """The option that says how many keys, values and rates a token brings (k [B,T,H,n,K]); "" = always one."""
     qkv: bool = True
     """Whether the rule takes the q, k and v that a layer projects, convolves, rotates and maps to features."""
+    square: bool = False
+    """Whether K must equal V."""
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
 
@@ -176,6 +181,12 @@ def normal(std: float, mean: float = 0.0) -> Callable[..., Tensor]:
 def read(state_BHKV: Tensor, q_BHxK: Tensor) -> Tensor:
     """Sᵀ q for one query per head [B, H, K] or several [B, H, R, K]."""
     return torch.einsum("bhkv,bh...k->bh...v", state_BHKV, q_BHxK)
+
+
+def positive_features(x: Tensor) -> Tensor:
+    """ELU(x) + 1 over its sum, for the rules that map features themselves."""
+    positive = F.elu(x) + 1
+    return positive / (positive.sum(-1, keepdim=True) + SUM_EPS)
 
 
 def through(weight_HIO: Tensor, x_BHI: Tensor) -> Tensor:

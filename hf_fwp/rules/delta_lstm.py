@@ -21,14 +21,12 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import delta_net
-from .base import Own, Rule, States
+from .base import Own, Rule, States, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 GATES = 3
-SUM_EPS = 1e-5
 RECURRENT = ("recurrent_state", "h", "c")
 
 
@@ -48,8 +46,7 @@ def own(key_size: int, value_size: int, options: Mapping[str, Any]) -> Own:
 
 def features(x: Tensor) -> Tensor:
     """ELU(x) + 1 over its sum, gate by gate: [..., 3K] -> [..., 3, K]."""
-    positive = F.elu(x.unflatten(-1, (GATES, -1))) + 1
-    return positive / (positive.sum(-1, keepdim=True) + SUM_EPS)
+    return positive_features(x.unflatten(-1, (GATES, -1)))
 
 
 def recurrent_step(

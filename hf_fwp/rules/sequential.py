@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import delta_net
+from . import delta_net, linear_attention
 from .base import Own, States, keep_valid, recurrence
 from .checks import check_arguments, check_own_arguments, sequence_bounds
 from .linear_class import LinearClassCall, apply_linear_class, choose_backend, computing_dtype, l2_normalize
@@ -51,6 +51,12 @@ class Run:
         """The delta rule over the whole sequence, chunk by chunk."""
         call = LinearClassCall(delta_net.step, erase=True, mask=self.mask, backend="torch")
         out, states = apply_linear_class(call, q, k, v, beta=beta, states={"state": state}, scale=1.0)
+        return out, states["state"]
+
+    def sum(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum rule over the whole sequence, chunk by chunk."""
+        call = LinearClassCall(linear_attention.step, erase=False, mask=self.mask, backend="torch")
+        out, states = apply_linear_class(call, q, k, v, states={"state": state}, scale=1.0)
         return out, states["state"]
 
 

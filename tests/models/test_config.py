@@ -79,6 +79,18 @@ def test_changing_a_field_changes_something(name):
     assert not same_values
 
 
+@pytest.mark.parametrize("placement", ["pre", "post", "idsia_pre", "residual"])
+def test_where_the_norms_stand(placement):
+    block = tiny_model(norm_placement=placement, num_hidden_layers=1).model.layers[0]
+    block.mixer_norm.weight.data.uniform_(0.5, 2)
+    h = torch.randn(2, 7, 32, dtype=torch.float64)
+    norm, mlp_norm, mlp = block.mixer_norm, block.mlp_norm, block.mlp
+    mixed = {"pre": norm(h), "post": h, "idsia_pre": norm(h), "residual": h}[placement]
+    out = block.mixer(mixed)[0] + {"pre": h, "post": h, "idsia_pre": norm(h), "residual": norm(h)}[placement]
+    out = mlp_norm(norm(out) + mlp(norm(out))) if placement == "post" else out + mlp(mlp_norm(out))
+    assert torch.equal(block(h), out)
+
+
 def test_dropout_acts_in_training_only():
     model, ids = tiny_model(dropout=0.5), tokens()
     assert torch.equal(model(ids).logits, tiny_model()(ids).logits)

@@ -8,7 +8,8 @@ from transformers import DynamicCache, StaticCache, pipeline
 from transformers.masking_utils import create_masks_for_generate
 
 NEW = 8
-PLAIN = {"max_new_tokens": NEW, "do_sample": False}
+# a generated PAD would be masked when its sequence is continued, and was not when it was generated
+PLAIN = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [PAD]}
 MODES = {
     "greedy": {},
     "static cache": {"cache_implementation": "static"},

@@ -153,6 +153,12 @@ def test_a_hidden_state_that_does_not_split_over_the_heads_is_refused(own_rule):
         assert MixerOptions(**options).hidden_size == 30
 
 
+@pytest.mark.parametrize("square", [rule for rule in RULES if RULES[rule].square])
+def test_larger_values_are_refused_where_keys_and_values_are_equal(square):
+    with pytest.raises(ValueError, match="set expand_v=1"):
+        MixerOptions(rule=square, **SIZES, value_head_dim=8)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
 def test_grouped_states_equal_query_states_with_equal_rates(rule):
@@ -266,7 +272,7 @@ def test_rows_do_not_meet(rule):
 def test_the_future_does_not_reach_back(rule):
     layer = mixer(rule, conv_size=3, value_skip=2, backend="reference")
     changed = hidden()
-    changed[:, 7] += 1
+    changed[:, 7] *= -1
     before, after = layer(hidden())[0], layer(changed)[0]
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.allclose(before[:, 7:], after[:, 7:])
