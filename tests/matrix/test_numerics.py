@@ -63,7 +63,8 @@ def test_extreme_inputs_stay_finite(name):
     """Hidden states of zeros, of one token again and again, and a thousand times too large."""
     model = every_model(name, dtype=torch.float32)
     size = model.get_input_embeddings().embedding_dim
-    for embeds in (torch.zeros(1, 12, size), torch.ones(1, 1, size).expand(1, 12, size), 1e3 * torch.randn(1, 12, size)):
+    same, huge = torch.ones(1, 1, size).expand(1, 12, size), 1e3 * torch.randn(1, 12, size)
+    for embeds in (torch.zeros(1, 12, size), same, huge):
         leaf = embeds.clone().requires_grad_()
         logits = model(inputs_embeds=leaf).logits
         (gradient,) = torch.autograd.grad(logits.square().mean(), leaf)
