@@ -164,9 +164,6 @@ class GraftedModel(Grafted):
 class GraftedHead(FastWeightGeneration, Grafted):
     """A head of the family on the base model with fast weights."""
 
-    config_class: ClassVar[Any]
-    base_model_prefix: ClassVar[str]
-
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         base_class = host_classes(config.host_name)["Model"]
@@ -176,11 +173,13 @@ class GraftedHead(FastWeightGeneration, Grafted):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        base_prefix = host_classes(cls.config_class.host_name)["Model"].base_model_prefix
-        if cls.base_model_prefix != base_prefix:
+        head: Any = cls
+        base: Any = host_classes(head.config_class.host_name)["Model"]
+        if head.base_model_prefix != base.base_model_prefix:
             # the question-answering heads of llama and qwen3 call the base model otherwise than all other heads do, and
             # would start from random weights (transformers issue 30381)
-            kwargs.setdefault("key_mapping", {rf"^{base_prefix}\.": f"{cls.base_model_prefix}."})
+            places = {rf"^{base.base_model_prefix}\.": f"{head.base_model_prefix}."}
+            kwargs.setdefault("key_mapping", places)
         return super().from_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(
