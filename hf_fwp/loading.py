@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ def align_weights(model: nn.Module) -> None:
 
 
 class AlignedLoading(Model):
-    """A model whose `from_pretrained` aligns what it loaded."""
+    """A model whose `from_pretrained` aligns what it loaded, and names a damaged folder."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, **kwargs)
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        except SafetensorError as fault:
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise ValueError(f"a weights file of {source} is damaged ({fault}); copy or download it again") from fault
         align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 

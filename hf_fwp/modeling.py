@@ -104,9 +104,7 @@ class FwpModel(FwpPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        h_BTD = self._embedded(input_ids, inputs_embeds)
         batch, length, _ = h_BTD.shape
         mask_BT = self._padding(attention_mask, batch=batch, length=length, cache=past_key_values)
         cu_seqlens = packed_batch(
@@ -142,6 +140,25 @@ class FwpModel(FwpPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h_BTD), past_key_values=past_key_values)
+
+    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds has shape {list(inputs_embeds.shape)}; it must be [B, T, hidden_size] with "
+                    f"hidden_size {self.config.hidden_size}"
+                )
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; it must be [B, T]: add the batch with [None]"
+            )
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}; give token ids (torch.long), or inputs_embeds")
+        return _look_up(self.embed_tokens, input_ids, of="input_ids", limit="vocab_size", count=self.config.vocab_size)
 
     def _padding(
         self, attention_mask: Tensor | Masks | None, *, batch: int, length: int, cache: Cache | None
@@ -195,13 +212,29 @@ class FwpModel(FwpPreTrainedModel):
     def _position_embedding(self, position_ids: Tensor, *, like: Tensor) -> Tensor | float:
         kind = self.config.position_embedding
         if kind == "learned":
-            return self.embed_positions(position_ids)
+            count = self.config.max_position_embeddings
+            limit = "max_position_embeddings"
+            return _look_up(self.embed_positions, position_ids, of="position_ids", limit=limit, count=count)
         if kind != "sinusoidal":
             return 0.0
         half = like.shape[-1] // 2
         frequency = 10000 ** (-torch.arange(half, device=like.device) / half)
         angle_BTF = position_ids[..., None] * frequency
         return torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(like.dtype)
+
+
+def _look_up(table: nn.Module, index: Tensor, *, of: str, limit: str, count: int) -> Tensor:
+    """table(index); on a CPU an index outside of it is named (an accelerator would have to be waited for)."""
+    if torch.compiler.is_compiling():
+        return table(index)
+    try:
+        return table(index)
+    except IndexError as fault:
+        low, high = int(index.min()), int(index.max())
+        raise ValueError(
+            f"{of} holds {low if low < 0 else high}, but {limit} is {count}; allowed are 0 to {count - 1}: check that "
+            "tokenizer and model belong together, or make the model larger"
+        ) from fault
 
 
 class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):

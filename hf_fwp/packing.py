@@ -21,6 +21,11 @@ def valid_tokens(attention_mask: Any, *, batch: int, length: int, past: int | Te
             "use attn_implementation='sdpa' or 'eager', or give a 2-D mask"
         )
     if attention_mask.ndim == 2:
+        if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}; for these {batch} rows of {length} tokens it "
+                "must be [B, T], with a column for each token, those in the cache included"
+            )
         mask_BT = attention_mask[:, -length:]
     elif attention_mask.ndim == 4:
         mask_BT = _diagonal(attention_mask, length=length, past=past)

@@ -181,6 +181,17 @@ class GraftedHead(FastWeightGeneration, Grafted):
         if HOSTS[config.host_name].closed:  # a hook: generate reads which arguments the family's own forward takes
             self.register_forward_pre_hook(functools.partial(_refuse_packing, config), with_kwargs=True)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        head: Any = cls
+        base: Any = host_classes(head.config_class.host_name)["Model"]
+        if head.base_model_prefix != base.base_model_prefix:
+            # the question-answering heads of llama and qwen3 call the base model otherwise than all other heads do, and
+            # would start from random weights (transformers issue 30381)
+            places = {rf"^{base.base_model_prefix}\.": f"{head.base_model_prefix}."}
+            kwargs.setdefault("key_mapping", places)
+        return super().from_pretrained(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:

@@ -25,6 +25,8 @@ def check_arguments(
     """Raise ValueError for what no backend can run."""
     named = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
     for name, x in named.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; give a tensor, for instance torch.tensor({name})")
         if x is not None and x.dtype not in FLOATS:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
             raise ValueError(f"{name} has dtype {x.dtype}; allowed are {allowed}: convert it with .to(torch.float32)")
