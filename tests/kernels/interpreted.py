@@ -19,7 +19,7 @@ from hf_fwp.rules import RULES
 
 CHOICES = problems.CHOICES | {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "sizes": ((16, 16), (5, 7), (20, 16), (16, 3)),
+    "sizes": ((16, 16), (5, 7), (40, 20), (16, 36)),  # the last two take several tiles of keys and values
     "heads": ((2, 2, 2), (1, 2, 1), (1, 2, 2), (1, 1, 2)),
 }
 COVERING = [Problem(**row) for row in problems.pairwise(CHOICES)]
@@ -69,6 +69,13 @@ def test_padding_may_hold_nan():
     for x in given.leaves.values():
         x[~given.keywords["mask"]] = float("nan")
     agrees(GATED, given)
+
+
+def test_many_short_sequences_find_their_chunks():
+    given = problems.tensors(Problem("gated_delta_net", torch.float32, 131, False, "packed", heads=(1, 1, 1)))
+    given.keywords["cu_seqlens"] = torch.tensor([0, 1, 1, 65, 66, 67, 131, 131], dtype=torch.int32)
+    result = problems.outcome(RULES["gated_delta_net"].apply, given.copy(torch.float32), "triton")
+    problems.assert_agrees(result, problems.truth(given, RULES["gated_delta_net"]), 3e-6)
 
 
 def test_the_inverse_keeps_its_digits_with_correlated_keys():
