@@ -138,7 +138,7 @@ class Walk:
         projection: Any = self.attention(layer).get_submodule(self.projection_name)
         if not isinstance(projection, Conv1D):
             return projection
-        linear = nn.Linear(*projection.weight.shape, device="meta")  # the same numbers, [out, in]
+        linear = nn.Linear(projection.nx, projection.nf, device="meta")  # the same numbers, [out, in]
         linear.weight = nn.Parameter(projection.weight.detach().mT, requires_grad=False)
         linear.bias = projection.bias
         return linear

@@ -185,9 +185,8 @@ class LayerNormPerHead(nn.Module):
 
 
 # How queries and keys [..., H, K] are normalised between projection and rotation: kind -> (heads, K, eps) -> module
-HEAD_NORMS: dict[bool | str, Callable[[int, int, float], nn.Module | None]] = {
-    False: lambda heads, size, eps: None,
+HEAD_NORMS: dict[bool | str, Callable[[int, int, float], nn.Module]] = {
     True: lambda heads, size, eps: nn.RMSNorm(size, eps=eps),  # qwen3: each head, one scale for all
-    "joint": lambda heads, size, eps: nn.RMSNorm((heads, size), eps=eps),  # olmo2: all heads together
+    "joint": lambda heads, size, eps: nn.RMSNorm([heads, size], eps=eps),  # olmo2: all heads together
     "layer": LayerNormPerHead,  # cohere
 }

@@ -152,8 +152,8 @@ class MixerOptions:
         }
         for option, (given, allowed) in choices.items():
             refuse_unknown(option, [given], allowed)
-        if self.head_norm not in HEAD_NORMS:
-            raise ValueError(f"head_norm is {self.head_norm!r}; it can be {', '.join(map(repr, HEAD_NORMS))}")
+        if self.head_norm and self.head_norm not in HEAD_NORMS:
+            raise ValueError(f"head_norm is {self.head_norm!r}; it can be False, {', '.join(map(repr, HEAD_NORMS))}")
         if self.backend is not None:
             refuse_unknown("backend", [self.backend], BACKENDS)
         feature_size(self.feature_map, self.head_dim)

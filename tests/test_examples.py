@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from hf_fwp.hosts import HOSTS, Host, register_family
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -29,7 +31,22 @@ def run(example: str, **options: object):
 
 
 def test_every_example_is_tried_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"convert_and_chat", "finetune_lora", "train_from_scratch"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "convert_and_chat",
+        "finetune_lora",
+        "register_family",
+        "train_from_scratch",
+    }
+
+
+def test_register_family_converts_what_the_table_does_not_have(tmp_path, capsys):
+    try:
+        run("register_family", output=tmp_path / "made")
+        assert "FwpSeedOssForCausalLM with fast weights in layers [1, 3]" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="'seed_oss' is in the table already"):
+            register_family(Host("seed_oss", "SeedOss"))
+    finally:
+        HOSTS.pop("seed_oss", None)
 
 
 def test_train_from_scratch_lowers_the_loss(teacher, corpus, tmp_path):

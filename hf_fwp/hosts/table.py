@@ -229,14 +229,14 @@ def register_family(host: Host) -> None:
 def find_host(config: Any) -> Host:
     """The row for a teacher's (or a converted model's) config, or an error that says why there is none."""
     name = config.model_type
-    if name in HOSTS:
-        return HOSTS[name]
-    if name.removeprefix(PREFIX) in HOSTS:
-        return HOSTS[name.removeprefix(PREFIX)]
+    row = HOSTS.get(name) or HOSTS.get(name.removeprefix(PREFIX))
+    if row is not None and not getattr(config, "add_cross_attention", False):
+        return row
     families = ", ".join(HOSTS)
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        kind = "an encoder-decoder" if config.is_encoder_decoder else "a model with cross-attention"
         raise ValueError(
-            f"{name!r} is an encoder-decoder: its cross-attention reads the encoder's output, which a causal fast "
+            f"{name!r} is {kind}: its cross-attention reads the encoder's output, which a causal fast "
             f"weight cannot replace; give a decoder-only model of one of the families {families}"
         )
     if getattr(config, "kv_lora_rank", None) is not None:
@@ -244,10 +244,18 @@ def find_host(config: Any) -> Host:
             f"{name!r} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): it has no keys and "
             f"values per head that a fast weight could take over; give a model of one of the families {families}"
         )
+    text = config.get_text_config()
+    if text is not config:
+        known = getattr(text, "model_type", None)
+        raise ValueError(
+            f"{name!r} is a composite model, whose language part is {known!r}; convert that part alone: save it as a "
+            f"model of its own (for gemma3: Gemma3ForCausalLM with the text config), one of the families {families}"
+        )
     close = difflib.get_close_matches(name, HOSTS, n=1)
     hint = f" (the closest is {close[0]!r})" if close else ""
     raise ValueError(
         f"unknown model family {name!r}; the families whose attention can be replaced are {families}{hint}. "
-        "To add one, write its row in hf_fwp/hosts/table.py, and a weight map in conversion/families/ if its "
-        "projections are not separate q_proj, k_proj, v_proj and o_proj"
+        "To add one, give its row to hf_fwp.hosts.register_family (examples/register_family.py) or write it in "
+        "hf_fwp/hosts/table.py, and a weight map in conversion/families/ if its projections are not separate q_proj, "
+        "k_proj, v_proj and o_proj"
     )

@@ -220,7 +220,7 @@ def test_an_output_folder_in_use_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (AutoConfig.for_model("gpt2"), "unknown model family 'gpt2'"),
+        (AutoConfig.for_model("gptj"), "unknown model family 'gptj'"),
         (AutoConfig.for_model("deepseek_v3"), "multi-head latent attention"),
         (T5Config(), "encoder-decoder"),
     ],

@@ -177,8 +177,8 @@ class Windowed(Softmax):
 @torch.no_grad()
 def test_windowed_attention_is_a_softmax_over_what_is_let_through(name, implementation):
     """One layer of the teacher alone, its attention written out from the copies of its projections."""
-    if (name, implementation) == ("gpt_oss", "sdpa"):
-        pytest.skip("the family refuses sdpa, which has no sinks")
+    if implementation == "sdpa" and name in ("gpt_oss", "gemma2"):
+        pytest.skip("the family refuses sdpa, which has no sinks and no cap")
     teacher = tiny_teacher(name)
     teacher.set_attn_implementation(implementation)
     ids_BT = torch.randint(1, 67, (1, 14))

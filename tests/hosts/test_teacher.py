@@ -72,8 +72,11 @@ def test_generation_settings_and_chat_template_are_kept(folder):
         (T5Config(), "'t5' is an encoder-decoder"),
         (BartConfig(), "'bart' is an encoder-decoder"),
         (AutoConfig.for_model("deepseek_v3"), "'deepseek_v3' uses multi-head latent attention"),
-        (AutoConfig.for_model("gpt2"), "unknown model family 'gpt2'; .* are llama, mistral, qwen2, qwen3.*add one"),
-        (AutoConfig.for_model("qwen3_moe"), "the closest is 'qwen3'"),
+        (AutoConfig.for_model("gptj"), "unknown model family 'gptj'; .* are llama, mistral, qwen2, qwen3.*add one"),
+        (AutoConfig.for_model("glm4"), "unknown model family 'glm4'"),
+        (AutoConfig.for_model("granitemoe"), "the closest is 'granite'"),
+        (AutoConfig.for_model("gpt2", add_cross_attention=True), "'gpt2' is a model with cross-attention"),
+        (AutoConfig.for_model("gemma3"), "'gemma3' is a composite model, whose language part is 'gemma3_text'"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
