@@ -202,10 +202,23 @@ def truth(given: Tensors, rule: Rule) -> dict[str, Tensor]:
     return outcome(rule.apply, given.copy(torch.float64), "reference")
 
 
-def assert_agrees(result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Every tensor within the relative tolerance; one that is nearly zero is judged as if it were a little larger."""
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    """One that is nearly zero is judged as if it were a little larger."""
+    size = max(float(expected.detach().norm()), 0.05 * expected.numel() ** 0.5)
+    return float((x.detach().double() - expected.detach().double()).norm()) / size
+
+
+def assert_agrees(
+    result: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    tolerance: float,
+    yardstick: dict[str, Tensor] | None = None,
+) -> None:
+    """Every tensor within the relative tolerance, or within twice the error of the recurrence in the same dtype."""
     assert result.keys() == expected.keys()
     for name, x in result.items():
-        size = max(float(expected[name].norm()), 0.05 * expected[name].numel() ** 0.5)
-        error = float((x.detach().double() - expected[name].detach().double()).norm()) / size
-        assert error <= tolerance, f"{name}: relative error {error:.1e}, allowed {tolerance:.0e}"
+        allowed = tolerance
+        if yardstick is not None:
+            allowed = max(allowed, 2 * relative_error(yardstick[name], expected[name]))
+        error = relative_error(x, expected[name])
+        assert error <= allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.0e}"

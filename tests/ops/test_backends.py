@@ -20,7 +20,9 @@ def test_chunked_agrees_with_the_recurrence(problem):
     assert result["out"].dtype == problem.dtype
     wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
     assert result["final state"].dtype == wide
-    problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype])
+    # a state that feeds a nonlinearity amplifies rounding, in the recurrence as much as here
+    yardstick = problems.outcome(rule.apply, given.copy(problem.dtype), "reference") if rule.own else None
+    problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype], yardstick)
 
 
 @pytest.mark.parametrize("problem", [p for p in COVERING if p.length < 65][::3], ids=str)
