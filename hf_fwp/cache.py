@@ -43,6 +43,17 @@ class MixerInputs:
             rotary = (each(rotary[0]), each(rotary[1]))
         return MixerInputs(each(self.hidden_BTD), None if self.mask_BT is None else each(self.mask_BT), rotary)
 
+    def with_own_rotary(self) -> MixerInputs:
+        """The same with a rotation for each row."""
+        if self.rotary is None:
+            return self
+        cos, sin = (x.expand(self.hidden_BTD.shape[0], -1, -1) for x in self.rotary)
+        return MixerInputs(self.hidden_BTD, self.mask_BT, (cos, sin))
+
+    def in_one_row(self) -> MixerInputs:
+        """[B, T, ...] as one packed row [1, B * T, ...]."""
+        return self.with_own_rotary().change(lambda x: x.reshape(1, -1, *x.shape[2:]))
+
     def first(self, length: int) -> MixerInputs:
         """The first `length` tokens."""
         rotary = None if self.rotary is None else (self.rotary[0][:, :length], self.rotary[1][:, :length])

@@ -229,11 +229,11 @@ class FastWeightLayer(nn.Module):
             hidden_BTD = torch.where(inputs.mask_BT[..., None], inputs.hidden_BTD, 0)
             tokens = MixerInputs(hidden_BTD, inputs.mask_BT, inputs.rotary)
         if cu_seqlens is not None:
-            tokens = _one_row(tokens)
+            tokens = tokens.in_one_row()
         back_BT = None
         if tokens.mask_BT is not None and self._looks_back and length > 1:
             order_BT, back_BT = push_left(tokens.mask_BT)
-            tokens = _shared_rotary_to_rows(tokens).change(lambda x: take(x, order_BT))
+            tokens = tokens.with_own_rotary().change(lambda x: take(x, order_BT))
         reads, states = self._mix_together(tokens, states, cu_seqlens=cu_seqlens, in_place=in_place)
         if back_BT is not None:
             reads = take(reads, back_BT)
@@ -390,16 +390,3 @@ def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
     if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, Favor, IdentityLinear)):
         module.init_weights()
-
-
-def _one_row(tokens: MixerInputs) -> MixerInputs:
-    """[B, T, ...] as one packed row [1, B * T, ...]."""
-    return _shared_rotary_to_rows(tokens).change(lambda x: x.reshape(1, -1, *x.shape[2:]))
-
-
-def _shared_rotary_to_rows(tokens: MixerInputs) -> MixerInputs:
-    if tokens.rotary is None:
-        return tokens
-    batch = tokens.hidden_BTD.shape[0]
-    cos, sin = (x.expand(batch, -1, -1) for x in tokens.rotary)
-    return MixerInputs(tokens.hidden_BTD, tokens.mask_BT, (cos, sin))

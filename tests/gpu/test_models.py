@@ -18,7 +18,7 @@ def model_on_gpu(rule: str, dtype: torch.dtype = torch.float32):
     return tiny_model(rule, dtype=dtype, **SIZES).to(DEVICE)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", problems.SERVED)
 def test_a_whole_model_compiles_without_a_graph_break(rule):
     model, ids = model_on_gpu(rule), tokens(2, 130).to(DEVICE)
     parameters = list(model.parameters())
@@ -33,7 +33,7 @@ def test_a_whole_model_compiles_without_a_graph_break(rule):
         assert float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-6
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", problems.SERVED)
 def test_tokens_one_by_one_are_the_whole_sequence(rule):
     model, ids = model_on_gpu(rule), tokens(2, 70).to(DEVICE)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_generation_in_bf16_with_padding(rule):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", problems.SERVED)
 def test_decode_steps_in_a_cuda_graph(rule, dtype):
     problem = Problem(rule, dtype, 1, layout="padded", sizes=(64, 96), heads=(2, 4, 4), qk_l2norm=True, option=1)
     given = problems.on_device(problems.tensors(problem), DEVICE).copy(dtype)

@@ -17,6 +17,8 @@ from hf_fwp.kernels import decode
 from hf_fwp.rules import RULES, linear_class
 
 CHOICES = problems.CHOICES | {
+    "rule": problems.SERVED,
+    "option": (0, 1),
     "dtype": (torch.float32, torch.float16),
     "length": (1,),
     "layout": ("plain", "padded"),
@@ -115,7 +117,7 @@ def test_a_step_that_needs_gradients_is_left_to_torch():
 
 
 @pytest.mark.parametrize("option", [0, 1])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", problems.SERVED)
 def test_compiles_without_graph_breaks(rule, option):
     given = problems.tensors(Problem(rule, torch.float32, 1, option=option)).copy(torch.float32)
     leaves = {name: x.detach() for name, x in given.leaves.items()}

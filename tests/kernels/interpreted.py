@@ -18,6 +18,8 @@ from hf_fwp.kernels import linear_class as kernels
 from hf_fwp.rules import RULES
 
 CHOICES = problems.CHOICES | {
+    "rule": problems.SERVED,
+    "option": (0, 1),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "sizes": ((16, 16), (5, 7), (40, 20), (16, 36)),  # the last two take several tiles of keys and values
     "heads": ((2, 2, 2), (1, 2, 1), (1, 2, 2), (1, 1, 2)),
@@ -56,7 +58,7 @@ def agrees(problem: Problem, given: problems.Tensors | None = None) -> None:
         assert error <= allowed, f"{name}: relative error {error / size:.1e}, allowed {allowed / size:.1e}"
 
 
-ROUNDING = 3e-7  # of one or two float32 operations: a single token has no error to double
+ROUNDING = 6e-7  # five units in the last place: a single token has hardly an error to double
 
 
 @pytest.mark.parametrize("problem", COVERING, ids=str)

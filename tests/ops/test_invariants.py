@@ -110,7 +110,7 @@ def test_i38_negative_eigenvalues_count_parity(backend):
     assert (out > -1e-12).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.own is None])
 def test_i21_what_is_asked_changes_nothing_later(rule):
     """True of every rule that is linear in its state: the query of a token is not among what it writes."""
     given = problems.tensors(Problem(rule, length=20))
