@@ -48,10 +48,14 @@ def test_a_budget_is_shared_as_before():
     assert (only.align_tokens, only.distil_tokens) == (10, 0)
 
 
-# a rule with inputs or weights of its own cannot be filled from a teacher
-@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
-def test_every_rule_has_a_student(rule):
-    assert rule in STUDENTS
+@pytest.mark.parametrize("rule", sorted(set(RULES) - set(STUDENTS)))
+def test_a_rule_without_a_student_is_refused(rule):
+    with pytest.raises(ValueError, match=f"unknown update rule for conversion '{rule}'"):
+        student_options(rule)
+
+
+@pytest.mark.parametrize("rule", STUDENTS)
+def test_a_rule_with_a_student(rule):
     student = copy_teacher(tiny_teacher("llama"), layers=[1], fwp=student_options(rule))
     mixer = student.hf_fwp_layers[1]
     assert mixer.options.rule == rule

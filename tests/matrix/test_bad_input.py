@@ -14,7 +14,7 @@ import torch
 from every_model import every_model
 from teachers import tiny_config as host_config
 from tiny_fwp import tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, T5Config
+from transformers import AutoModelForCausalLM, CodeGenConfig, DynamicCache, T5Config
 from typer.testing import CliRunner
 
 from hf_fwp import RULES, FwpConfig, MixerOptions, cli, convert, ops
@@ -95,7 +95,7 @@ OPERATOR = {  # told: arguments of gated_delta_rule
     "v has 3 heads and k 2": {"v": torch.zeros(2, T, 3, 4)},
     "q has 3 heads": {"q": torch.zeros(2, T, 3, 4)},
     r"beta has shape \[2, 5, 1\]": {"beta": torch.zeros(2, T, 1)},
-    r"g has shape \[2, 5, 2, 4\]": {"g": torch.zeros(2, T, 2, 4)},
+    r"g has shape \[2, 5, 3\]": {"g": torch.zeros(2, T, 3)},
     r"mask has shape \[2, 4\]; it must be": {"mask": torch.ones(2, 4)},
     r"state has shape .* need \[2, 2, 4, 4\]": {"initial_state": torch.zeros(2, 2, 3, 4)},
     "must be torch.float32: use .to": {"initial_state": torch.zeros(2, 2, 4, 4).bfloat16()},
@@ -294,7 +294,7 @@ FILES = {  # told: what is done in an empty folder
     "was begun with lr = 1, not 2": lambda f: checkpoint.check_settings({"lr": 1}, {"lr": 2}, folder=f),
     "sequence_length is 1": lambda f: data.token_blocks(["a"], tiny.byte_tokenizer(), sequence_length=1),
     "'fwp_llama' is a converted model already": lambda f: teacher.check_family(every_model("llama converted").config),
-    "unknown model family 'gpt2'; the families": lambda f: find_host(GPT2Config()),
+    "unknown model family 'codegen'; the families": lambda f: find_host(CodeGenConfig()),
     "'t5' is an encoder-decoder": lambda f: find_host(T5Config()),
 }
 
