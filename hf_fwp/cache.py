@@ -261,7 +261,10 @@ def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
             f"layer {layer_idx} of the cache holds a {type(layer).__name__} already in use; start from a fresh cache "
             "(prefix tuning fills one with keys and values, which fast weights do not read: use LoRA or soft prompts)"
         )
-    installed = FastWeightCacheLayer(max_cache_len=getattr(layer, "max_cache_len", None))
+    limits = [getattr(other, "max_cache_len", None) for other in cache.layers]
+    # a sliding layer's limit is its window; before 5.23 a full mask takes its size from the first layer that is no such
+    longest = max((limit for limit in limits if limit is not None), default=None)
+    installed = FastWeightCacheLayer(max_cache_len=None if limits[layer_idx] is None else longest)
     installed.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
     cache.layers[layer_idx] = installed
     return installed

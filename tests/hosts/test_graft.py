@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from teachers import LAYERS, base_prefix, tiny_config, tiny_teacher
 from transformers import (
     AutoConfig,
@@ -112,6 +113,8 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(name, tokens, layers):
 
 
 def test_a_static_cache_handed_to_the_model_is_equipped(name, tokens):
+    if name == "bloom" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("the linear bias of bloom has the wrong length for a static cache in transformers 5.17 itself")
     student = student_of(name, [0, 2])
     cache = StaticCache(config=student.config, max_cache_len=32)
     student(tokens[:, :7], past_key_values=cache)

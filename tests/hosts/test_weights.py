@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from teachers import LAYERS, base_prefix, tiny_teacher
 
 from hf_fwp.conversion.calibrate import attention_heads
@@ -53,6 +55,8 @@ def with_softmax(student, teacher, tokens):
 @torch.no_grad()
 def test_with_softmax_over_what_was_copied_the_logits_are_the_teachers(teacher, tokens):
     """Biases, head norms, grouping, rotation, scale, window, cap, linear bias and sinks included."""
+    if teacher.config.model_type == "gemma2" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.17 leaves the cap of gemma2's scores out of sdpa, which it takes by default")
     student = copy_teacher(teacher, layers=range(LAYERS))
     expected = teacher(tokens).logits
     torch.testing.assert_close(with_softmax(student, teacher, tokens), expected, rtol=1e-4, atol=1e-4)

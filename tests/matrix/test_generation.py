@@ -7,12 +7,15 @@ from queue import Queue
 
 import pytest
 import torch
+import transformers
 from every_model import every_model
+from packaging.version import Version
 from tiny import ALPHABET, byte_tokenizer
 from tiny_fwp import PAD, assert_close, tiny_model, tokens
 from transformers import CompileConfig, DynamicCache, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+OLD = Version(transformers.__version__) < Version("5.23")
 NEW = 6
 PLAIN = {"max_new_tokens": NEW, "do_sample": False}
 MODES = {
@@ -164,6 +167,8 @@ def test_tokens_taken_back_and_fed_again(model):
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_reset_cache_is_a_fresh_one(model, static):
+    if OLD and not static and len(model.hf_fwp_layers) < model.config.num_hidden_layers:
+        pytest.skip("transformers 5.17 keeps the length of growing keys and values in reset, 5.23 does not")
     ids = tokens()
     cache = StaticCache(model.config, 16) if static else DynamicCache(config=model.config)
     model(ids.flip(1), past_key_values=cache)
