@@ -280,6 +280,7 @@ def _fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | 
     gram = rows.mT @ rows
     gram.diagonal().add_(1e-2 * gram.diagonal().mean())
     weight = torch.linalg.solve(gram, rows.mT @ odds)
-    mixer.g_proj.weight.copy_(weight[:-1].mT)
-    mixer.g_proj.bias.copy_(weight[-1])
+    gate: Any = mixer.g_proj  # a Linear for the gate "head_sigmoid"
+    gate.weight.copy_(weight[:-1].mT)
+    gate.bias.copy_(weight[-1])
     return mixer.g_proj(x_NTD).sigmoid().unflatten(-1, (mixer.options.time_scales, -1)).permute(2, 0, 1, 3)

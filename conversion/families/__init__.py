@@ -130,7 +130,8 @@ def start_neutral(layer: FastWeightLayer) -> None:
                 weight.zero_()
                 weight[..., -1] = 1
         if layer.options.output_gate == "sigmoid2":  # 2 sigmoid(0) = 1
-            layer.g_proj.weight.zero_()
+            gate: Any = layer.g_proj  # a Linear
+            gate.weight.zero_()
         if layer.options.value_skip:
             layer.skip_proj.weight.zero_()
 
