@@ -7,6 +7,7 @@ options are the same function whether they were built from scratch or put inside
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -139,6 +140,14 @@ class MixerOptions:
         self._check_choices()
         self._check_sizes()
         self._check_own()
+        self._warn_of_ignored()
+
+    def _warn_of_ignored(self) -> None:
+        if "beta" in find_rule(self.rule).inputs:
+            return
+        for name in ("allow_neg_eigval", "beta_bias"):
+            if getattr(self, name):
+                warnings.warn(f"{name} is ignored: {self.rule} takes no beta from the layer", stacklevel=4)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

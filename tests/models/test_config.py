@@ -1,6 +1,7 @@
 """Every field does something, every mistake is named, and what is saved is what was meant."""
 
 import json
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -196,3 +197,12 @@ def test_mixer_options_refuse_unknown_names():
         MixerOptions.from_dict({"rule": "delta_net", "hidden_size": 8, "num_attention_heads": 2, "value_skipp": 1})
     with pytest.raises(ValueError, match="did you mean 'conv_size'"):
         MixerOptions(rule="delta_net", hidden_size=8, num_attention_heads=2).replace(conv_sizes=1)
+
+
+@pytest.mark.parametrize("name", ["allow_neg_eigval", "beta_bias"])
+def test_a_rate_that_no_layer_makes_is_named(name):
+    with pytest.warns(UserWarning, match=f"{name} is ignored: srwm takes no beta"):
+        tiny_config("srwm", **{name: True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_config("delta_net", **{name: True})
