@@ -10,7 +10,6 @@ from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_fwp import RULES
 from hf_fwp.conversion.baselines import baselines, fast_weights_off, naive_copy, sliding_window, window_mask
 from hf_fwp.conversion.calibrate import attention_heads
 from hf_fwp.conversion.evaluate import (
@@ -23,6 +22,7 @@ from hf_fwp.conversion.evaluate import (
     samples,
 )
 from hf_fwp.conversion.families import attention_modules, copy_teacher, output_projection_name
+from hf_fwp.conversion.recipes import STUDENTS
 from hf_fwp.conversion.softmax import Softmax
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import HOSTS
@@ -223,7 +223,7 @@ def test_the_naive_copy_has_the_rates_it_is_known_for(teacher):
     assert mixer.options.qk_norm == "l2"
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if not RULES[rule].own])
+@pytest.mark.parametrize("rule", STUDENTS)
 def test_baselines_are_measured_for_every_rule(rule, teacher, ids_NT):
     student = copy_teacher(teacher, layers=[1, 3], fwp={"rule": rule})
     measured = baselines(teacher, ids_NT, student=student, progress=False)
