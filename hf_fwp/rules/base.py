@@ -35,6 +35,21 @@ INPUT_SHAPES: dict[str, tuple[str, ...]] = {
 }
 
 
+# The layer around most rules since Yang et al. 2024: convolution and SiLU, unit keys, normalised and gated reads.
+MODERN_SHELL: dict[str, Any] = {
+    "feature_map": "silu",
+    "qk_norm": "l2",
+    "conv_size": 4,
+    "beta_bias": False,
+    "output_gate": "silu",
+    "output_norm": True,
+    "output_scale": 1.0,
+    "scale": None,
+    "expand_v": 1.0,
+    "allow_neg_eigval": False,
+}
+
+
 @dataclass(frozen=True)
 class Weight:
     """A learned tensor that every state has: its shape, and what draws the values it starts from."""

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import gated_delta_net
 from .apply_form import apply_form, check_inputs
-from .base import Gates, Rule, States, keep_valid, read
+from .base import MODERN_SHELL, Gates, Rule, States, keep_valid, read
 from .general import Form
 from .linear_class import computing_dtype, split_queries
 
@@ -113,7 +112,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={**gated_delta_net.RULE.defaults, "expand_v": 1.0},
+    defaults=MODERN_SHELL,
     options={"correction_start": 1.0},
     shapes={"closeness": ("HV",), "correction": ("HV",)},
     gates=Closeness,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Rule, States, keep_valid, read
+from .base import MODERN_SHELL, Rule, States, keep_valid, read
 from .checks import sequence_bounds
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
@@ -153,18 +153,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={
-        "feature_map": "silu",
-        "qk_norm": "l2",
-        "conv_size": 4,
-        "beta_bias": False,
-        "output_gate": "none",
-        "output_norm": True,
-        "output_scale": 1.0,
-        "scale": None,
-        "expand_v": 1.0,
-        "allow_neg_eigval": False,
-    },
+    defaults={**MODERN_SHELL, "output_gate": "none"},
     options={"normalize": None, "eps": NORMALIZER_EPS},
     choices={"normalize": (None, "output", "full")},
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import delta_net, gated_delta_net
 from .apply_form import apply_form, check_inputs
-from .base import Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .linear_class import LinearClassCall, choose_backend
 
 
@@ -133,18 +133,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={
-        "feature_map": "silu",
-        "qk_norm": "l2",
-        "conv_size": 4,
-        "beta_bias": False,
-        "output_gate": "silu",
-        "output_norm": True,
-        "output_scale": 1.0,
-        "scale": None,
-        "expand_v": 1.0,
-        "allow_neg_eigval": True,
-    },
+    defaults={**MODERN_SHELL, "allow_neg_eigval": True},
     options={"num_householder": 2, "forget_gate": True},
     shapes={
         "k": ("H", "num_householder", "K"),

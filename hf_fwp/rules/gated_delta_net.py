@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .linear_class import LinearClassCall, apply_linear_class
 
 
@@ -70,16 +70,5 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={
-        "feature_map": "silu",
-        "qk_norm": "l2",
-        "conv_size": 4,
-        "beta_bias": False,
-        "output_gate": "silu",
-        "output_norm": True,
-        "output_scale": 1.0,
-        "scale": None,
-        "expand_v": 2.0,
-        "allow_neg_eigval": False,
-    },
+    defaults={**MODERN_SHELL, "expand_v": 2.0},
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply_form import apply_form
-from .base import Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 
@@ -83,17 +83,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={
-        "feature_map": "silu",
-        "qk_norm": "l2",
-        "conv_size": 4,
-        "output_gate": "low_rank_sigmoid",
-        "output_norm": True,
-        "output_scale": 1.0,
-        "scale": None,
-        "expand_v": 1.0,
-        "allow_neg_eigval": False,
-    },
+    defaults={**MODERN_SHELL, "output_gate": "low_rank_sigmoid"},
     options={"lower_bound": None},
     shapes={"g": ("HV", "K"), "erase": ("HV", "K"), "write": ("HV", "V")},
     gates=EraseAndWrite,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .apply_form import apply_form
-from .base import Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 
@@ -49,18 +49,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults={
-        "feature_map": "silu",
-        "qk_norm": "l2",
-        "conv_size": 4,
-        "beta_bias": False,
-        "output_gate": "low_rank_sigmoid",
-        "output_norm": True,
-        "output_scale": 1.0,
-        "scale": None,
-        "expand_v": 1.0,
-        "allow_neg_eigval": False,
-    },
+    defaults={**MODERN_SHELL, "output_gate": "low_rank_sigmoid"},
     options={"lower_bound": None},
     shapes={"g": ("HV", "K")},
     gates=ChannelDecay,

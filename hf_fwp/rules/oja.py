@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .apply_form import apply_form
-from .base import Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 from .linear_class import l2_normalize
@@ -81,18 +81,6 @@ def value_decay(
     return ChannelDecay(hidden, states=states, key_size=value_size, value_size=value_size, options=options)
 
 
-DEFAULTS = {
-    "feature_map": "silu",
-    "qk_norm": "l2",
-    "conv_size": 4,
-    "beta_bias": False,
-    "output_gate": "silu",
-    "output_norm": True,
-    "output_scale": 1.0,
-    "scale": None,
-    "expand_v": 1.0,
-    "allow_neg_eigval": False,
-}
 RULE = Rule(
     name="oja",
     title="Oja's rule",
@@ -102,7 +90,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    defaults=DEFAULTS,
+    defaults=MODERN_SHELL,
     options={"v_norm": "l2"},
     check=check,
 )
@@ -115,7 +103,7 @@ GATED = Rule(
     states=("state",),
     step=step,
     apply=apply_gated,
-    defaults=DEFAULTS,
+    defaults=MODERN_SHELL,
     options={"v_norm": "l2", "lower_bound": None},
     shapes={"g": ("HV", "V")},
     gates=value_decay,
