@@ -256,7 +256,7 @@ class FastWeightLayer(nn.Module):
         if options.value_skip:
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
         if self.own is not None:
-            inputs |= {**self.own(x_BTD), "weights": self.own.weights()}
+            inputs |= self.own(x_BTD)
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             **inputs,

@@ -5,6 +5,8 @@ What a rule has is data in `Rule.own`; nothing here knows a rule. Legend: rules/
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -13,34 +15,33 @@ from .options import MixerOptions
 
 
 class OwnWeights(nn.Module):
-    """x [B,T,D] -> the rule's own inputs {name: [B,T,S,width]}; `weights()` gives its learned tensors [S, ...]."""
+    """x [B,T,D] -> the rule's own inputs {name: [B,T,S,width]}, and its learned tensors: "weights": {name: [S, ...]}."""
 
     def __init__(self, options: MixerOptions) -> None:
         super().__init__()
         self.states = options.num_states
         self.scales = options.time_scales
-        self.own = options.own()
-        for name, width in self.own.projections.items():
+        own = options.own()
+        self.options, self.hidden = options, own.hidden
+        self.projections, self.learned = dict(own.projections), tuple(own.weights)
+        for name, width in self.projections.items():
             linear = nn.Linear(options.hidden_size, self.states * width, bias=options.qkv_bias)
             setattr(self, f"{name}_proj", linear)
-        for name, weight in self.own.weights.items():
+        for name, weight in own.weights.items():
             self.register_parameter(name, nn.Parameter(torch.empty(self.states, *weight.shape)))
         self.init_weights()
 
     def init_weights(self) -> None:
         """Learned tensors start as the rule says; projections as every Linear of the model."""
-        for name, weight in self.own.weights.items():
+        for name, weight in self.options.own().weights.items():
             init.copy_(getattr(self, name), weight.draw(self.states, *weight.shape))
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.own.weights}
-
-    def forward(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        inputs = {
-            name: getattr(self, f"{name}_proj")(x_BTD).unflatten(-1, (self.states, width))
-            for name, width in self.own.projections.items()
-        }
-        if self.own.hidden:
+    def forward(self, x_BTD: Tensor) -> dict[str, Any]:
+        # the weights leave through here: a model kept on the disk has them only while a module's forward runs
+        found: dict[str, Any] = {"weights": {name: getattr(self, name) for name in self.learned}}
+        for name, width in self.projections.items():
+            found[name] = getattr(self, f"{name}_proj")(x_BTD).unflatten(-1, (self.states, width))
+        if self.hidden:
             x_BTHK = x_BTD.unflatten(-1, (self.states // self.scales, -1))
-            inputs["x"] = x_BTHK.repeat(1, 1, self.scales, 1)
-        return inputs
+            found["x"] = x_BTHK.repeat(1, 1, self.scales, 1)
+        return found

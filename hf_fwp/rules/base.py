@@ -116,6 +116,10 @@ class Rule:
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled rule is the entry of RULES itself: functions of its own cannot be pickled."""
+        return _entry, (self.name,)
+
     def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rule's options with `given` on top; a name that the rule does not know is an error."""
         given = dict(given or {})
@@ -140,6 +144,12 @@ class Rule:
     def shape(self, name: str) -> tuple[str, ...]:
         """The shape of a token's input in letters."""
         return self.shapes.get(name, INPUT_SHAPES.get(name, ()))
+
+
+def _entry(name: str) -> Rule:
+    from . import RULES
+
+    return RULES[name]
 
 
 class Gates(nn.Module):
