@@ -83,7 +83,7 @@ def test_made_on_the_meta_device_without_touching_data(name, folder):
 def test_missing_and_unexpected_weights_are_reported(name, folder):
     file = folder / "model.safetensors"
     weights = load_file(file)
-    lost = next(key for key in weights if key.endswith("q_proj.weight"))
+    lost = next(key for key in weights if key.endswith("o_proj.weight"))
     weights["nowhere.weight"] = weights.pop(lost)
     save_file(weights, file, metadata={"format": "pt"})
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -95,7 +95,7 @@ def test_missing_and_unexpected_weights_are_reported(name, folder):
 def test_a_weight_of_another_shape_is_named(name, folder):
     file = folder / "model.safetensors"
     weights = load_file(file)
-    wrong = next(key for key in weights if key.endswith("q_proj.weight"))
+    wrong = next(key for key in weights if key.endswith("o_proj.weight"))
     weights[wrong] = weights[wrong][:-1].contiguous()
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"(?i)mismatch"):

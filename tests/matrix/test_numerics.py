@@ -104,14 +104,26 @@ def test_states_are_float32_under_bf16_weights(name):
 @pytest.mark.parametrize("kind", RULES)
 @torch.no_grad()
 def test_8192_tokens_in_bf16_drift_no_more_than_their_start(kind):
-    """The error of the last tokens against float32 is that of the first, up to chance."""
+    """The error of the last tokens against float32 is that of the first, up to chance.
+
+    A rule that feeds its own reads back may be unstable: then rounding nothing but the embeddings moves it as far.
+    """
     ids = tokens(1, 8192)
     config = {"num_hidden_layers": 1, "initializer_range": 0.02}
     narrow, wide = (tiny_model(kind, dtype=dtype, **config) for dtype in (torch.bfloat16, torch.float32))
     wide.load_state_dict({key: x.float() for key, x in narrow.state_dict().items()})
-    errors = (narrow(ids).logits.float() - wide(ids).logits).norm(dim=-1)[0] / wide(ids).logits.norm(dim=-1)[0]
-    assert errors[-1024:].mean() < 0.05
-    assert errors[-1024:].mean() <= 2 * errors[:1024].mean()
+    exact, embeds = wide(ids).logits, wide.get_input_embeddings()(ids)
+    noise = 2 * torch.rand(3, *embeds.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
+    rounded = wide(inputs_embeds=embeds * (1 + torch.finfo(torch.bfloat16).eps / 2 * noise)).logits
+
+    def error(logits, span):
+        return ((logits - exact).norm(dim=-1) / exact.norm(dim=-1))[:, span].mean(1).max()
+
+    first, last = slice(None, 1024), slice(-1024, None)
+    unavoidable = error(rounded, last)
+    found = narrow(ids).logits.float()
+    assert error(found, last) <= max(0.05, 2 * unavoidable)
+    assert error(found, last) <= 2 * max(error(found, first), unavoidable)
 
 
 @pytest.mark.usefixtures("deterministic")

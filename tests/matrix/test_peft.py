@@ -24,8 +24,8 @@ METHODS = {
         r=2, use_rslora=True, target_modules="all-linear", **TASK
     ),
     "LoRA with a whole head": lambda: LoraConfig(r=4, modules_to_save=["lm_head"], **TASK),
-    "OFT": lambda: OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj"], **TASK),
-    "IA3": lambda: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], **TASK),
+    "OFT": lambda: OFTConfig(oft_block_size=8, target_modules=["v_proj", "o_proj"], **TASK),
+    "IA3": lambda: IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=[], **TASK),
 }
 
 
