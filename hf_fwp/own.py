@@ -15,7 +15,7 @@ from .options import MixerOptions
 
 
 class OwnWeights(nn.Module):
-    """x [B,T,D] -> the rule's own inputs {name: [B,T,S,width]}, and its learned tensors: "weights": {name: [S, ...]}."""
+    """x [B,T,D] -> the rule's inputs {name: [B,T,S,width]} and, as "weights", its learned tensors {name: [S, ...]}."""
 
     def __init__(self, options: MixerOptions) -> None:
         super().__init__()
