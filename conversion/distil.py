@@ -7,6 +7,7 @@ over the N valid tokens; no cross-entropy. Everything but the loss is transforme
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .memory import freed_memory_kept
@@ -168,10 +169,26 @@ def check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 def checkpoint_in(output_dir: Path | None, *, resume: bool) -> str | None:
     """The Trainer's newest checkpoint; without `resume` there must be none."""
-    last = get_last_checkpoint(str(output_dir)) if output_dir is not None and output_dir.is_dir() else None
+    last = None if output_dir is None else newest_checkpoint(output_dir)
     if last is not None and not resume:
         raise ValueError(f"{output_dir} holds an earlier run; give resume=True to continue it, or another folder")
     return last
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a Trainer: one that was being written when the process died has no state yet."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    whole = [place for place in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_json(place / TRAINER_STATE_NAME)]
+    return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_json(file: Path) -> bool:
+    """Whether the file, the last one that a checkpoint gets, was written to its end."""
+    try:
+        return bool(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
