@@ -6,8 +6,11 @@ FOLDER/step-00000050/state.json             everything else
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TENSORS, REST = "state.safetensors", "state.json"
+FULL = 2**16  # bytes; a disk with less than this left is full
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
@@ -59,3 +63,16 @@ def check_settings(saved: dict[str, Any], given: dict[str, Any], *, folder: Path
     if changed:
         told = ", ".join(f"{name} = {saved.get(name)!r}, not {given[name]!r}" for name in changed)
         raise ValueError(f"{folder} was begun with {told}; use the same settings to resume, or another folder")
+
+
+@contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """A full disk is an OSError that says what to do, in whichever way the library that met it puts it."""
+    try:
+        yield
+    except Exception as fault:
+        # safetensors raises its own type, and torch tells of a position in a file
+        if "No space left" not in str(fault) and shutil.disk_usage(folder).free >= FULL:
+            raise
+        told = f"no space left for {folder}; what was finished is in it: free some space and go on with resume=True"
+        raise OSError(errno.ENOSPC, told) from fault

@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hf_fwp.hosts import converted_layers
 
 from .align import align
+from .checkpoint import told_when_full
 from .data import demo_corpus, read_data, token_blocks
 from .distil import distil
 from .families import copy_teacher
@@ -129,7 +131,8 @@ def convert(
     run = Run(
         plan, model, tokenizer, blocks, work, not isinstance(teacher, PreTrainedModel), _first_report(plan, model)
     )
-    student: Any = _finish(run, output)
+    with nullcontext() if work is None else told_when_full(work):
+        student: Any = _finish(run, output)
     student.conversion_report = run.report
     return student
 

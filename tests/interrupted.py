@@ -31,28 +31,27 @@ LENGTH = 16
 STEPS = 8
 
 
+FEW = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+SMALL = Recipe(
+    "quick",
+    "small",
+    sequence_length=LENGTH,
+    solve_tokens=7 * LENGTH,
+    align_tokens=STEPS * LENGTH,
+    align={"save_every": 1, "batch_size": 1},
+    distil_tokens=STEPS * LENGTH,
+    distil={"save_every": 1, "batch_size": 1},
+)
+
+
 def convert(teacher: Path, output: Path) -> None:
     """All stages on few tokens, with a saved step after every gradient step."""
-    verb.REPORT_TOKENS = 2 * LENGTH
-    verb._MEASURES = {
-        "tokens": 2 * LENGTH,
-        "baseline_tokens": 0,
-        "residual_tokens": 0,
-        "lengths": (),
-        "prompts": (),
-    }
-    calibration.ROUNDS = (({"rotate": (False, True)},),) * 2
-    RECIPES["quick"] = Recipe(
-        "quick",
-        "small",
-        sequence_length=LENGTH,
-        solve_tokens=7 * LENGTH,
-        align_tokens=STEPS * LENGTH,
-        align={"save_every": 1, "batch_size": 1},
-        distil_tokens=STEPS * LENGTH,
-        distil={"save_every": 1, "batch_size": 1},
-    )
-    verb.convert(teacher, keep=[1], recipe="quick", data=TEXTS, output=output, resume=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verb, "REPORT_TOKENS", 2 * LENGTH)
+        patch.setattr(verb, "_MEASURES", FEW)
+        patch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},),) * 2)
+        patch.setitem(RECIPES, "quick", SMALL)
+        verb.convert(teacher, keep=[1], recipe="quick", data=TEXTS, output=output, resume=True)
 
 
 def train(output: Path) -> None:
