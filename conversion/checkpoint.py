@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def told_when_full(folder: Path) -> Iterator[None]:
     """A full disk is an OSError that says what to do, in whichever way the library that met it puts it."""
     try:
         yield
-    except Exception as fault:
+    except (OSError, RuntimeError, SafetensorError) as fault:
         # safetensors raises its own type, and torch tells of a position in a file
         if "No space left" not in str(fault) and shutil.disk_usage(folder).free >= FULL:
             raise
