@@ -29,6 +29,7 @@ from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
 
 from .align import hooked
+from .composite import text_config_of
 from .data import demo_corpus, read_data, token_blocks
 from .teacher import check_weights, find_config, load_teacher
 
@@ -81,7 +82,8 @@ def open_model(
     if isinstance(model, nn.Module):
         return model, _open_tokenizer(tokenizer, model.name_or_path or "")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if str(model).endswith(".gguf") or find_config(model).model_type in HOSTS:
+    config = None if str(model).endswith(".gguf") else find_config(model)
+    if config is None or (text_config_of(config) or config).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
     folder = Path(model)
     if folder.is_dir():

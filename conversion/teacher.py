@@ -18,6 +18,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -26,6 +27,8 @@ from transformers import (
 
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
+
+from .composite import language_part, text_config_of
 
 Teacher = PreTrainedModel | str | os.PathLike[str]
 CACHE = Path.home() / ".cache" / "hf_fwp" / "gguf"
@@ -42,9 +45,10 @@ def load_teacher(
     """The teacher in evaluation mode, and its tokenizer (None when a model object comes without one).
 
     A model object is never modified: it is returned as it is, or copied when `dtype` or `device` ask for a change.
-    Everything else is loaded in `dtype`, float32 by default.
+    Everything else is loaded in `dtype`, float32 by default. Of a vision-language model it is the language part.
     """
     if isinstance(teacher, PreTrainedModel):
+        teacher = teacher if text_config_of(teacher.config) is None else language_part(teacher)
         check_family(teacher.config)
         return _as_asked(teacher, dtype=dtype, device=device), _tokenizer_of(teacher, tokenizer)
     if isinstance(teacher, torch.nn.Module):
@@ -55,8 +59,12 @@ def load_teacher(
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"the teacher is a {type(teacher).__name__}; give a model, a folder, a Hub id or a .gguf file")
     source = _dequantised(Path(teacher)) if str(teacher).endswith(".gguf") else _checked(os.fspath(teacher))
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    composite = not str(teacher).endswith(".gguf") and text_config_of(find_config(source)) is not None
+    kind = AutoModelForImageTextToText if composite else AutoModelForCausalLM
+    model: Any = kind.from_pretrained(source, dtype=dtype or torch.float32)
     align_weights(model)
+    if composite:
+        model = language_part(model)
     if device is not None:
         model = model.to(device)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -141,7 +149,8 @@ def _checked(source: str) -> str:
         raise ValueError(f"{source} is a file; give the folder it is in, or a .gguf file")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{source} is not a model folder: it has no config.json")
-    check_family(find_config(source))
+    config = find_config(source)
+    check_family(text_config_of(config) or config)
     if folder.is_dir():
         check_weights(folder)
     return source

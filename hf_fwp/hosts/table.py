@@ -248,8 +248,8 @@ def find_host(config: Any) -> Host:
     if text is not config:
         known = getattr(text, "model_type", None)
         raise ValueError(
-            f"{name!r} is a composite model, whose language part is {known!r}; convert that part alone: save it as a "
-            f"model of its own (for gemma3: Gemma3ForCausalLM with the text config), one of the families {families}"
+            f"{name!r} is a composite model, whose language part is {known!r}; what can be converted is the language "
+            f"part alone (hf_fwp.conversion.composite.language_part), of one of the families {families}"
         )
     close = difflib.get_close_matches(name, HOSTS, n=1)
     hint = f" (the closest is {close[0]!r})" if close else ""

@@ -76,7 +76,7 @@ def test_generation_settings_and_chat_template_are_kept(folder):
         (AutoConfig.for_model("glm4"), "unknown model family 'glm4'"),
         (AutoConfig.for_model("granitemoe"), "the closest is 'granite'"),
         (AutoConfig.for_model("gpt2", add_cross_attention=True), "'gpt2' is a model with cross-attention"),
-        (AutoConfig.for_model("gemma3"), "'gemma3' is a composite model, whose language part is 'gemma3_text'"),
+        (AutoConfig.for_model("qwen2_vl"), "'qwen2_vl' is a composite model, whose language part is 'qwen2_vl_text'"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
