@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tiny_fwp import assert_close
+from tiny_fwp import assert_close, tiny_model, tokens
 
 from hf_fwp.features import FEATURES, QK_NORMS, Favor, Hedgehog, feature_size, make_feature_map
 
 x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", [*FEATURES, "dpfp:3", "favor:10", "hedgehog:2"])
+@pytest.mark.parametrize("name", [*FEATURES, "dpfp:3", "favor:10", "favor:10,eps=0,redraw=1", "hedgehog:2"])
 def test_size_and_sharing(name):
     features = make_feature_map(name, 8).double()
     q, k = features(x, x)
@@ -35,6 +35,40 @@ def test_favor_estimates_the_exponential_kernel():
     a, b = 0.3 * torch.randn(8).double(), 0.3 * torch.randn(8).double()
     phi_a, phi_b = favor(a, b)
     assert abs((phi_a @ phi_b - (a @ b).exp()).item()) < 0.05 * (a @ b).exp().item()
+
+
+def test_favor_settings():
+    plain, bare = Favor(8, 16).double(), Favor(8, 16, eps=0, prescale=True).double()
+    bare.omega = plain.omega
+    assert_close(plain(x, x)[0] - bare(8**0.25 * x, x)[0], torch.full((2, 5, 3, 32), 1e-4 * 32**-0.5).double(), 1e-6)
+
+
+def test_favor_draws_anew_in_training_only_and_where_it_is_asked_for():
+    favor = Favor(8, 16, redraw=True)
+    start = favor.omega
+    favor.eval().advance()
+    assert favor.omega is start
+    favor.train().advance()
+    assert not torch.equal(favor.omega, start)
+    gram = favor.omega[:, :8].T @ favor.omega[:, :8]
+    assert_close(gram, torch.diag(gram.diagonal()), 1e-5)
+    never = Favor(8, 16)
+    start = never.omega
+    never.advance()
+    assert never.omega is start
+
+
+def test_checkpointing_meets_the_same_random_features():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("linear_attention", feature_map="favor:8,redraw=1", dropout=0.2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        loss = sum(model(tokens(), labels=tokens()).loss for _ in range(2))  # the second forward draws others
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_favor_directions_are_orthogonal():
