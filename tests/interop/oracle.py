@@ -1,5 +1,5 @@
-"""I50: rules of the linear class against the naive recurrences of flash-linear-attention, somebody else's reading of the
-same papers. Run by test_second_oracle.py in a process of its own: importing that library registers its models.
+"""I50: rules of the linear class against the naive recurrences of flash-linear-attention, a second reading of the same
+papers. Run by test_second_oracle.py in a process of its own: importing that library registers its models.
 
 Its recurrences compute in float32 whatever they are given, so that is how far they can be trusted.
 """
@@ -143,5 +143,6 @@ def test_i50_somebody_else_s_recurrence_says_the_same(given, oracle, backend):
     assert not moment or error(after["moment"], moment[0]) < TOLERANCE
     for name in ("k", "v", "beta", "g"):
         if name in arguments:
-            wrong, _ = apply(**arguments | {name: arguments[name].roll(1, dims=1)}, states=states, scale=scale, options=options)
+            late = arguments | {name: arguments[name].roll(1, dims=1)}
+            wrong, _ = apply(**late, states=states, scale=scale, options=options)
             assert error(wrong, out) > 100 * TOLERANCE, f"it says the same with another {name}"

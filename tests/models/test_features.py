@@ -17,7 +17,7 @@ def test_size_and_sharing(name):
     assert torch.equal(q, k)
 
 
-def test_dpfp_is_homogeneous_of_degree_two_and_non_negative():
+def test_i36_dpfp_is_homogeneous_of_degree_two_and_non_negative():
     dpfp = make_feature_map("dpfp:3", 8)
     phi = dpfp(x, x)[0]
     assert (phi >= 0).all()
@@ -30,7 +30,7 @@ def test_dpfp_of_one_vector_by_hand():
     assert phi.tolist() == [6, 0, 0, 0]
 
 
-def test_favor_estimates_the_exponential_kernel():
+def test_i36_favor_estimates_the_exponential_kernel():
     favor = Favor(8, 20000).double()
     a, b = 0.3 * torch.randn(8).double(), 0.3 * torch.randn(8).double()
     phi_a, phi_b = favor(a, b)
@@ -83,6 +83,15 @@ def test_hedgehog_starts_as_a_softmax_over_both_signs():
     assert_close(q.sum(-1), torch.ones_like(q.sum(-1)))
     sharper = make_feature_map("hedgehog:2", 8).double()(x, x)[0]
     assert_close(sharper, torch.cat([2 * x, -2 * x], -1).softmax(-1))
+
+
+@pytest.mark.parametrize(("name", "norm"), [("softmax", "none"), ("elu1", "sum"), ("relu", "sum"), ("dpfp:3", "sum")])
+def test_i37_keys_that_sum_to_one_make_contractions(name, norm):
+    keys = QK_NORMS[norm](make_feature_map(name, 8)(x, x)[1])
+    assert (keys.norm(dim=-1) <= 1).all()
+    eye = torch.eye(keys.shape[-1], dtype=torch.float64)
+    for k, beta in zip(keys.flatten(0, -2), torch.linspace(0, 2, 30), strict=True):
+        assert torch.linalg.matrix_norm(eye - beta * torch.outer(k, k), ord=2) <= 1 + 1e-12
 
 
 def test_norms():

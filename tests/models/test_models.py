@@ -36,12 +36,12 @@ def assert_saved_and_loaded(model, folder):
         assert torch.equal(loaded(tokens()).logits, before)
 
 
-def test_saved_and_loaded_is_bitwise_equal(model, tmp_path):
+def test_i48_saved_and_loaded_is_bitwise_equal(model, tmp_path):
     assert_saved_and_loaded(model, tmp_path)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_feature_maps_are_saved_too(feature_map, tmp_path):
+def test_i48_feature_maps_are_saved_too(feature_map, tmp_path):
     assert_saved_and_loaded(tiny_model(feature_map=feature_map, tie_word_embeddings=True), tmp_path)
 
 
