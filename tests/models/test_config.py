@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from tiny_fwp import tiny_config, tiny_model, tokens
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_fwp import RULES, FwpConfig, MixerOptions
 
@@ -154,7 +154,15 @@ def test_other_names():
     config = tiny_config(num_attention_heads=4)
     assert config.num_heads == 4
     assert FwpConfig(num_heads=2, hidden_size=32, num_hidden_layers=1).num_attention_heads == 2
-    assert AutoConfig.for_model("fwp", rule="delta_net").rule == "delta_net"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_auto_classes_know_every_rule(rule):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    config = AutoConfig.for_model("fwp", rule=rule, **sizes)
+    assert (type(config), config.rule) == (FwpConfig, rule)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
 
 WRONG = {
