@@ -18,7 +18,6 @@ VARIANTS = {
         "feature_map": "elu1",
         "qk_norm": "sum",
     },
-    "delta_net without beta": {"rule": "delta_net", "rule_options": {"use_beta": False}},
     "delta_net of an LSTM": {"rule": "delta_net", "rule_options": {"slow_net": "lstm"}},
 }
 KINDS = [*RULES, *HYBRIDS, *VARIANTS]

@@ -249,7 +249,9 @@ def test_i47_the_future_does_not_reach_the_past(rule):
     assert not torch.equal(before[:, 11], after[:, 11])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(name, marks=pytest.mark.slow) if rule.own else name for name, rule in RULES.items()]
+)
 def test_i49_bf16_inputs_are_summed_in_float32(rule):
     """Over 1024 tokens. A state that feeds a nonlinearity amplifies rounding, in the recurrence as much as here."""
     sizes = {"heads": (1, 1, 1), "sizes": (8, 8)}
