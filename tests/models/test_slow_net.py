@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_fwp import assert_close
+from tiny_fwp import assert_close, tiny_model, tokens
 
 import hf_fwp
 from hf_fwp import FastWeightLayer, MixerOptions
@@ -82,3 +82,10 @@ def test_its_states_are_float32_under_bf16(lstm):
     assert {state.dtype for state in kept.values()} == {torch.float32}
     exact, _ = lstm.double()(x.bfloat16().double(), {}, mask_BT=None, cu_seqlens=None)
     assert_close(torch.cat(parts, dim=-1).double(), torch.cat(exact, dim=-1), 5e-3)
+
+
+@torch.no_grad()
+def test_it_compiles_without_a_break():
+    model = tiny_model("delta_net of an LSTM", num_hidden_layers=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(tokens(), use_cache=False).logits, model(tokens(), use_cache=False).logits)
