@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MODERN_SHELL, Rule, States, keep_valid, read
+from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, keep_valid, read
 from .checks import sequence_bounds
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
@@ -159,7 +159,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=("reference", "torch", "triton", "step"),
+    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "output_gate": "none"},
     options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear", "use_beta": True},
     optional={"beta": "use_beta"},

@@ -57,6 +57,19 @@ def test_a_backend_that_is_not_named_is_refused(rule):
             RULES[rule].apply(**given.leaves, states=given.states, backend=backend, **given.keywords)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_triton_is_named_where_kernels_serve_the_rule(rule):
+    """A rule without kernels says so; one with kernels says what is wrong with these tensors."""
+    if RULES[rule].own:
+        served = getattr(RULES[rule].apply.args[0], "kernel", None) is not None
+    else:
+        given = problems.tensors(Problem(rule))
+        with pytest.raises(ValueError, match="triton") as refused:
+            RULES[rule].apply(**given.leaves, states=given.states, backend="triton", **given.keywords)
+        served = "has no kernel" not in str(refused.value)
+    assert ("triton" in RULES[rule].backends) == served, f"change RULES[{rule!r}].backends"
+
+
 def test_a_table_in_markdown():
     rows = {"a": {"what": "S + k", "where": "here"}}
     expected = "| rule | what | where |\n| --- | --- | --- |\n| `a` | `S + k` | here |"
