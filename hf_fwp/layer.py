@@ -12,6 +12,7 @@ S states (time scales x heads), R reads, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,10 +145,12 @@ class FastWeightLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: Tensor | None = None,
+        times: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(output [B, T, D], None). Masked positions give 0; `kwargs` may carry `cu_seq_lens_q` or `seq_idx`."""
         inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values)
+        inputs = replace(inputs, times_BT=times if self.options.takes_times else None)
         reads = self._reads(inputs, past_key_values, cu_seqlens, kwargs)
         width = self.o_proj.in_features
         out_BTD = self.o_proj(reads[..., :width])
@@ -227,7 +230,7 @@ class FastWeightLayer(nn.Module):
         if inputs.mask_BT is not None:
             # where, not a product: padded positions may hold NaN
             hidden_BTD = torch.where(inputs.mask_BT[..., None], inputs.hidden_BTD, 0)
-            tokens = MixerInputs(hidden_BTD, inputs.mask_BT, inputs.rotary)
+            tokens = replace(inputs, hidden_BTD=hidden_BTD)
         if cu_seqlens is not None:
             tokens = tokens.in_one_row()
         back_BT = None
@@ -257,6 +260,9 @@ class FastWeightLayer(nn.Module):
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
         if self.own is not None:
             inputs |= {**self.own(x_BTD), "weights": self.own.weights()}
+        if tokens.times_BT is not None:
+            first, last_B = options.rule_options["time_step"], states.get("time")
+            inputs["dt"], new_states["time"] = window.elapsed(tokens.times_BT, last_B, first=first, like=inputs["b"])
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             **inputs,

@@ -71,6 +71,8 @@ class Own:
     """Learned tensors of each state."""
     hidden: bool = False
     """Whether the rule reads the hidden state itself, split over the heads, as its input `x`."""
+    optional: Mapping[str, int] = field(default_factory=dict)
+    """Per-token inputs that may be given beside these, `dt` for instance: their names and widths."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Rule:
     """Whether K must equal V."""
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
+    looks_ahead: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a layer with these options reads later tokens too; such a layer neither predicts tokens nor has a cache."""
 
     def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rule's options with `given` on top; a name that the rule does not know is an error."""
