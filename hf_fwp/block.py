@@ -4,6 +4,7 @@
     post        h = norm(h + mix(h));              h = norm(h + mlp(h))            Vaswani et al. 2017
     idsia_pre   h = norm(h);  h = h + mix(h);      h = h + mlp(norm(h))            Irie et al. 2021
     residual    h = norm(h) + mix(h);              h = h + mlp(norm(h))            Irie et al. 2022 (SRWM)
+    none        h = h + mix(h);                    h = h + mlp(norm(h))            the same for reinforcement learning
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class FwpBlock(GradientCheckpointingLayer):
             self.mixer = FwpAttention(config, layer_idx)
         self.mlp = FwpMlp(config)
         norm = NORMS[config.norm_type]
-        self.mixer_norm = norm(config.hidden_size, eps=config.norm_eps)
+        unnormed = config.norm_placement == "none"
+        self.mixer_norm = nn.Identity() if unnormed else norm(config.hidden_size, eps=config.norm_eps)
         self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 
@@ -121,16 +122,24 @@ def evaluate(
 @app.command(name="info")
 @reports_errors
 def info_command(json: AsJson = False) -> None:
-    """Show the rules, families, recipes, backends and devices found on this machine."""
-    show(info(), as_json=json, title="hf-fwp on this machine")
+    """Show the rules, presets, families, recipes, backends and devices found on this machine."""
+    told = info()
+    if json:
+        show(told, as_json=True)
+        return
+    for name, columns in (("rules", ("name", "source", STATE, "a sequence", "backends")), ("presets", None)):
+        show_rows(told.pop(name), title=name, columns=columns)
+    show(told, as_json=False, title="hf-fwp on this machine")
 
 
 def info() -> dict[str, Any]:
-    """The rules, families, recipes, backends and devices found on this machine, and the versions that matter."""
+    """The rules, presets, families, recipes, backends and devices found on this machine, and the versions that
+    matter."""
     from hf_fwp.rules.linear_class import BACKENDS
 
     return {
-        "rules": {rule.name: rule.title for rule in RULES.values()},
+        "rules": rule_table(),
+        "presets": preset_table(),
         "hosts": list(HOSTS),
         "recipes": list(conversion("recipes", "RECIPES")),
         "backends": list(BACKENDS),
@@ -266,6 +275,15 @@ def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> 
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for name, value in flat(result):
         table.add_row(name, value)
+    Console().print(table)
+
+
+def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...] | None = None) -> None:
+    """A table with one line for each name, of some columns or of all."""
+    chosen = columns or tuple(next(iter(rows.values())))
+    table = Table("", *chosen, title=title, title_justify="left")
+    for name, row in rows.items():
+        table.add_row(name, *(row[column] for column in chosen))
     Console().print(table)
 
 

@@ -33,11 +33,12 @@ else:
     Name = str | None
     Heads = str | list[bool] | None
 
+KEY_SCALE = "head_dim**-0.5"
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 CHOICES = {
     "mlp_type": ("swiglu", "mlp"),
     "norm_type": ("rms", "layer"),
-    "norm_placement": ("pre", "post", "idsia_pre", "residual"),
+    "norm_placement": ("pre", "post", "idsia_pre", "residual", "none"),
     "position_embedding": ("none", "rope", "learned", "sinusoidal"),
 }
 COUNTS = (
@@ -80,6 +81,7 @@ class FwpConfig(PreTrainedConfig):
     `rule` is one name or a list with one per layer, `full_attention` and `sliding_attention` included. The mixer fields
     (feature_map ... expand_v) are one value or a list with one per layer; None takes the default of the layer's rule.
     `rule_options` belongs to the rule; where several rules are mixed it maps each rule's name to its options.
+    `output_scale` may be "head_dim**-0.5"; `final_norm` is True unless the norms stand behind the sub-layers ("post").
     """
 
     model_type = "fwp"
@@ -101,6 +103,8 @@ class FwpConfig(PreTrainedConfig):
     norm_type: str = "rms"
     norm_eps: float = 1e-6
     norm_placement: str = "pre"
+    final_norm: bool | None = None
+    lm_head_bias: bool = False
     rule: str | list[str] = "gated_delta_net"
     rule_options: dict | None = None
     feature_map: str | list | None = None
@@ -109,7 +113,7 @@ class FwpConfig(PreTrainedConfig):
     beta_bias: bool | list | None = None
     output_gate: str | list | None = None
     output_norm: bool | list | None = None
-    output_scale: float | list | None = None
+    output_scale: float | str | list | None = None
     scale: float | list | None = None
     allow_neg_eigval: bool | list | None = None
     position_embedding: Name = RESOLVED
@@ -134,6 +138,7 @@ class FwpConfig(PreTrainedConfig):
         self._check_choices()
         self._check_numbers()
         self._resolve_shapes()
+        self._resolve_block()
         self._resolve_positions()
         self._resolve_mixers()
         super().__post_init__(**kwargs)
@@ -147,7 +152,7 @@ class FwpConfig(PreTrainedConfig):
     def preset(cls, name: str, **overrides: Any) -> FwpConfig:
         """The architecture of a paper, for instance "schlag2021-deltanet", with some fields changed."""
         refuse_unknown("preset", [name], PRESETS)
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**PRESETS[name].fields, **overrides})
 
     @property
     def rules(self) -> list[str]:
@@ -276,6 +281,14 @@ class FwpConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             two_thirds = -(-8 * self.hidden_size // (3 * 64)) * 64
             self.intermediate_size = two_thirds if self.mlp_type == "swiglu" else 4 * self.hidden_size
+
+    def _resolve_block(self) -> None:
+        if self.final_norm is None:
+            self.final_norm = self.norm_placement != "post"
+        if isinstance(self.output_scale, str):
+            if self.output_scale != KEY_SCALE:
+                raise ValueError(f"output_scale is {self.output_scale!r}; give a number or {KEY_SCALE!r}")
+            self.output_scale = self.head_dim**-0.5
 
     def _resolve_positions(self) -> None:
         attends = any(rule in ATTENTION_LAYERS for rule in self.rules)

@@ -5,6 +5,8 @@
     softmax   phi(x) = softmax(x) over the feature dimension
     dpfp:n    r = [relu(x); relu(-x)];  phi(x) = concat_{i=1..n} r * roll(r, i)        Schlag et al. 2021
     favor:m   phi(x) = exp(-|x|^2/2) [exp(W x); exp(-W x)] / sqrt(2m)                  Choromanski et al. 2020
+                a setting each: redraw=n draws W anew every n forwards of training (0: never), eps=e is added to the
+                exponentials, prescale=1 multiplies x by d^(-1/4) first: "favor:64,redraw=1,eps=0"
     hedgehog:c  y = Linear(x);  phi(x) = softmax([c y; -c y]), c = 1 unless given      Zhang et al. 2024
     silu, identity
 
@@ -13,7 +15,8 @@ followed by `none`, `l2`: x / sqrt(sum x^2 + 1e-6), or `sum`: x / (sum x + 1e-5)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -87,76 +90,138 @@ class Hedgehog(nn.Module):
 
 
 class Favor(nn.Module):
-    """Positive random features of the exponential kernel; the random directions are drawn once and saved."""
+    """Positive random features of the exponential kernel. The random directions are drawn at the start and saved, or
+    drawn anew every `redraw` forwards of training, in an order that a resumed run goes on with."""
 
     omega: Tensor
+    clock: Tensor
 
-    def __init__(self, head_dim: int, directions: int) -> None:
+    def __init__(
+        self, head_dim: int, directions: int, *, redraw: float = 0, eps: float = KERNEL_EPS, prescale: float = 0
+    ) -> None:
         super().__init__()
+        self.redraw, self.eps = int(redraw), eps
+        self.prescale = head_dim**-0.25 if prescale else 1.0
         self.register_buffer("omega", torch.empty(head_dim, directions))
+        if self.redraw:
+            self.register_buffer("clock", torch.zeros(2, dtype=torch.long))  # seed, forwards of training
         self.init_weights()
 
     def init_weights(self) -> None:
         init.copy_(self.omega, orthogonal_directions(*self.omega.shape, like=self.omega))
+        if self.redraw:
+            init.copy_(self.clock, torch.stack([torch.randint(2**31, ()), torch.zeros((), dtype=torch.long)]))
+
+    def advance(self) -> None:
+        """Count a forward; in training draw new directions when it is time."""
+        # a checkpointed block runs again inside the backward, and must meet the directions of its forward
+        if not self.redraw or not self.training or torch._C._current_graph_task_id() != -1:
+            return
+        seed, count = self.clock.tolist()
+        if count % self.redraw == 0:
+            draw = torch.Generator().manual_seed(seed + count)
+            # a new tensor: the backward of an earlier forward may still need the old one
+            self.omega = orthogonal_directions(*self.omega.shape, like=self.omega, generator=draw)
+        self.clock[1] += 1
 
     def expand(self, x: Tensor) -> Tensor:
         # float32: the exponent's rounding error becomes a relative error of the feature
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = self.prescale * x.to(torch.promote_types(x.dtype, torch.float32))
         projected = wide @ self.omega.to(wide.dtype)
         half_square = wide.square().sum(-1, keepdim=True) / 2
         exponent = torch.cat([projected, -projected], dim=-1) - half_square
-        return ((exponent.exp() + KERNEL_EPS) * (2 * self.omega.shape[1]) ** -0.5).to(x.dtype)
+        return ((exponent.exp() + self.eps) * (2 * self.omega.shape[1]) ** -0.5).to(x.dtype)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.expand(q), self.expand(k)
 
 
-def orthogonal_directions(head_dim: int, directions: int, *, like: Tensor) -> Tensor:
+def orthogonal_directions(
+    head_dim: int, directions: int, *, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Columns orthogonal within blocks of `head_dim`, each as long as an independent Gaussian vector."""
     if like.is_meta:
         return like
     blocks = []
     for _ in range(-(-directions // head_dim)):
-        q, _ = torch.linalg.qr(torch.randn(head_dim, head_dim))
-        blocks.append(q * torch.randn(head_dim, head_dim).norm(dim=0))
+        q, _ = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
+        blocks.append(q * torch.randn(head_dim, head_dim, generator=generator).norm(dim=0))
     return torch.cat(blocks, dim=1)[:, :directions].to(like)
 
 
-# name: (its number when `name:number` gives none, or None if it takes none; maker; output size)
-FEATURES: dict[str, tuple[int | None, Callable[[int, int], nn.Module], Callable[[int, int], int]]] = {
-    "identity": (None, lambda d, n: Pointwise(identity), lambda d, n: d),
-    "elu1": (None, lambda d, n: Pointwise(elu1), lambda d, n: d),
-    "relu": (None, lambda d, n: Pointwise(torch.relu), lambda d, n: d),
-    "silu": (None, lambda d, n: Pointwise(F.silu), lambda d, n: d),
-    "softmax": (None, lambda d, n: Pointwise(softmax_features), lambda d, n: d),
-    "dpfp": (2, lambda d, n: Dpfp(n), lambda d, n: 2 * d * n),
-    "favor": (64, Favor, lambda d, n: 2 * n),
-    "hedgehog": (1, Hedgehog, lambda d, n: 2 * d),
+@dataclass(frozen=True)
+class Features:
+    """A kind of feature map: what makes one for queries and keys of size d, and the size of what it gives."""
+
+    make: Callable[..., nn.Module]
+    """make(d, number, **settings)"""
+    size: Callable[[int, int], int] = lambda d, n: d
+    number: int | None = None
+    """What `name` means by its number when `name:number` gives none; None: it takes none."""
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """What may follow as `,setting=value`, with the defaults."""
+
+
+def _pointwise(function: Callable[[Tensor], Tensor]) -> Features:
+    return Features(lambda d, n: Pointwise(function))
+
+
+FEATURES: dict[str, Features] = {
+    "identity": _pointwise(identity),
+    "elu1": _pointwise(elu1),
+    "relu": _pointwise(torch.relu),
+    "silu": _pointwise(F.silu),
+    "softmax": _pointwise(softmax_features),
+    "dpfp": Features(lambda d, n: Dpfp(n), size=lambda d, n: 2 * d * n, number=2),
+    "favor": Features(
+        Favor, size=lambda d, n: 2 * n, number=64, settings={"redraw": 0, "eps": KERNEL_EPS, "prescale": 0}
+    ),
+    "hedgehog": Features(Hedgehog, size=lambda d, n: 2 * d, number=1),
 }
 
 
-def _parse(feature_map: str) -> tuple[str, int]:
-    name, _, number = feature_map.partition(":")
-    default = FEATURES[name][0]
-    if not number:
-        return name, default or 0
-    if default is None:
-        raise ValueError(f"feature map {feature_map!r}: {name!r} takes no number; write {name!r}")
-    if not number.isdigit() or int(number) < 1:
-        raise ValueError(f"feature map {feature_map!r}: {number!r} is not a positive whole number; write '{name}:4'")
-    return name, int(number)
+def feature_name(feature_map: str) -> str:
+    """The key of FEATURES that `name:number,setting=value` begins with."""
+    return feature_map.partition(",")[0].partition(":")[0]
+
+
+def _parse(feature_map: str) -> tuple[str, int, dict[str, float]]:
+    first, *rest = feature_map.split(",")
+    name, _, number = first.partition(":")
+    kind, wrong = FEATURES[name], f"feature map {feature_map!r}"
+    if number and kind.number is None:
+        raise ValueError(f"{wrong}: {name!r} takes no number; write {name!r}")
+    if number and (not number.isdigit() or int(number) < 1):
+        raise ValueError(f"{wrong}: {number!r} is not a positive whole number; write '{name}:4'")
+    settings = dict(kind.settings)
+    for part in rest:
+        setting, _, value = part.partition("=")
+        if setting not in settings:
+            raise ValueError(f"{wrong}: {name!r} has no setting {setting!r}; it has {', '.join(settings) or 'none'}")
+        settings[setting] = _not_negative(value, wrong)
+    return name, int(number or kind.number or 0), settings
+
+
+def _not_negative(value: str, wrong: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{wrong}: {value!r} is not a number of at least 0; write for instance 'favor:64,redraw=1'")
+    return number
 
 
 def feature_size(feature_map: str, head_dim: int) -> int:
     """K, the size of phi(x) for x of size `head_dim`."""
-    name, number = _parse(feature_map)
-    return FEATURES[name][2](head_dim, number)
+    name, number, _ = _parse(feature_map)
+    return FEATURES[name].size(head_dim, number)
 
 
 def make_feature_map(feature_map: str, head_dim: int) -> nn.Module:
     """A module that maps (q, k) to (phi(q), phi(k))."""
-    name, number = _parse(feature_map)
-    return FEATURES[name][1](head_dim, number)
+    name, number, settings = _parse(feature_map)
+    return FEATURES[name].make(head_dim, number, **settings)
 
 
 def l2_norm(x: Tensor) -> Tensor:

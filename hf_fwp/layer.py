@@ -29,6 +29,7 @@ from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
 from .rules.gating import start_rates, start_steps
+from .slow_net import ShortConvolution, SlowLstm
 
 GATES = {
     "silu": F.silu,
@@ -39,24 +40,6 @@ GATES = {
 }
 
 States = dict[str, Tensor]
-
-
-class ShortConvolution(nn.Conv1d):
-    """Depthwise causal convolution over the real tokens of each sequence: y_t = sum_j w_j x_{t-j}."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__(channels, channels, size, groups=channels, bias=False)
-
-    def init_weights(self) -> None:
-        """Uniform in 1 / sqrt(size), so that the output has about the size of the input."""
-        bound = self.kernel_size[0] ** -0.5
-        init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, taps: list[Tensor]) -> Tensor:  # type: ignore[override]
-        y_BTC = taps[0] * self.weight[:, 0, -1]
-        for j, tap_BTC in enumerate(taps[1:], start=1):
-            y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
-        return y_BTC
 
 
 class FastWeightLayer(nn.Module):
@@ -72,14 +55,15 @@ class FastWeightLayer(nn.Module):
         self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
         query, key, value = self.heads
         hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
-        if self.rule.qkv:
+        self.slow_net = self._make_slow_net()
+        if self.rule.qkv and self.slow_net is None:
             self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
             self.k_proj = nn.Linear(hidden, self.writes * key * K, bias=options.qkv_bias)
             self.v_proj = nn.Linear(hidden, self.writes * value * V, bias=options.qkv_bias)
         self.own = OwnWeights(options) if options.has_own else None
         self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
         self.gates = self._make_gates()
-        if self.projects("beta"):
+        if self.projects("beta") and self.slow_net is None:
             self.b_proj = nn.Linear(hidden, self.writes * options.num_states, bias=options.beta_bias)
         if self.projects("g"):
             self.a_proj = nn.Linear(hidden, options.num_states, bias=False)
@@ -108,7 +92,7 @@ class FastWeightLayer(nn.Module):
             self.q_bias = nn.Parameter(torch.zeros(options.num_reads, K))
             self.k_bias = nn.Parameter(torch.zeros(options.num_states, K))
         if options.value_skip:
-            self.skip_proj = nn.Linear(options.value_skip * self.v_proj.out_features, hidden, bias=False)
+            self.skip_proj = nn.Linear(options.value_skip * self.writes * value * V, hidden, bias=False)
         self.init_weights()
 
     def _make_gates(self) -> Gates | None:
@@ -118,6 +102,14 @@ class FastWeightLayer(nn.Module):
         o = self.options
         sizes = {"key_size": feature_size(o.feature_map, o.head_dim), "value_size": o.value_head_dim}
         return self.rule.gates(o.hidden_size, states=o.num_states, **sizes, options=o.rule_options)
+
+    def _make_slow_net(self) -> SlowLstm | None:
+        """The LSTM that stands for the projections of q, k, v and beta, where the rule's options ask for it."""
+        if self.options.rule_options.get("slow_net", "linear") == "linear":
+            return None
+        query, key, value = self.heads
+        K, V = self.options.head_dim, self.options.value_head_dim
+        return SlowLstm(self.options.hidden_size, [query * K, key * K, value * V, self.options.num_states])
 
     def projects(self, name: str) -> bool:
         """Whether the layer itself computes this input of the rule."""
@@ -247,14 +239,18 @@ class FastWeightLayer(nn.Module):
 
     @property
     def _looks_back(self) -> bool:
-        return self.options.conv_size > 1 or self.options.value_skip > 1
+        return self.options.conv_size > 1 or self.options.value_skip > 1 or self.slow_net is not None
 
     def _mix_together(
         self, tokens: MixerInputs, states: States, *, cu_seqlens: Tensor | None, in_place: bool
     ) -> tuple[Tensor, States]:
         x_BTD, options = tokens.hidden_BTD, self.options
         window = Window.of(tokens.mask_BT, cu_seqlens, total=len(tokens))
-        inputs, new_states = self._queries_keys_values(tokens, window, states) if self.rule.qkv else ({}, {})
+        projected, new_states = self._projected(tokens, states, cu_seqlens)
+        inputs: dict[str, Any] = {}
+        if self.rule.qkv:
+            inputs, kept = self._queries_keys_values(projected, tokens, window, states)
+            new_states |= kept
         taps: list[Tensor] = []
         if options.value_skip:
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
@@ -266,7 +262,7 @@ class FastWeightLayer(nn.Module):
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             **inputs,
-            **self._rates(x_BTD),
+            **self._rates(x_BTD, projected.get("b")),
             states={name: state for name, state in states.items() if name not in new_states} or None,
             mask=tokens.mask_BT,
             cu_seqlens=cu_seqlens,
@@ -282,20 +278,27 @@ class FastWeightLayer(nn.Module):
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
         return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
 
+    def _projected(self, tokens: MixerInputs, states: States, cu_seqlens: Tensor | None) -> tuple[States, States]:
+        """The slow network's outputs by the letter, and what it keeps."""
+        x_BTD = tokens.hidden_BTD
+        if self.slow_net is not None:
+            parts, kept = self.slow_net(x_BTD, states, mask_BT=tokens.mask_BT, cu_seqlens=cu_seqlens)
+            return dict(zip("qkvb", parts, strict=True)), kept
+        return {name: getattr(self, f"{name}_proj")(x_BTD) for name in ("q", "k", "v") if self.rule.qkv}, {}
+
     def _queries_keys_values(
-        self, tokens: MixerInputs, window: Window, states: States
+        self, projected: States, tokens: MixerInputs, window: Window, states: States
     ) -> tuple[dict[str, Any], States]:
         """The rule's q, k and v, with `skip` the values of a direct path, and what the convolutions keep."""
         new_states: States = {}
-        projected = []
-        for name in ("q", "k", "v"):
-            y_BTC = getattr(self, f"{name}_proj")(tokens.hidden_BTD)
-            if self.options.conv_size:
-                taps, kept = window.taps(y_BTC, self.options.conv_size, states.get(f"{name}_conv"))
-                y_BTC = getattr(self, f"{name}_conv1d")(taps)
+        if self.options.conv_size:
+            for name in ("q", "k", "v"):
+                taps, kept = window.taps(projected[name], self.options.conv_size, states.get(f"{name}_conv"))
+                projected[name] = getattr(self, f"{name}_conv1d")(taps)
                 new_states[f"{name}_conv"] = kept
-            projected.append(y_BTC)
-        q_BTC, k_BTC, v_BTC = projected
+        q_BTC, k_BTC, v_BTC = (projected[name] for name in ("q", "k", "v"))
+        if isinstance(self.feature_map, Favor):
+            self.feature_map.advance()
         if self.options.feature_map == "silu":
             # the activation of the whole modern shell (Yang et al. 2024), values included
             v_BTC = F.silu(v_BTC)
@@ -353,12 +356,13 @@ class FastWeightLayer(nn.Module):
         v = v.repeat_interleave(self.options.heads_of_states // v.shape[2], dim=2)
         return v.repeat(1, 1, self.options.time_scales, 1)
 
-    def _rates(self, x_BTD: Tensor) -> States:
-        """beta and g in float32 (float64 for float64 inputs), for the rules that take them, and the rule's own."""
+    def _rates(self, x_BTD: Tensor, b_BTS: Tensor | None = None) -> States:
+        """beta (of its raw value, where it is given) and g in float32 (float64 for float64 inputs), for the rules that
+        take them, and the rule's own."""
         rates: States = {} if self.gates is None else self.gates(x_BTD)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         if self.projects("beta"):
-            beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
+            beta_BTS = (self.b_proj(x_BTD) if b_BTS is None else b_BTS).to(wide).sigmoid()
             if self.rule.writes:
                 beta_BTS = beta_BTS.unflatten(-1, (self.writes, -1)).mT
             rates["beta"] = beta_BTS
@@ -394,5 +398,5 @@ def backends_of(model: nn.Module) -> dict[int, str | None]:
 
 def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
-    if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, Favor, IdentityLinear)):
+    if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, SlowLstm, Favor, IdentityLinear)):
         module.init_weights()

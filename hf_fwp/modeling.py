@@ -86,8 +86,8 @@ class FwpModel(FwpPreTrainedModel):
         if config.position_embedding == "rope":
             self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType] reads no more than ours has
         self.layers = nn.ModuleList([FwpBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
-        normed = config.norm_placement == "post"
-        self.norm = nn.Identity() if normed else NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+        norm = NORMS[config.norm_type]
+        self.norm = norm(config.hidden_size, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -245,7 +245,7 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
     def __init__(self, config: FwpConfig) -> None:
         super().__init__(config)
         self.model = FwpModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple

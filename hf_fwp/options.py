@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_size
+from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_name, feature_size
 from .rules import RULES, Rule
 from .rules.base import Own
 
@@ -154,7 +154,7 @@ class MixerOptions:
 
     def _check_choices(self) -> None:
         choices = {
-            "feature_map": (str(self.feature_map).partition(":")[0], FEATURES),
+            "feature_map": (feature_name(str(self.feature_map)), FEATURES),
             "qk_norm": (self.qk_norm, QK_NORMS),
             "output_gate": (self.output_gate, OUTPUT_GATES),
             "state_heads": (self.state_heads, STATE_HEADS),

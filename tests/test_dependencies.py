@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "hf_fwp.ops": {"hf_fwp.rules"},
     "hf_fwp.options": {"hf_fwp.rules", "hf_fwp.features"},
     "hf_fwp.own": {"hf_fwp.options"},
+    "hf_fwp.slow_net": {"hf_fwp.rules"},
     "hf_fwp.rotation": set(),
     "hf_fwp.presets": set(),
     "hf_fwp.configuration": {
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "hf_fwp.own",
         "hf_fwp.packing",
         "hf_fwp.rotation",
+        "hf_fwp.slow_net",
     },
     "hf_fwp.block": {"hf_fwp.layer", "hf_fwp.cache", "hf_fwp.configuration"},
     "hf_fwp.modeling": {

@@ -18,6 +18,7 @@ VARIANTS = {
         "feature_map": "elu1",
         "qk_norm": "sum",
     },
+    "delta_net of an LSTM": {"rule": "delta_net", "rule_options": {"slow_net": "lstm"}},
 }
 KINDS = [*RULES, *HYBRIDS, *VARIANTS]
 

@@ -87,5 +87,6 @@ RULE = Rule(
     options={"decay": 0.95, "eta": 0.5, "n_steps": 1, "activation": "relu"},
     choices={"activation": ("relu", "tanh")},
     qkv=False,
+    parallel="sequential",
     own=own,
 )

@@ -13,6 +13,7 @@ Shape legend (suffixes of tensor names everywhere in hf_fwp):
 A state is [N, HV, K, V]; it is written S + k ⊗ v, that is S[i, j] += k[i] v[j], and read o = Sᵀ q.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ INPUT_SHAPES: dict[str, tuple[str, ...]] = {
     "beta": ("HV",),
     "g": ("HV",),
 }
+STATE_SHAPES: dict[str, tuple[str, ...]] = {"state": ("HV", "K", "V"), "norm_state": ("H", "K")}
 
 
 # The layer around most rules since Yang et al. 2024: convolution and SiLU, unit keys, normalised and gated reads.
@@ -115,6 +117,11 @@ class Rule:
     """Whether the rule takes the q, k and v that a layer projects, convolves, rotates and maps to features."""
     square: bool = False
     """Whether K must equal V."""
+    parallel: str = "chunked"
+    """How a sequence is computed when every option has its default: "chunked" (all tokens of a chunk at once), "mixed"
+    (what is linear in its state chunked, the rest token after token), "sequential" (token after token)."""
+    backends: tuple[str, ...] = ("reference", "torch", "step")
+    """What `backend` may be; "triton" where kernels serve the rule."""
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
     looks_ahead: Callable[[Mapping[str, Any]], bool] | None = None
@@ -140,6 +147,14 @@ class Rule:
     def inputs_with(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """The inputs beside q, k and v that the rule takes with these options."""
         return tuple(name for name in self.inputs if options.get(self.optional.get(name, ""), True))
+
+    def state_size(self, key_size: int, value_size: int) -> int:
+        """How many numbers one head carries from token to token when every option has its default."""
+        if self.own is not None:
+            return sum(math.prod(shape) for shape in self.own(key_size, value_size, self.options).states.values())
+        sizes = {"H": 1, "HV": 1, "K": key_size, "V": value_size}
+        shapes = {**STATE_SHAPES, **self.shapes}
+        return sum(math.prod(sizes[letter] for letter in shapes[name]) for name in self.states)
 
     def shape(self, name: str) -> tuple[str, ...]:
         """The shape of a token's input in letters."""

@@ -137,5 +137,6 @@ RULE = Rule(
     options={"variant": "v4"},
     choices={"variant": ("v4", "v1", "v2", "v3")},
     qkv=False,
+    parallel="mixed",
     own=own,
 )

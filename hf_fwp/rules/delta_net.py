@@ -11,6 +11,9 @@ With `normalize`, z_t = z_{t-1} + k_t is carried too (for features that are not 
 
 "full" is the plain rule with the rate β / κ and the value κ v, where κ_t = z_{t-1} · k_t + ε.
 
+Where q, k, v and the raw β come from is the layer's business: `slow_net` is "linear", or "lstm" for the outputs of one
+LSTM over the hidden states (code of Irie et al. 2021, unreported).
+
 Schlag, Irie, Schmidhuber 2021 (arXiv 2102.11174); parallel over time: Yang et al. 2024 (arXiv 2406.06484).
 """
 
@@ -81,6 +84,7 @@ def apply(
     if g is not None:
         raise ValueError("delta_net has no decay g; leave it out, or use the rule gated_delta_net")
     chosen = RULE.resolve_options(options)
+    del chosen["slow_net"]  # the layer's business
     call = LinearClassCall(
         step,
         erase=True,
@@ -153,7 +157,8 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
+    backends=("reference", "torch", "triton", "step"),
     defaults={**MODERN_SHELL, "output_gate": "none"},
-    options={"normalize": None, "eps": NORMALIZER_EPS},
-    choices={"normalize": (None, "output", "full")},
+    options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear"},
+    choices={"normalize": (None, "output", "full"), "slow_net": ("linear", "lstm")},
 )

@@ -101,5 +101,6 @@ RULE = Rule(
     defaults={"feature_map": "elu1", "qk_norm": "sum", "scale": 1.0},
     options={"variant": "v2"},
     choices={"variant": ("v2", "v1")},
+    parallel="mixed",
     own=own,
 )

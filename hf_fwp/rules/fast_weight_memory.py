@@ -137,5 +137,6 @@ RULE = Rule(
     defaults={"scale": 1.0},
     options={"n_reads": 3, "write_scale": None, "tanh_query": False, "clip": True},
     qkv=False,
+    parallel="sequential",
     own=own,
 )

@@ -84,5 +84,6 @@ RULE = Rule(
     options={"squashing": "identity", "eta": 0.5, "tau": 10.0},
     choices={"squashing": ("identity", "tanh", "logistic")},
     qkv=False,
+    parallel="sequential",
     own=own,
 )

@@ -70,5 +70,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
+    backends=("reference", "torch", "triton", "step"),
     defaults={**MODERN_SHELL, "expand_v": 2.0},
 )

@@ -124,6 +124,7 @@ RULE = Rule(
     states=("state", "norm_state"),
     step=step,
     apply=apply,
+    backends=("reference", "torch", "triton", "step"),
     defaults={
         "feature_map": "elu1",
         "qk_norm": "none",

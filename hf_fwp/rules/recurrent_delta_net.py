@@ -82,5 +82,6 @@ RULE = Rule(
         ),
     ),
     defaults={"scale": 1.0},
+    parallel="sequential",
     own=own,
 )

@@ -83,5 +83,6 @@ RULE = Rule(
     defaults={"scale": 1.0},
     options={"input_softmax": True, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,
+    parallel="mixed",
     own=own,
 )

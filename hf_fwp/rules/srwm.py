@@ -96,5 +96,6 @@ RULE = Rule(
     defaults={"scale": 1.0},
     options={"input_softmax": False, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,
+    parallel="sequential",
     own=own,
 )
