@@ -185,6 +185,6 @@ class Window:
             dt_BT = torch.where(self.mask_BT, dt_BT, 0)
         # on an accelerator this question would wait for the device
         if dt_BT.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((dt_BT >= 0).all()):
-            raise ValueError("times go back, or are NaN, within a sequence; sort the observations of each by their times")
+            raise ValueError("times go back, or are NaN, within a sequence; sort its observations by their times")
         dt_BT11 = dt_BT[..., None, None].to(torch.promote_types(like.dtype, torch.float32))
         return dt_BT11.expand_as(like), reached_BT[:, -1]

@@ -125,7 +125,7 @@ class Rule:
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
     looks_ahead: Callable[[Mapping[str, Any]], bool] | None = None
-    """Whether a layer with these options reads later tokens too; such a layer neither predicts tokens nor has a cache."""
+    """Whether a layer with these options reads later tokens too: it cannot predict them, and has no cache."""
 
     def resolve_options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """The rule's options with `given` on top; a name that the rule does not know is an error."""

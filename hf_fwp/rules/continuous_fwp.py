@@ -13,8 +13,8 @@
     rk4, rk4_adjoint     Runge-Kutta along a spline through all observations; by layers only (hf_fwp/series.py)
 One more `learning_rule`, delta_post_tanh, squashes the difference: F = β · k ⊗ tanh(v - Sᵀ k), v as it is.
 
-`control` says what the layer makes k, v, β and q from: the path x(t) (ode), its derivative (dx_only), or v from the path
-and the others from the derivative (cde). `substeps` are the Runge-Kutta steps between two observations.
+`control` says what the layer makes k, v, β and q from: the path x(t) (ode), its derivative (dx_only), or v from the
+path and the others from the derivative (cde). `substeps` are the Runge-Kutta steps between two observations.
 
 Irie, Faccio, Schmidhuber 2022 (arXiv 2206.01649).
 """
