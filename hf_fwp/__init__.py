@@ -38,6 +38,7 @@ _LAZY = {
     "FwpForSequenceClassification": ("hf_fwp.modeling", "FwpForSequenceClassification"),
     "FwpForTokenClassification": ("hf_fwp.modeling", "FwpForTokenClassification"),
     "FwpForQuestionAnswering": ("hf_fwp.modeling", "FwpForQuestionAnswering"),
+    "pad_series": ("hf_fwp.series", "pad_series"),
 }
 
 __all__ = [

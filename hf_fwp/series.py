@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -40,6 +41,22 @@ Field = Callable[[Tensor, Tensor], Tensor]
 
 # What looks back over neighbouring tokens has no meaning between two of them.
 WITHOUT_NEIGHBOURS: dict[str, Any] = {"conv_size": 0, "value_skip": 0, "rope_heads": "none", "time_scales": 1}
+
+
+def pad_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A batch of series of different lengths, as Trainer's `data_collator`.
+
+    Each row has `inputs_embeds` [T, input_size] and may have `times` [T]; what else it has, `labels` for instance, is
+    stacked. The batch is padded on the right with zeros, and `attention_mask` says what is real.
+    """
+    series = {"inputs_embeds", "times"} & rows[0].keys()
+    lengths = torch.tensor([len(row["inputs_embeds"]) for row in rows])
+    batch = {
+        name: pad_sequence([torch.as_tensor(row[name], dtype=torch.float32) for row in rows], batch_first=True)
+        for name in sorted(series)
+    }
+    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch | {name: torch.as_tensor([row[name] for row in rows]) for name in rows[0].keys() - series}
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ def _between(
     left = 1 - part
     value = left * start + part * end
     value = value + gap**2 / 6 * ((left**3 - left) * bend + (part**3 - part) * next_bend)
-    slope = (end - start) / torch.where(gap > 0, gap, 1)
+    slope = torch.where(gap > 0, (end - start) / torch.where(gap > 0, gap, 1), 0)
     return value, slope + gap / 6 * ((1 - 3 * left**2) * bend + (3 * part**2 - 1) * next_bend)
 
 
@@ -254,6 +271,8 @@ class SplineLayer(FastWeightLayer):
         empty = start["k"].new_zeros(*start["k"].shape, start["v"].shape[-1], dtype=compute)
         adjoint: Sequence[Tensor] | None = None
         if options["solver"] == "rk4_adjoint":
+            # clones: the bends come from the values, whose gradient would else be counted along both ways
+            spline = Spline(spline.values_BTD.clone(), spline.bends_BTD.clone(), spline.gaps_BT.clone())
             found = (spline.values_BTD, spline.bends_BTD, spline.gaps_BT, *self.parameters(), *encode.parameters())
             adjoint = [x for x in found if x.requires_grad]
         first = options["time_step"] * change(empty, start)
