@@ -65,7 +65,7 @@ def held(options: Mapping[str, Any] | None) -> dict[str, Any]:
     chosen = RULE.resolve_options(options)
     if chosen["solver"].startswith("rk4"):
         raise ValueError(
-            f"continuous_fwp: solver {chosen['solver']!r} needs the path between observations, which an operator is not "
+            f"continuous_fwp: solver {chosen['solver']!r} needs the path between observations, which no operator is "
             "given; take 'euler' or 'exact_hold' here, or a model with this solver"
         )
     return {name: chosen[name] for name in HELD}
