@@ -38,6 +38,10 @@ _LAZY = {
     "FwpForSequenceClassification": ("hf_fwp.modeling", "FwpForSequenceClassification"),
     "FwpForTokenClassification": ("hf_fwp.modeling", "FwpForTokenClassification"),
     "FwpForQuestionAnswering": ("hf_fwp.modeling", "FwpForQuestionAnswering"),
+    "pad_series": ("hf_fwp.series", "pad_series"),
+    "FastWeightPainter": ("hf_fwp.painter", "FastWeightPainter"),
+    "LEARNING_RULES": ("hf_fwp.learning_rules", "LEARNING_RULES"),
+    "dual_form": ("hf_fwp.duality", "dual_form"),
 }
 
 __all__ = [

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .cache import LAYER_TYPE
 from .configuration import FwpConfig
 from .layer import FastWeightLayer, rotate
+from .series import SplineLayer
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
@@ -103,7 +104,8 @@ class FwpBlock(GradientCheckpointingLayer):
         self.placement = config.norm_placement
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == LAYER_TYPE:
-            self.mixer: nn.Module = FastWeightLayer(config.mixer_options(layer_idx), layer_idx)
+            options = config.mixer_options(layer_idx)
+            self.mixer: nn.Module = (SplineLayer if options.looks_ahead else FastWeightLayer)(options, layer_idx)
         else:
             self.mixer = FwpAttention(config, layer_idx)
         self.mlp = FwpMlp(config)
@@ -120,13 +122,18 @@ class FwpBlock(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: Tensor | None = None,
+        times: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         normed = hidden_states if self.placement == "post" else self.mixer_norm(hidden_states)
         h_BTD = hidden_states if self.placement == "residual" else normed
         residual = normed if self.placement in ("idsia_pre", "residual") else hidden_states
         if self.layer_type == LAYER_TYPE:
-            kwargs = {"cu_seqlens": cu_seqlens}
+            kwargs = {"cu_seqlens": cu_seqlens, "times": times}
+        if isinstance(self.mixer, SplineLayer):
+            # a spline is laid through what stands before the norm, which is taken along the path
+            h_BTD = hidden_states
+            kwargs["encode"] = nn.Identity() if self.placement == "post" else self.mixer_norm
         mixed, _ = self.mixer(
             h_BTD,
             attention_mask=attention_mask,

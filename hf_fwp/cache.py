@@ -8,7 +8,7 @@ replayed by the next forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,14 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MixerInputs:
-    """What one forward of a mixer reads: hidden states, which tokens are real, rotations. Time is dimension 1."""
+    """What one forward of a mixer reads: hidden states, which tokens are real, rotations, when the tokens are observed.
+
+    Dimension 1 counts the tokens."""
 
     hidden_BTD: Tensor
     mask_BT: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    times_BT: Tensor | None = None
 
     def change(self, each: Transform) -> MixerInputs:
         """Every tensor with a batch of its own changed by `each`; a rotation shared by the batch stays shared."""
@@ -41,14 +44,15 @@ class MixerInputs:
         rotary = self.rotary
         if rotary is not None and rotary[0].shape[0] == batch:
             rotary = (each(rotary[0]), each(rotary[1]))
-        return MixerInputs(each(self.hidden_BTD), None if self.mask_BT is None else each(self.mask_BT), rotary)
+        mask_BT, times_BT = (None if x is None else each(x) for x in (self.mask_BT, self.times_BT))
+        return MixerInputs(each(self.hidden_BTD), mask_BT, rotary, times_BT)
 
     def with_own_rotary(self) -> MixerInputs:
         """The same with a rotation for each row."""
         if self.rotary is None:
             return self
         cos, sin = (x.expand(self.hidden_BTD.shape[0], -1, -1) for x in self.rotary)
-        return MixerInputs(self.hidden_BTD, self.mask_BT, (cos, sin))
+        return replace(self, rotary=(cos, sin))
 
     def in_one_row(self) -> MixerInputs:
         """[B, T, ...] as one packed row [1, B * T, ...]."""
@@ -57,8 +61,8 @@ class MixerInputs:
     def first(self, length: int) -> MixerInputs:
         """The first `length` tokens."""
         rotary = None if self.rotary is None else (self.rotary[0][:, :length], self.rotary[1][:, :length])
-        mask_BT = None if self.mask_BT is None else self.mask_BT[:, :length]
-        return MixerInputs(self.hidden_BTD[:, :length], mask_BT, rotary)
+        mask_BT, times_BT = (None if x is None else x[:, :length] for x in (self.mask_BT, self.times_BT))
+        return MixerInputs(self.hidden_BTD[:, :length], mask_BT, rotary, times_BT)
 
     def __len__(self) -> int:
         return self.hidden_BTD.shape[1]

@@ -43,6 +43,7 @@ CHOICES = {
 }
 COUNTS = (
     "vocab_size",
+    "input_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -81,6 +82,7 @@ class FwpConfig(PreTrainedConfig):
     `rule` is one name or a list with one per layer, `full_attention` and `sliding_attention` included. The mixer fields
     (feature_map ... expand_v) are one value or a list with one per layer; None takes the default of the layer's rule.
     `rule_options` belongs to the rule; where several rules are mixed it maps each rule's name to its options.
+    With `input_size` the inputs are real-valued, `inputs_embeds` [B, T, input_size], in the place of tokens.
     `output_scale` may be "head_dim**-0.5"; `final_norm` is True unless the norms stand behind the sub-layers ("post").
     """
 
@@ -89,6 +91,7 @@ class FwpConfig(PreTrainedConfig):
     attribute_map: ClassVar[dict[str, str]] = {"num_heads": "num_attention_heads"}
 
     vocab_size: int = 32000
+    input_size: int | None = None
     hidden_size: int = 512
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
@@ -168,6 +171,16 @@ class FwpConfig(PreTrainedConfig):
     def fast_weight_layers(self) -> list[int]:
         """Indices of the layers whose mixer has fast weights."""
         return [layer_idx for layer_idx, rule in enumerate(self.rules) if rule not in ATTENTION_LAYERS]
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model can predict the next token: it reads tokens, and none of its layers reads later ones."""
+        return self.input_size is None and not self.looks_ahead
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a layer reads later tokens too."""
+        return any(self.mixer_options(layer_idx).looks_ahead for layer_idx in self.fast_weight_layers)
 
     def mixer_options(self, layer_idx: int) -> MixerOptions:
         """The options of the mixer of one fast-weight layer."""

@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
+from .features import GATES, HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
 from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
@@ -29,14 +29,6 @@ from .rotation import choose_heads, rotate
 from .rules.base import Gates
 from .rules.gating import start_rates, start_steps
 from .slow_net import ShortConvolution, SlowLstm
-
-GATES = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "sigmoid2": lambda x: 2 * torch.sigmoid(x),
-    "head_sigmoid": torch.sigmoid,
-    "low_rank_sigmoid": torch.sigmoid,
-}
 
 States = dict[str, Tensor]
 
@@ -137,10 +129,11 @@ class FastWeightLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         cu_seqlens: Tensor | None = None,
+        times: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(output [B, T, D], None). Masked positions give 0; `kwargs` may carry `cu_seq_lens_q` or `seq_idx`."""
-        inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values)
+        inputs = self._inputs(hidden_states, attention_mask, position_embeddings, past_key_values, times)
         reads = self._reads(inputs, past_key_values, cu_seqlens, kwargs)
         width = self.o_proj.in_features
         out_BTD = self.o_proj(reads[..., :width])
@@ -168,7 +161,12 @@ class FastWeightLayer(nn.Module):
         return rotary
 
     def _inputs(
-        self, hidden_BTD: Tensor, attention_mask: Any, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Any,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        times_BT: Tensor | None = None,
     ) -> MixerInputs:
         batch, length, _ = hidden_BTD.shape
         past = 0 if cache is None else fast_weight_layer(cache, self.layer_idx).seen
@@ -182,7 +180,7 @@ class FastWeightLayer(nn.Module):
                 f"layer {self.layer_idx} rotates queries and keys (rope_heads) but was given no position_embeddings; "
                 "set rope_heads='none' or use a model with rotary embeddings"
             )
-        return MixerInputs(hidden_BTD, mask_BT, rotary)
+        return MixerInputs(hidden_BTD, mask_BT, rotary, times_BT if self.options.takes_times else None)
 
     def _reads(
         self, inputs: MixerInputs, cache: Cache | None, cu_seqlens: Tensor | None, signals: dict[str, Any]
@@ -220,7 +218,7 @@ class FastWeightLayer(nn.Module):
         if inputs.mask_BT is not None:
             # where, not a product: padded positions may hold NaN
             hidden_BTD = torch.where(inputs.mask_BT[..., None], inputs.hidden_BTD, 0)
-            tokens = MixerInputs(hidden_BTD, inputs.mask_BT, inputs.rotary)
+            tokens = MixerInputs(hidden_BTD, inputs.mask_BT, inputs.rotary, inputs.times_BT)
         if cu_seqlens is not None:
             tokens = tokens.in_one_row()
         back_BT = None
@@ -254,6 +252,9 @@ class FastWeightLayer(nn.Module):
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
         if self.own is not None:
             inputs |= self.own(x_BTD)
+        if tokens.times_BT is not None:
+            first, last_B = options.rule_options["time_step"], states.get("time")
+            inputs["dt"], new_states["time"] = window.elapsed(tokens.times_BT, last_B, first=first, like=inputs["b"])
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             **inputs,
@@ -352,8 +353,7 @@ class FastWeightLayer(nn.Module):
         return v.repeat(1, 1, self.options.time_scales, 1)
 
     def _rates(self, x_BTD: Tensor, b_BTS: Tensor | None = None) -> States:
-        """beta (of its raw value, where it is given) and g in float32 (float64 for float64 inputs), for the rules that
-        take them, and the rule's own."""
+        """The rule's own, and beta (of its raw value, where given) and g, if it takes them; at least in float32."""
         rates: States = {} if self.gates is None else self.gates(x_BTD)
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
         if self.projects("beta"):

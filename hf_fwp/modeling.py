@@ -23,7 +23,11 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -33,6 +37,7 @@ from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
 from .generation import FastWeightGeneration
+from .inputs import check_ids, check_times, check_values, last_real, look_up
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import RenamedLoading
 from .packing import packed_batch, positions_in_segments, valid_tokens
@@ -65,6 +70,11 @@ class FwpPreTrainedModel(RenamedLoading, PreTrainedModel):
         init_mixer_weights(module)
 
     @property
+    def _input_embed_layer(self) -> str:
+        """The name under which transformers finds what reads the inputs."""
+        return "embed_tokens" if self.config.input_size is None else "embed_values"
+
+    @property
     def hf_fwp_layers(self) -> dict[int, FastWeightLayer]:
         """The mixers by the index of their layer."""
         return layers_of(self)
@@ -80,7 +90,10 @@ class FwpModel(FwpPreTrainedModel):
 
     def __init__(self, config: FwpConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        else:
+            self.embed_values = nn.Linear(config.input_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding == "rope":
@@ -90,6 +103,8 @@ class FwpModel(FwpPreTrainedModel):
         self.norm = norm(config.hidden_size, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
+        self.looks_ahead = config.looks_ahead
+        self.takes_times = any(layer.options.takes_times for layer in layers_of(self).values())
         self.post_init()
 
     @merge_with_config_defaults
@@ -102,10 +117,13 @@ class FwpModel(FwpPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        times: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         h_BTD = self._embedded(input_ids, inputs_embeds)
         batch, length, _ = h_BTD.shape
+        if times is not None:
+            check_times(times, batch=batch, length=length, asked=self.takes_times)
         mask_BT = self._padding(attention_mask, batch=batch, length=length, cache=past_key_values)
         cu_seqlens = packed_batch(
             batch=batch,
@@ -115,13 +133,15 @@ class FwpModel(FwpPreTrainedModel):
             position_ids=position_ids,
             **kwargs,
         )
-        if use_cache and past_key_values is None and cu_seqlens is None:
+        if use_cache and past_key_values is None and cu_seqlens is None and not self.looks_ahead:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self._positions(h_BTD, attention_mask, past_key_values, cu_seqlens)
         if mask_BT is not None:
             # padded embeddings may be NaN, and 0 * NaN would reach real tokens through the attention layers
             h_BTD = torch.where(mask_BT[..., None], h_BTD, 0)
+        if self.config.input_size is not None:
+            h_BTD = self.embed_values(h_BTD)
         mask_positions = position_ids
         if cu_seqlens is not None:
             # transformers' masks see sequences only in position_ids, and only without a mask
@@ -137,28 +157,26 @@ class FwpModel(FwpPreTrainedModel):
                 past_key_values=past_key_values,
                 cu_seqlens=cu_seqlens,
                 position_ids=position_ids,
+                times=times,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(h_BTD), past_key_values=past_key_values)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embedded tokens, or real values as they are given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        read = "hidden_size" if self.config.input_size is None else "input_size"
         if inputs_embeds is not None:
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds has shape {list(inputs_embeds.shape)}; it must be [B, T, hidden_size] with "
-                    f"hidden_size {self.config.hidden_size}"
-                )
+            check_values(inputs_embeds, getattr(self.config, read), called=read)
             return inputs_embeds
-        assert input_ids is not None
-        if input_ids.ndim != 2:
+        if self.config.input_size is not None:
             raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; it must be [B, T]: add the batch with [None]"
+                f"this model reads real values, not tokens: give inputs_embeds [B, T, {self.config.input_size}]"
             )
-        if input_ids.is_floating_point():
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}; give token ids (torch.long), or inputs_embeds")
-        return _look_up(self.embed_tokens, input_ids, of="input_ids", limit="vocab_size", count=self.config.vocab_size)
+        assert input_ids is not None
+        check_ids(input_ids)
+        return look_up(self.embed_tokens, input_ids, of="input_ids", limit="vocab_size", count=self.config.vocab_size)
 
     def _padding(
         self, attention_mask: Tensor | Masks | None, *, batch: int, length: int, cache: Cache | None
@@ -214,27 +232,13 @@ class FwpModel(FwpPreTrainedModel):
         if kind == "learned":
             count = self.config.max_position_embeddings
             limit = "max_position_embeddings"
-            return _look_up(self.embed_positions, position_ids, of="position_ids", limit=limit, count=count)
+            return look_up(self.embed_positions, position_ids, of="position_ids", limit=limit, count=count)
         if kind != "sinusoidal":
             return 0.0
         half = like.shape[-1] // 2
         frequency = 10000 ** (-torch.arange(half, device=like.device) / half)
         angle_BTF = position_ids[..., None] * frequency
         return torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(like.dtype)
-
-
-def _look_up(table: nn.Module, index: Tensor, *, of: str, limit: str, count: int) -> Tensor:
-    """table(index); on a CPU an index outside of it is named (an accelerator would have to be waited for)."""
-    if torch.compiler.is_compiling():
-        return table(index)
-    try:
-        return table(index)
-    except IndexError as fault:
-        low, high = int(index.min()), int(index.max())
-        raise ValueError(
-            f"{of} holds {low if low < 0 else high}, but {limit} is {count}; allowed are 0 to {count - 1}: check that "
-            "tokenizer and model belong together, or make the model larger"
-        ) from fault
 
 
 class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
@@ -244,6 +248,12 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FwpConfig) -> None:
         super().__init__(config)
+        if not config.predicts_tokens:
+            raise ValueError(
+                "this configuration cannot predict tokens: it reads real values (input_size), or a layer reads later "
+                "tokens (control and solver of continuous_fwp); take FwpForSequenceClassification, or input_size=None, "
+                "control 'ode' and solver 'euler'"
+            )
         self.model = FwpModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
@@ -285,7 +295,11 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
 
 
 class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrainedModel):
-    """A score for the last real token of each sequence."""
+    """A score for the last real token of each sequence.
+
+    A series is given as `inputs_embeds`, with the `times` [B, T] of its observations where they are irregular, and with
+    `attention_mask` where rows have different lengths. Everything else is transformers' own head.
+    """
 
     def __init__(self, config: FwpConfig) -> None:
         FwpPreTrainedModel.__init__(self, config)
@@ -293,6 +307,37 @@ class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrain
         self.model = FwpModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        times: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        kwargs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        kwargs |= {"attention_mask": attention_mask, "times": times}
+        if input_ids is not None:
+            return super().forward(input_ids, labels=labels, **kwargs)
+        outputs = self.model(inputs_embeds=inputs_embeds, **kwargs)
+        hidden_BTD = outputs.last_hidden_state
+        logits = self.score(hidden_BTD[torch.arange(len(hidden_BTD)), last_real(attention_mask, hidden_BTD)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class FwpForTokenClassification(GenericForTokenClassification, FwpPreTrainedModel):

@@ -202,6 +202,17 @@ class MixerOptions:
             return Own({})
         return make(feature_size(self.feature_map, self.head_dim), self.value_head_dim, options)
 
+    @property
+    def takes_times(self) -> bool:
+        """Whether the rule asks how much time lies between two tokens."""
+        return "dt" in self.own().optional
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the layer reads later tokens too."""
+        asked = find_rule(self.rule).looks_ahead
+        return asked is not None and asked(self.rule_options)
+
     def _check_own(self) -> None:
         key_size = feature_size(self.feature_map, self.head_dim)
         if find_rule(self.rule).square and key_size != self.value_head_dim:

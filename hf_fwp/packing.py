@@ -161,3 +161,30 @@ class Window:
             return taps, longer[:, length:]
         last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
         return taps, take(longer, last)
+
+    def elapsed(
+        self, times_BT: Tensor, last_B: Tensor | None, *, first: float, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Time since the real token before, `first` where a sequence begins, and the time of the last real token.
+
+        `last_B` is that time from before, -inf where there was no token. The shape is that of `like` [B, T, S, 1], the
+        dtype at least float32. A time that goes back is a ValueError."""
+        if last_B is None:
+            last_B = times_BT.new_full(times_BT.shape[:1], -torch.inf)
+        reached_BT = times_BT
+        if self.mask_BT is not None:
+            times_BT = torch.where(self.mask_BT, times_BT, 0)
+            reached_BT = torch.where(self.mask_BT, times_BT, -torch.inf).cummax(1).values
+            reached_BT = torch.maximum(reached_BT, last_B[:, None])
+        past_BT = torch.cat([last_B[:, None], reached_BT[:, :-1]], dim=1)
+        begins_BT = past_BT.isinf()
+        if self.offsets_BT1 is not None:
+            begins_BT = begins_BT | (self.offsets_BT1[..., 0] == 0)
+        dt_BT = torch.where(begins_BT, first, times_BT - past_BT)
+        if self.mask_BT is not None:
+            dt_BT = torch.where(self.mask_BT, dt_BT, 0)
+        # on an accelerator this question would wait for the device
+        if dt_BT.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((dt_BT >= 0).all()):
+            raise ValueError("times go back, or are NaN, within a sequence; sort its observations by their times")
+        dt_BT11 = dt_BT[..., None, None].to(torch.promote_types(like.dtype, torch.float32))
+        return dt_BT11.expand_as(like), reached_BT[:, -1]

@@ -177,8 +177,9 @@ def fast_weight_memory(x, w, s, options):
 
 
 def continuous_fwp(x, w, s, options):
-    S, Δ, reads = s["state"], options["time_step"], []
-    for q, k, v, b in zip(x["q"], x["k"], x["v"], x["b"], strict=True):
+    S, reads = s["state"], []
+    for t, (q, k, v, b) in enumerate(zip(x["q"], x["k"], x["v"], x["b"], strict=True)):
+        Δ = x["dt"][t][0] if "dt" in x else options["time_step"]
         β, kk, rule = σ(b[0]), soft(k), options["learning_rule"]
         if rule == "hebb":
             F = β * outer(kk, tanh(v))
@@ -188,7 +189,7 @@ def continuous_fwp(x, w, s, options):
             F = β * outer(kk, tanh(v - S.T @ kk))
         else:
             F = β * outer(kk, tanh(v) - S.T @ kk)
-        if rule == "delta_exact_hold":
+        if options["solver"] == "exact_hold" and rule == "delta":
             n = kk @ kk
             F = (1 - torch.exp(-β * n * Δ)) / n / (β * Δ) * F
         S = S + Δ * F

@@ -76,6 +76,8 @@ class Own:
     """Learned tensors of each state."""
     hidden: bool = False
     """Whether the rule reads the hidden state itself, split over the heads, as its input `x`."""
+    optional: Mapping[str, int] = field(default_factory=dict)
+    """Per-token inputs that may be given beside these, `dt` for instance: their names and widths."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Rule:
     """WITH_KERNELS where kernels serve the rule."""
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
+    looks_ahead: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a layer with these options reads later tokens too: it cannot predict them, and has no cache."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled rule is the entry of RULES itself: functions of its own cannot be pickled."""

@@ -117,14 +117,15 @@ def check_own_arguments(
 ) -> None:
     """Raise ValueError where the arguments of a rule with inputs, weights and states of its own do not fit."""
     expected = (*common, *own.projections, *(("x",) if own.hidden else ()))
-    _check_names(f"argument of {rule}", inputs, expected)
+    widths = {**own.projections, **own.optional}
+    _check_names(f"argument of {rule}", {n: x for n, x in inputs.items() if n not in own.optional}, expected)
     _check_names(f"weight of {rule}", weights, tuple(own.weights))
     first = next(iter(inputs.values()))
     batch, length, heads = first.shape[:3]
     if length == 0:
         raise ValueError("the sequence is empty (T = 0); pass at least one token")
     for name, x in inputs.items():
-        width = (own.projections[name],) if name in own.projections else tuple(x.shape[3:])
+        width = (widths[name],) if name in widths else tuple(x.shape[3:])
         _check_shape(name, x, (batch, length, heads, *width))
     for name, x in weights.items():
         _check_shape(name, x, (heads, *own.weights[name].shape))

@@ -201,20 +201,19 @@ def test_i16_a_delta_delta_net_that_writes_nothing_reads_nothing(backend):
     assert run("delta_delta", given, backend)[0].abs().max() < 1e-15
 
 
-def continuous(given, backend, learning_rule, time_step=1.0, **changes):
-    return run(
-        "continuous_fwp", given, backend, options={"learning_rule": learning_rule, "time_step": time_step}, **changes
-    )
+def continuous(given, backend, solver, time_step=1.0, learning_rule="delta", **changes):
+    options = {"learning_rule": learning_rule, "time_step": time_step, "solver": solver}
+    return run("continuous_fwp", given, backend, options=options, **changes)
 
 
 def test_i27_euler_with_steps_of_one_is_the_discrete_rule(backend):
     given = given_for("continuous_fwp")
     q, k, v, b = (given.leaves[n] for n in ("q", "k", "v", "b"))
     q, k, v, beta = q.softmax(-1), k.softmax(-1), v.tanh(), b[..., 0].sigmoid()
-    assert same(continuous(given, backend, "delta")[0], delta_net(q, k, v, beta, backend)[0])
-    assert not same(continuous(given, backend, "delta", 0.9)[0], delta_net(q, k, v, beta, backend)[0])
+    assert same(continuous(given, backend, "euler")[0], delta_net(q, k, v, beta, backend)[0])
+    assert not same(continuous(given, backend, "euler", 0.9)[0], delta_net(q, k, v, beta, backend)[0])
     hebb = RULES["linear_attention"].apply(q, k, b.sigmoid() * v, scale=1.0, options={"normalize": False})[0]
-    assert same(continuous(given, backend, "hebb")[0], hebb)
+    assert same(continuous(given, backend, "euler", learning_rule="hebb")[0], hebb)
 
 
 def test_i28_exact_hold_is_the_limit_of_small_euler_steps(backend):
@@ -223,9 +222,9 @@ def test_i28_exact_hold_is_the_limit_of_small_euler_steps(backend):
     count = fine.leaves["q"].shape[1]
     fine.leaves = {name: x.expand(-1, count, -1, -1) for name, x in given.leaves.items()}
     fine.states = given.states
-    exact = continuous(given, backend, "delta_exact_hold", 3.0)[1]["state"]
-    assert same(continuous(fine, backend, "delta", 3.0 / count)[1]["state"], exact, 1 / count)
-    assert not same(continuous(given, backend, "delta", 3.0)[1]["state"], exact, 1 / count)
+    exact = continuous(given, backend, "exact_hold", 3.0)[1]["state"]
+    assert same(continuous(fine, backend, "euler", 3.0 / count)[1]["state"], exact, 1 / count)
+    assert not same(continuous(given, backend, "euler", 3.0)[1]["state"], exact, 1 / count)
 
 
 def test_i28_what_a_key_of_length_one_retrieves_nears_its_value_exponentially(backend):
@@ -245,11 +244,11 @@ def test_i28_what_a_key_of_length_one_retrieves_nears_its_value_exponentially(ba
 def test_i29_two_half_steps_of_exact_hold_are_one_and_none_is_nothing(backend):
     given = given_for("continuous_fwp", length=1, initial=True)
     twice = {name: torch.cat([x, x], dim=1) for name, x in given.leaves.items()}
-    for learning_rule, holds in (("delta_exact_hold", True), ("delta", False)):
-        whole = continuous(given, backend, learning_rule)[1]["state"]
-        halves = continuous(given, backend, learning_rule, 0.5, **twice)[1]["state"]
+    for solver, holds in (("exact_hold", True), ("euler", False)):
+        whole = continuous(given, backend, solver)[1]["state"]
+        halves = continuous(given, backend, solver, 0.5, **twice)[1]["state"]
         assert same(whole, halves) == holds
-        assert torch.equal(continuous(given, backend, learning_rule, 0.0)[1]["state"], given.states["state"])
+        assert torch.equal(continuous(given, backend, solver, 0.0)[1]["state"], given.states["state"])
 
 
 def test_i31_a_fast_weight_memory_without_clipping_is_a_delta_rule(backend):
