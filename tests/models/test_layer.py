@@ -218,6 +218,8 @@ def test_rates(rule):
     assert set(rates) == set(RULES[rule].inputs_with(layer.options.rule_options))
     for name in {"beta", "erase"} & set(rates):
         assert_close(rates[name], 2 * halved[name])
+    for name, gate in layer._rates(hidden(), raw=True).items():
+        assert torch.equal(value_of(gate), rates[name])
     if "g" in rates:
         assert (rates["g"] < 0).all()
     if hasattr(layer, "a_proj"):
