@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, keep_valid, read
 from .checks import sequence_bounds
+from .gating import Rate, value_of
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
 
@@ -66,7 +67,7 @@ def apply(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None = None,
+    beta: Tensor | Rate | None = None,
     g: Tensor | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
@@ -102,7 +103,7 @@ def apply(
     factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=factor, **chosen)
-    return _normalized(call, q, k, v, beta, states or {}, scale=factor, **chosen)
+    return _normalized(call, q, k, v, value_of(beta), states or {}, scale=factor, **chosen)
 
 
 def _normalized(
@@ -160,6 +161,7 @@ RULE = Rule(
     step=step,
     apply=apply,
     backends=WITH_KERNELS,
+    raw_gates=True,
     defaults={**MODERN_SHELL, "output_gate": "none"},
     options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear", "use_beta": True},
     optional={"beta": "use_beta"},
