@@ -27,7 +27,7 @@ from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
-from .rules.gating import start_rates, start_steps
+from .rules.gating import Decay, Rate, start_rates, start_steps, value_of
 
 GATES = {
     "silu": F.silu,
@@ -260,7 +260,7 @@ class FastWeightLayer(nn.Module):
         ran: list[str] = []
         out_BTRV, rule_states = self.rule.apply(
             **inputs,
-            **self._rates(x_BTD),
+            **self._rates(x_BTD, raw=self.rule.raw_gates),
             states={name: state for name, state in states.items() if name not in new_states} or None,
             mask=tokens.mask_BT,
             cu_seqlens=cu_seqlens,
@@ -347,21 +347,18 @@ class FastWeightLayer(nn.Module):
         v = v.repeat_interleave(self.options.heads_of_states // v.shape[2], dim=2)
         return v.repeat(1, 1, self.options.time_scales, 1)
 
-    def _rates(self, x_BTD: Tensor) -> States:
-        """beta and g in float32 (float64 for float64 inputs), for the rules that take them, and the rule's own."""
-        rates: States = {} if self.gates is None else self.gates(x_BTD)
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    def _rates(self, x_BTD: Tensor, *, raw: bool = False) -> dict[str, Any]:
+        """beta and g in float32 (float64 for float64 inputs), for the rules that take them, and the rule's own; with
+        `raw` what beta and g are computed from, for a kernel that does it."""
+        rates: dict[str, Any] = {} if self.gates is None else self.gates(x_BTD)
+        reach = 2.0 if self.options.allow_neg_eigval else 1.0
+        rates |= {name: reach * rates[name] for name in ("beta", "erase") if name in rates}
         if self.projects("beta"):
-            beta_BTS = self.b_proj(x_BTD).to(wide).sigmoid()
-            if self.rule.writes:
-                beta_BTS = beta_BTS.unflatten(-1, (self.writes, -1)).mT
-            rates["beta"] = beta_BTS
+            b_BTS = self.b_proj(x_BTD)
+            rates["beta"] = Rate(b_BTS.unflatten(-1, (self.writes, -1)).mT if self.rule.writes else b_BTS, reach)
         if self.projects("g"):
-            step_BTS = F.softplus(self.a_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
-            rates["g"] = -self.A_log.to(wide).exp() * step_BTS
-        if self.options.allow_neg_eigval:
-            rates |= {name: 2 * rates[name] for name in ("beta", "erase") if name in rates}
-        return rates
+            rates["g"] = Decay(self.a_proj(x_BTD), self.A_log, self.dt_bias)
+        return rates if raw else {name: value_of(rate) for name, rate in rates.items()}
 
     def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:
         if self.options.output_scale != 1:

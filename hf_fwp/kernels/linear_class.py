@@ -1,11 +1,13 @@
-"""The linear class on a GPU: four Triton kernels as operators of PyTorch, beside rules/chunked_op.py.
+"""The linear class on a GPU: its Triton kernels as operators of PyTorch, beside rules/chunked_op.py.
 
 Forward: the inverse of every chunk's triangle, then one scan. Backward: one scan in reverse, then all chunks at once.
 Of every chunk the forward leaves the inverse and the state at its start, in the type of the inputs.
+A few long sequences are scanned in segments (linear_class_segments.py): two launches more each way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,41 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules.chunked_op import new_gradients, new_outputs
+from ..rules.gating import Decay, Rate
 from .linear_class_backward import gradients, scan_backward
 from .linear_class_forward import invert_chunks, scan_forward
+from .linear_class_launches import CARRY, SOLVE, TABLE, Launch, Launches, Sizes, padded, pieces, sizes_of
+from .linear_class_segments import carry, map_segments
 from .tiles import dot
 
-CHUNK = 64
+__all__ = ["TABLE", "Launch", "Launches", "chunked", "interpreted", "padded"]
+
 WORD = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class Launch(NamedTuple):
-    """How one kernel is launched: the width of its tiles (value columns; key columns for the inverse), what runs it."""
-
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-class Launches(NamedTuple):
-    """One row of the table."""
-
-    invert: Launch
-    forward: Launch
-    backward: Launch
-    gradients: Launch
-
-
-# By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
-# yet measured on a device.
-TABLE = {
-    (2, 64): Launches(Launch(64, 1, 2), Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 8, 1)),
-    (2, 128): Launches(Launch(64, 1, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 8, 1)),
-    (2, 256): Launches(Launch(64, 1, 2), Launch(16, 8, 1), Launch(16, 8, 1), Launch(16, 8, 1)),
-    (4, 64): Launches(Launch(32, 1, 2), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 8, 1)),
-    (4, 128): Launches(Launch(32, 1, 2), Launch(16, 8, 1), Launch(32, 8, 1), Launch(16, 8, 1)),
-}
-PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
+NARROW = 16  # value columns
+CARRIED = 32  # rows of a state that one product between segments takes
 
 
 def interpreted() -> bool:
@@ -57,87 +36,85 @@ def interpreted() -> bool:
     return not isinstance(dot, triton.JITFunction)
 
 
-def computing_word(*tensors: Tensor) -> torch.dtype:
-    """The type of the operands of products: that of the inputs, float32 when they differ."""
-    kinds = {x.dtype for x in tensors}
-    return kinds.pop() if len(kinds) == 1 else torch.float32
-
-
 class Call(NamedTuple):
-    """The arguments of all four kernels that do not depend on the kernel."""
+    """The arguments of all kernels that do not depend on the kernel."""
 
-    word: torch.dtype  # in which T and the states are kept
-    launches: Launches
-    slots: int
-    pairs: int
+    sizes: Sizes
     constants: dict[str, Any]
     dynamic: dict[str, int]
 
+    def run(
+        self, kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any
+    ) -> None:
+        """Launch it with those of the constants that it has."""
+        known = self.constants | constants
+        chosen = {name: known[name] for name in kernel.arg_names if name in known}
+        warps = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        kernel[(programs,)](*arguments, *self.dynamic.values(), **chosen, **warps)
+
     def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
+        """One program for every sequence or segment, value head and tile of value columns."""
         width, values = self.width(launch), self.constants["V"]
-        while width > 16 and self.pairs * pieces(values, width) < PROGRAMS:
+        walks = (self.sizes.segments or self.sizes.sequences) * self.constants["HV"]
+        while width > NARROW and walks * pieces(values, width) < self.sizes.at_once:
             width //= 2
-        programs = self.pairs * pieces(values, width)
-        run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **self.constants, **flags)
+        segmented = self.sizes.segments > 0
+        self.run(kernel, walks * pieces(values, width), launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
+
+    def map_segments(self, added: Tensor, transitions: Tensor, *arguments: Tensor | None) -> None:
+        launch = self.sizes.launches.forward
+        width = self.width(launch)
+        parts = pieces(self.constants["V"], width) + pieces(self.constants["K"], width)
+        programs = self.sizes.segments * self.constants["HV"] * parts
+        self.run(map_segments, programs, launch, *arguments, added, transitions, BV=width)
+
+    def carry(self, *arguments: Tensor | None, **flags: bool) -> None:
+        width = self.width(CARRY)
+        programs = self.sizes.sequences * self.constants["HV"] * pieces(self.constants["V"], width)
+        self.run(carry, programs, CARRY, *arguments, BV=width, KB=CARRIED, **flags)
 
     def width(self, launch: Launch) -> int:
         return min(launch.columns, padded(self.constants["V"]))
-
-
-def run(kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
-
-
-def padded(size: int) -> int:
-    """Tiles have sizes that are powers of two, products at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def pieces(size: int, width: int) -> int:
-    return -(-size // width)
 
 
 def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    beta: Tensor | None,
-    g: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    gates: Sequence[Tensor | None],
+    beta_range: float,
     erase: bool,
     l2norm: bool,
 ) -> Call:
     """What the kernels must know about the sizes and which inputs there are."""
-    batch, length, heads, key_size = k.shape
-    value_heads, value_size = v.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + sequences
-    word = computing_word(q, k, v)
+    beta, g, a_log, _, mask, cu_seqlens = gates
+    sizes, heads = sizes_of(q, k, v, cu_seqlens), k.shape[2]
     share = q.shape[2] == heads
     constants = {
         "H": heads,
-        "HV": value_heads,
-        "R": 1 if share else q.shape[2] // value_heads,
+        "HV": v.shape[2],
+        "R": 1 if share else q.shape[2] // v.shape[2],
         "SHARE": share,
-        "K": key_size,
-        "V": value_size,
-        "BK": padded(key_size),
-        "C": CHUNK,
+        "K": k.shape[3],
+        "V": v.shape[3],
+        "BK": padded(k.shape[3]),
+        "C": sizes.launches.chunk,
         "ERASE": erase,
         "HAS_BETA": beta is not None,
+        "RANGE": beta_range,
         "HAS_G": g is not None,
+        "RAW_G": a_log is not None,
         "HAS_MASK": mask is not None,
         "PACKED": cu_seqlens is not None,
         "L2NORM": l2norm,
         # numpy has no bf16
-        "DOT": tl.float32 if interpreted() else WORD[word],
+        "DOT": tl.float32 if interpreted() else WORD[sizes.word],
         # tf32 alone has three correct digits
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
-    dynamic = {"length": length, "sequences": sequences, "halvings": sequences.bit_length()}
-    launches = TABLE[word.itemsize, max(64, padded(key_size), padded(value_size))]
-    return Call(word, launches, slots, sequences * value_heads, constants, dynamic)
+    count = sizes.sequences
+    dynamic = {"length": k.shape[1], "span": sizes.span, "sequences": count, "halvings": count.bit_length()}
+    return Call(sizes, constants, dynamic)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -145,7 +122,7 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.accelerator.device_index(x.device.index) if x.device.type != "cpu" else nullcontext()
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -156,49 +133,61 @@ def linear_class_forward(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    a_log: Tensor | None,
+    dt_bias: Tensor | None,
     state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    beta_range: float,
     erase: bool,
     l2norm: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state, T of every chunk, state at the start of every chunk)."""
-    call = prepare(q, k, v, beta, g, mask, cu_seqlens, erase, l2norm)
-    out, final, solve, states = new_results(q, k, v, cu_seqlens, erase, keep)
-    q, k, v, beta, g, state, mask, cu_seqlens = contiguous(q, k, v, beta, g, state, mask, cu_seqlens)  # type: ignore[assignment]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state, T of every chunk, state at the start of every chunk, M of every segment).
+
+    `beta` is b of β = beta_range · sigmoid(b) unless beta_range is 0; g is a of g = -exp(a_log) softplus(a + dt_bias)
+    if these are given."""
+    q, k, v, state, *gates = contiguous(q, k, v, state, beta, g, a_log, dt_bias, mask, cu_seqlens)
+    call = prepare(q, k, v, gates, beta_range, erase, l2norm)
+    out, final, solve, states, transitions = new_results(q, k, v, cu_seqlens, erase, keep)
+    launches, sizes, start = call.sizes.launches, call.sizes, state
     with device_of(v):
         if erase:
-            launch, names = call.launches.invert, ("H", "HV", "K", "HAS_BETA", "HAS_G", "HAS_MASK", "PACKED", "L2NORM")
-            chosen = {name: call.constants[name] for name in (*names, "DOT", "PRECISION")}
-            chosen |= {"KB": min(launch.columns, call.constants["BK"])}
-            tensors = (k, beta, g, mask, cu_seqlens, solve)
-            run(invert_chunks, call.slots * v.shape[2], launch, *tensors, *call.dynamic.values(), **chosen)
+            width = min(launches.invert.columns, call.constants["BK"])
+            call.run(invert_chunks, sizes.inverses * v.shape[2], launches.invert, k, *gates, solve, KB=width)
+        if sizes.segments:
+            added = transitions.new_empty(sizes.segments, *final.shape[1:])
+            start = torch.empty_like(added)
+            call.map_segments(k, v, *gates, solve, added, transitions)
+            call.carry(gates[-1], state, added, transitions, start, final, HAS_START=state is not None, BACKWARDS=False)
         call.scan(
-            scan_forward, call.launches.forward, q, k, v, beta, g, mask, cu_seqlens, state, solve, out, final, states,
-            scale, HAS_STATE=state is not None, KEEP=keep,
+            scan_forward, launches.forward, q, k, v, *gates, start, solve, out, final, states, scale,
+            HAS_STATE=start is not None, KEEP=keep,
         )  # fmt: skip
-    return out, final, solve if keep else solve.new_empty(0), states
+    return (out, final, *_kept(solve, states, transitions, keep))
 
 
 def new_results(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, erase: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors for what the forward gives, T [slots, HV, C, C] and S0 [slots, HV, K, V] included."""
-    batch, length, _, key_size = k.shape
-    value_heads, value_size = v.shape[2:]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors for what the forward gives: T [slots, HV, 64, 64], S0 [slots, HV, K, V], M [slots, HV, K, K]."""
     out, final, _ = new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)
-    chunks = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0] - 1
-    word = computing_word(q, k, v)
-    solve = v.new_empty(chunks if erase else 0, value_heads, CHUNK, CHUNK, dtype=word)
-    return out, final, solve, v.new_empty(chunks if keep else 0, value_heads, key_size, value_size, dtype=word)
+    sizes, (heads, key_size, value_size) = sizes_of(q, k, v, cu_seqlens), final.shape[1:]
+    solve = v.new_empty(sizes.inverses if erase else 0, heads, SOLVE, SOLVE, dtype=sizes.word)
+    states = v.new_empty(sizes.chunks if keep else 0, heads, key_size, value_size, dtype=sizes.word)
+    return out, final, solve, states, final.new_empty(sizes.segments, heads, key_size, key_size)
+
+
+def _kept(solve: Tensor, states: Tensor, transitions: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward needs, or nothing."""
+    return (solve, states, transitions) if keep else (solve.new_empty(0), states, transitions.new_empty(0))
 
 
 @linear_class_forward.register_fake
-def _(q, k, v, beta, g, state, mask, cu_seqlens, scale, erase, l2norm, keep):
-    out, final, solve, states = new_results(q, k, v, cu_seqlens, erase, keep)
-    return out, final, solve if keep else solve.new_empty(0), states
+def _(q, k, v, beta, g, a_log, dt_bias, state, mask, cu_seqlens, scale, beta_range, erase, l2norm, keep):
+    out, final, *kept = new_results(q, k, v, cu_seqlens, erase, keep)
+    return (out, final, *_kept(*kept, keep))
 
 
 @torch.library.custom_op("hf_fwp::linear_class_triton_backward", mutates_args=())
@@ -210,39 +199,54 @@ def linear_class_backward(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    a_log: Tensor | None,
+    dt_bias: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     solve: Tensor,
     states: Tensor,
+    transitions: Tensor,
     scale: float,
+    beta_range: float,
     erase: bool,
     l2norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, g and the initial state; empty for an absent beta or g."""
-    call = prepare(q, k, v, beta, g, mask, cu_seqlens, erase, l2norm)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, g, a_log, dt_bias and the initial state; empty for gates that are absent."""
+    q, k, v, d_out, d_final, *gates = contiguous(q, k, v, d_out, d_final, beta, g, a_log, dt_bias, mask, cu_seqlens)
+    call = prepare(q, k, v, gates, beta_range, erase, l2norm)
     (dq, dk, dv, d_beta, d_g), d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
     per_reader = {name: readers_of(call, x) for name, x in (("q", dq), ("k", dk), ("g", d_g))}
+    readers, launches, sizes = v.shape[2] * call.constants["R"], call.sizes.launches, call.sizes
+    # zeros: some slots may stay empty
+    d_rates = torch.zeros(sizes.chunks if a_log is not None else 0, readers, 2, dtype=torch.float32, device=v.device)
     d_states = torch.empty_like(states)
-    q, k, v, beta, g, mask, cu_seqlens = contiguous(q, k, v, beta, g, mask, cu_seqlens)  # type: ignore[assignment]
-    d_out, d_final = contiguous(d_out, d_final)  # type: ignore[assignment]
     # without β what was written is v, and its gradient that of v
     d_written = dv if beta is None else torch.empty_like(v)
-    readers = v.shape[2] * call.constants["R"]
-    launch = call.launches.gradients
+    inputs, end = (q, k, *gates, solve, d_out), d_final
     with device_of(v):
+        if sizes.segments:
+            added = transitions.new_empty(sizes.segments, *d_initial.shape[1:])
+            end = torch.empty_like(added)
+            call.scan(
+                scan_backward, launches.backward, *inputs, None, added, d_states, d_written, scale,
+                HAS_FINAL=False, KEEP=False,
+            )  # fmt: skip
+            call.carry(
+                gates[-1], d_final, added, transitions, end, d_initial, HAS_START=d_final is not None, BACKWARDS=True
+            )
         call.scan(
-            scan_backward, call.launches.backward, q, k, beta, g, mask, cu_seqlens, solve, d_out, d_final, d_initial,
-            d_states, d_written, scale, HAS_FINAL=d_final is not None,
+            scan_backward, launches.backward, *inputs, end, d_initial, d_states, d_written, scale,
+            HAS_FINAL=end is not None, KEEP=True,
         )  # fmt: skip
-        run(
-            gradients, call.slots * readers, launch, q, k, v, beta, g, mask, cu_seqlens, solve, states, d_states,
-            d_written, d_out, per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], scale,
-            *call.dynamic.values(), BV=call.width(launch), **call.constants,
+        call.run(
+            gradients, sizes.chunks * readers, launches.gradients, q, k, v, *gates, solve, states, d_states, d_written,
+            d_out, per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], d_rates, scale,
+            BV=call.width(launches.gradients),
         )  # fmt: skip
     for total, parts in ((dq, per_reader["q"]), (dk, per_reader["k"]), (d_g, per_reader["g"])):
         if parts is not total:
             total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
-    return dq, dk, dv, d_beta, d_g, d_initial
+    return dq, dk, dv, d_beta, d_g, *rate_gradients(d_rates, a_log, dt_bias), d_initial
 
 
 def readers_of(call: Call, gradient: Tensor) -> Tensor:
@@ -253,32 +257,39 @@ def readers_of(call: Call, gradient: Tensor) -> Tensor:
     return gradient.new_empty(*gradient.shape[:2], readers, *gradient.shape[3:], dtype=torch.float32)
 
 
+def rate_gradients(d_rates: Tensor, a_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients [HV] of A and d from the parts of all chunks and readers."""
+    if a_log is None or dt_bias is None:
+        return d_rates.new_empty(0), d_rates.new_empty(0)
+    d_a_log, d_dt_bias = d_rates.sum(0).unflatten(0, (a_log.shape[0], -1)).sum(1).unbind(-1)
+    return d_a_log.to(a_log.dtype, copy=True), d_dt_bias.to(dt_bias.dtype, copy=True)
+
+
 @linear_class_backward.register_fake
-def _(d_out, d_final, q, k, v, beta, g, mask, cu_seqlens, solve, states, scale, erase, l2norm):
+def _(
+    d_out, d_final, q, k, v, beta, g, a_log, dt_bias, mask, cu_seqlens, solve, states, transitions, scale, beta_range,
+    erase, l2norm,
+):  # fmt: skip
     grads, d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
-    return *grads, d_initial
+    d_rates = (v.new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (a_log, dt_bias))
+    return *grads, *d_rates, d_initial
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, beta, g, state, mask, cu_seqlens, ctx.scale, ctx.erase, ctx.l2norm, _ = inputs
+    *tensors, state, mask, cu_seqlens, scale, beta_range, erase, l2norm, _ = inputs
+    ctx.settings = (scale, beta_range, erase, l2norm)
     ctx.has_state = state is not None
-    ctx.save_for_backward(q, k, v, beta, g, mask, cu_seqlens, *output[2:])
+    ctx.save_for_backward(*tensors, mask, cu_seqlens, *output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, mask, cu_seqlens, solve, states = ctx.saved_tensors
+    q, k, v, *gates = ctx.saved_tensors[:7]
     if d_out is None:
-        d_out = v.new_zeros(new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)[0].shape)
-    dq, dk, dv, d_beta, d_g, d_state = linear_class_backward(
-        d_out, d_final, q, k, v, beta, g, mask, cu_seqlens, solve, states, ctx.scale, ctx.erase, ctx.l2norm
-    )
-    optional = (
-        d_beta if beta is not None else None,
-        d_g if g is not None else None,
-        d_state if ctx.has_state else None,
-    )
-    return dq, dk, dv, *optional, None, None, None, None, None, None
+        d_out = v.new_zeros(new_outputs(q, k, v, None, erase=False, keep=False)[0].shape)
+    dq, dk, dv, *d_gates, d_state = linear_class_backward(d_out, d_final, *ctx.saved_tensors, *ctx.settings)
+    optional = [None if x is None else d for x, d in zip(gates, d_gates, strict=True)]
+    return dq, dk, dv, *optional, d_state if ctx.has_state else None, *[None] * 7
 
 
 linear_class_forward.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -289,8 +300,8 @@ def chunked(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None,
-    g: Tensor | None,
+    beta: Tensor | Rate | None,
+    g: Tensor | Decay | None,
     state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -299,6 +310,13 @@ def chunked(
     l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state. The backward's share is kept only when a gradient will be asked for."""
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, beta, g, state))
-    out, final, *_ = linear_class_forward(q, k, v, beta, g, state, mask, cu_seqlens, scale, erase, l2norm, keep)
+    beta_range, a_log, dt_bias = 0.0, None, None
+    if isinstance(beta, Rate):
+        beta, beta_range = beta.logits, beta.range
+    if isinstance(g, Decay):
+        g, a_log, dt_bias = g.logits, g.A_log, g.dt_bias
+    tensors = (q, k, v, beta, g, a_log, dt_bias, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    settings = (float(scale), float(beta_range), erase, l2norm, keep)
+    out, final, *_ = linear_class_forward(*tensors, mask, cu_seqlens, *settings)
     return out, final

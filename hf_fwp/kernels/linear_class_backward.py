@@ -14,15 +14,19 @@ With N = -(β dY Rᵀ) ⊙ Γ (strict), Ω = (dO Rᵀ) ⊙ Γ, and the erase gra
 import triton
 import triton.language as tl
 
+from .linear_class_forward import UNSPECIALIZED
 from .tiles import (
     chunk_in_slot,
+    chunks_to_walk,
     decay_between,
+    decay_of,
     dot,
     first_slot,
     inverse_length,
-    load_decay,
     load_matrix,
     load_rate,
+    load_solve,
+    load_step,
     load_tile,
     sequence_span,
     store_matrix,
@@ -31,19 +35,23 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_backward(
-    q, k, beta, g, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale, length,
+    q, k, beta, g, a_log, dt_bias, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale,
+    length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, HAS_BETA: tl.constexpr,
+    RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns."""
+    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns. With
+    SEGMENTED, of one segment: first dS at its start alone, then with KEEP the rest."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    n, hv = pair // HV, pair % HV
+    hv = pair % HV
     h = hv // (HV // H)
+    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
@@ -53,16 +61,17 @@ def scan_backward(
     if HAS_FINAL:
         d_state = load_matrix(d_final, pair.to(tl.int64), keys, values, K, V)
 
-    chunks = tl.cdiv(count, C)
-    for back in range(0, chunks):
-        i = chunks - 1 - back
+    for back in range(start, end):
+        i = end - 1 - (back - start)
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
         k_norm = inverse_length(k_tile, L2NORM)
-        coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
-        store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
+        step, _ = load_step(g, a_log, dt_bias, at, hv, HV, rows, valid, HAS_G, RAW_G)
+        coarse, fine, decay, remaining, after = decay_of(step, rows)
+        if KEEP:
+            store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
         dw = (remaining * k_norm)[:, None] * dot(k_tile, d_state, DOT, PRECISION)
         d_state = after * d_state
         gamma = decay_between(coarse, fine, coarse, fine, lower)
@@ -78,26 +87,29 @@ def scan_backward(
             dw += dot(tl.trans(reads), do, DOT, PRECISION)
             d_state += dot(tl.trans(q_tile), (q_norm * decay)[:, None] * do, DOT, PRECISION)
         if ERASE:
-            t = load_matrix(solve, (slot + i) * HV + hv, rows, tl.arange(0, C), C, C)
+            t = load_solve(solve, n, first, length, i, hv, HV, C, PACKED)
             dw = dot(tl.trans(t), dw, DOT, PRECISION)
-            rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA) * decay * k_norm
+            rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE) * decay * k_norm
             d_state -= dot(tl.trans(k_tile), rate[:, None] * dw, DOT, PRECISION)
-        store_tile(d_written, at, hv, HV, V, rows, values, here, tl.where(valid[:, None], dw, 0.0))
-    store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
+        if KEEP:
+            store_tile(d_written, at, hv, HV, V, rows, values, here, tl.where(valid[:, None], dw, 0.0))
+    if not (SEGMENTED and KEEP):
+        store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
 
 
-@triton.jit(do_not_specialize=["length", "sequences", "halvings"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
-    q, k, v, beta, g, mask, cu, solve, states, d_states, d_written, d_out, dq, dk, dv, d_beta, d_g,
-    scale, length, sequences, halvings,
+    q, k, v, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, d_out,
+    dq, dk, dv, d_beta, d_g, d_rates, scale, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, HAS_BETA: tl.constexpr,
+    RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk and one query head; those of k and g are summed over a state's readers later.
 
-    What does not depend on the query is added by the first reader of a state.
+    What does not depend on the query is added by the first reader of a state. With RAW_G, `d_rates` [slots, HV R, 2]
+    gets this chunk's part of the gradients of A and d.
     """
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
@@ -107,7 +119,7 @@ def gradients(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
@@ -116,8 +128,9 @@ def gradients(
     k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
     q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
     k_norm, q_norm = inverse_length(k_tile, L2NORM), inverse_length(q_tile, L2NORM)
-    coarse, fine, decay, remaining, after = load_decay(g, at, hv, HV, rows, valid, HAS_G)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
+    step, slope = load_step(g, a_log, dt_bias, at, hv, HV, rows, valid, HAS_G, RAW_G)
+    coarse, fine, decay, remaining, after = decay_of(step, rows)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
@@ -129,7 +142,7 @@ def gradients(
     along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
     along_state = 0.0  # ⟨S0, dS1⟩
     if ERASE:
-        t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
+        t = load_solve(solve, n, at - i * C, length, i, hv, HV, C, PACKED)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
         s = load_matrix(states, index, keys, values, K, V)
@@ -177,10 +190,17 @@ def gradients(
     if HAS_BETA:
         at_row = at * HV + hv + rows * HV
         found = tl.where(valid, eta + along_value, 0.0)
+        if RANGE:
+            found *= rate * (1.0 - rate / RANGE)
         tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
     if HAS_G:
-        step = along_q - along_k + 2.0 * share * rate * eta
-        found = tl.where(valid, tl.sum(step, 0) - tl.cumsum(step, 0) + step + along_state, 0.0)
+        later = along_q - along_k + 2.0 * share * rate * eta
+        found = tl.where(valid, tl.sum(later, 0) - tl.cumsum(later, 0) + later + along_state, 0.0)
+        if RAW_G:
+            at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * 2
+            tl.store(at_rates, tl.sum(found * step, 0))
+            found = tl.where(valid, found * slope, 0.0)
+            tl.store(at_rates + 1, tl.sum(found, 0))
         tl.store(d_g + at * (HV * R) + reader + rows * (HV * R), found.to(d_g.dtype.element_ty), mask=here)
     if L2NORM:
         d_q = (d_q - q_tile.to(tl.float32) * (q_norm * along_q)[:, None]) * q_norm[:, None]

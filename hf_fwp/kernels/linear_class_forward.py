@@ -16,14 +16,16 @@ import triton.language as tl
 from .tiles import (
     EPS,
     chunk_in_slot,
+    chunks_to_walk,
     decay_between,
+    decay_of,
     dot,
     first_slot,
     inverse_length,
-    load_column,
-    load_decay,
     load_matrix,
     load_rate,
+    load_solve,
+    load_step,
     load_tile,
     sequence_span,
     split_sum,
@@ -32,16 +34,16 @@ from .tiles import (
     valid_rows,
 )
 
-UNSPECIALIZED = ["length", "sequences", "halvings"]  # a new length must not mean a new compilation
+UNSPECIALIZED = ["length", "span", "sequences", "halvings"]  # a new length must not mean a new compilation
 
 
 @triton.jit
-def _gates_of_rows(beta, g, mask, first, left, rows, hv, HV, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr,
-                   HAS_MASK: tl.constexpr):  # fmt: skip
+def _gates_of_rows(beta, g, a_log, dt_bias, mask, first, left, rows, hv, HV, HAS_BETA: tl.constexpr,
+                   RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
     """Validity, β and g of some rows of a chunk."""
     valid = valid_rows(mask, first, rows, rows < left, HAS_MASK)
-    rate = load_rate(beta, first, hv, HV, rows, valid, HAS_BETA)
-    step = load_column(g, first, hv, HV, rows, valid) if HAS_G else rows * 0.0
+    rate = load_rate(beta, first, hv, HV, rows, valid, HAS_BETA, RANGE)
+    step, _ = load_step(g, a_log, dt_bias, first, hv, HV, rows, valid, HAS_G, RAW_G)
     return valid, rate, step
 
 
@@ -66,10 +68,10 @@ def _minus(a, b, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def invert_chunks(
-    k, beta, g, mask, cu, solve, length, sequences, halvings,
+    k, beta, g, a_log, dt_bias, mask, cu, solve, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
-    HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T of one chunk and value head, 64 x 64: elimination in blocks of 16 rows, then merges in float32.
 
@@ -77,15 +79,23 @@ def invert_chunks(
     """
     slot, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h = hv // (HV // H)
-    first, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, 64, PACKED)
+    _, _, first, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, 64, PACKED)
     if left <= 0:
         return
     lines = tl.arange(0, 16)
     columns = tl.arange(0, 16)
-    valid0, rate0, step0 = _gates_of_rows(beta, g, mask, first, left, lines, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
-    valid1, rate1, step1 = _gates_of_rows(beta, g, mask, first, left, lines + 16, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
-    valid2, rate2, step2 = _gates_of_rows(beta, g, mask, first, left, lines + 32, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
-    valid3, rate3, step3 = _gates_of_rows(beta, g, mask, first, left, lines + 48, hv, HV, HAS_BETA, HAS_G, HAS_MASK)
+    valid0, rate0, step0 = _gates_of_rows(
+        beta, g, a_log, dt_bias, mask, first, left, lines, hv, HV, HAS_BETA, RANGE, HAS_G, RAW_G, HAS_MASK
+    )
+    valid1, rate1, step1 = _gates_of_rows(
+        beta, g, a_log, dt_bias, mask, first, left, lines + 16, hv, HV, HAS_BETA, RANGE, HAS_G, RAW_G, HAS_MASK
+    )
+    valid2, rate2, step2 = _gates_of_rows(
+        beta, g, a_log, dt_bias, mask, first, left, lines + 32, hv, HV, HAS_BETA, RANGE, HAS_G, RAW_G, HAS_MASK
+    )
+    valid3, rate3, step3 = _gates_of_rows(
+        beta, g, a_log, dt_bias, mask, first, left, lines + 48, hv, HV, HAS_BETA, RANGE, HAS_G, RAW_G, HAS_MASK
+    )
 
     a00 = tl.zeros([16, 16], tl.float32)
     a10, a11, a20, a21, a22, a30, a31, a32, a33 = a00, a00, a00, a00, a00, a00, a00, a00, a00
@@ -171,19 +181,40 @@ def _store_row(at, a, b, c, d):
     tl.store(at + 48, d.to(at.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["length"])
-def scan_forward(
-    q, k, v, beta, g, mask, cu, initial, solve, out, final, states, scale, length,
-    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def replace_in_chunk(
+    old, k_tile, k_decay, rate, solve, n, first, length, i, hv, HV, state,
+    C: tl.constexpr, ERASE: tl.constexpr, HAS_BETA: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state of one sequence, one value head and BV of its value columns."""
+    """R, what a chunk writes along its keys, from its values and the state at its start."""
+    written = old.to(tl.float32)
+    if ERASE:
+        written -= k_decay[:, None] * dot(k_tile, state, DOT, PRECISION)
+    if HAS_BETA:
+        written *= rate[:, None]
+    if ERASE:
+        written = dot(load_solve(solve, n, first, length, i, hv, HV, C, PACKED), written, DOT, PRECISION)
+    return written
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def scan_forward(
+    q, k, v, beta, g, a_log, dt_bias, mask, cu, initial, solve, out, final, states, scale,
+    length, span, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr, HAS_BETA: tl.constexpr,
+    RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and final state of one sequence, one value head and BV of its value columns. With SEGMENTED, outputs of
+    one segment, whose `initial` state `carry` has left."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    n, hv = pair // HV, pair % HV
+    hv = pair % HV
     h = hv // (HV // H)
+    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
@@ -193,21 +224,20 @@ def scan_forward(
     if HAS_STATE:
         state = load_matrix(initial, pair.to(tl.int64), keys, values, K, V)
 
-    for i in range(0, tl.cdiv(count, C)):
+    for i in range(start, end):
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
         k_norm = inverse_length(k_tile, L2NORM)
-        coarse, fine, decay, remaining, left = load_decay(g, at, hv, HV, rows, valid, HAS_G)
-        written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
-        if ERASE:
-            written -= (decay * k_norm)[:, None] * dot(k_tile, state, DOT, PRECISION)
-        if HAS_BETA:
-            written *= load_column(beta, at, hv, HV, rows, valid)[:, None]
-        if ERASE:
-            t = load_matrix(solve, (slot + i) * HV + hv, rows, tl.arange(0, C), C, C)
-            written = dot(t, written, DOT, PRECISION)
+        step, _ = load_step(g, a_log, dt_bias, at, hv, HV, rows, valid, HAS_G, RAW_G)
+        coarse, fine, decay, remaining, left = decay_of(step, rows)
+        v_tile = load_tile(v, at, hv, HV, V, rows, values, valid)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
+        written = replace_in_chunk(
+            v_tile, k_tile, decay * k_norm, rate, solve, n, first, length, i, hv, HV, state,
+            C, ERASE, HAS_BETA, PACKED, DOT, PRECISION,
+        )  # fmt: skip
         if KEEP:
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
         gamma = decay_between(coarse, fine, coarse, fine, lower)
@@ -224,4 +254,5 @@ def scan_forward(
             store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
         state = left * state
         state += dot(tl.trans(k_tile), (remaining * k_norm)[:, None] * written, DOT, PRECISION)
-    store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)
+    if not SEGMENTED:
+        store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)

@@ -29,14 +29,15 @@ def sequence_span(n, cu, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def first_slot(n, first, length, C: tl.constexpr, PACKED: tl.constexpr):
-    """Slot of the first chunk of sequence n."""
+def first_slot(n, first, length, C, PACKED: tl.constexpr):
+    """Slot of the first chunk of sequence n; C may be known at run time only: segments have slots too."""
     return first // C + n if PACKED else n.to(tl.int64) * tl.cdiv(length, C)
 
 
 @triton.jit
-def chunk_in_slot(slot, cu, length, sequences, halvings, C: tl.constexpr, PACKED: tl.constexpr):
-    """First token of the chunk in a slot and how many of its tokens there are; none in a slot that stays empty."""
+def chunk_in_slot(slot, cu, length, sequences, halvings, C, PACKED: tl.constexpr):
+    """The chunk in a slot: its sequence, its number there, its first token, and how many tokens of the sequence are
+    left from there on; none in a slot that stays empty."""
     if PACKED:
         n = slot * 0
         last = n + sequences - 1
@@ -48,8 +49,25 @@ def chunk_in_slot(slot, cu, length, sequences, halvings, C: tl.constexpr, PACKED
     else:
         n = slot // tl.cdiv(length, C)
     first, count = sequence_span(n, cu, length, PACKED)
-    offset = (slot - first_slot(n, first, length, C, PACKED)) * C
-    return first + offset, count - offset
+    i = slot - first_slot(n, first, length, C, PACKED)
+    return n, i, first + i * C, count - i * C
+
+
+@triton.jit
+def chunks_to_walk(
+    index, cu, length, span, sequences, halvings, C: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr
+):
+    """What one program of a scan walks: a sequence, the first of its chunks and the one after the last. `index` is the
+    sequence, or with SEGMENTED the slot of a segment of `span` tokens."""
+    if SEGMENTED:
+        n, i, _, left = chunk_in_slot(index.to(tl.int64), cu, length, sequences, halvings, span, PACKED)
+        start = i * (span // C)
+        end = start + tl.cdiv(tl.minimum(tl.maximum(left, 0), span), C)
+    else:
+        n = index
+        _, count = sequence_span(n, cu, length, PACKED)
+        start, end = count * 0, tl.cdiv(count, C)
+    return n, start, end
 
 
 @triton.jit
@@ -80,6 +98,15 @@ def load_matrix(x, index, rows, columns, n_rows, n_columns):
 
 
 @triton.jit
+def load_solve(solve, n, first, length, i, head, heads, C: tl.constexpr, PACKED: tl.constexpr):
+    """T of chunk i of a sequence. It is kept for 64 tokens: for shorter chunks, a square on its diagonal."""
+    slot = first_slot(n, first, length, 64, PACKED) + i * C // 64
+    rows = tl.arange(0, C)
+    at = solve + (slot * heads + head) * 4096 + (i * C % 64) * 65
+    return tl.load(at + rows[:, None] * 64 + rows[None, :])
+
+
+@triton.jit
 def store_matrix(x, index, rows, columns, n_rows, n_columns, matrix):
     """The inverse of `load_matrix`."""
     at = x + index * (n_rows * n_columns) + rows[:, None] * n_columns + columns[None, :]
@@ -104,9 +131,44 @@ def inverse_length(x, L2NORM: tl.constexpr):
 
 
 @triton.jit
-def load_rate(beta, first, head, heads, rows, valid, HAS_BETA: tl.constexpr):
-    """β, 1 when there is none, 0 where nothing is written."""
-    return load_column(beta, first, head, heads, rows, valid) if HAS_BETA else valid.to(tl.float32)
+def load_rate(beta, first, head, heads, rows, valid, HAS_BETA: tl.constexpr, RANGE: tl.constexpr):
+    """β, 1 when there is none, 0 where nothing is written; with RANGE it is RANGE · sigmoid of what is loaded."""
+    rate = valid.to(tl.float32)
+    if HAS_BETA:
+        rate = load_column(beta, first, head, heads, rows, valid)
+        if RANGE:
+            rate = tl.where(valid, RANGE * tl.sigmoid(rate), 0.0)
+    return rate
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log1p(y), y = exp(-|x|) ≤ 1: twice the series of artanh at y / (2 + y), to 2e-8.
+
+    A logarithm of 1 + y would lose the digits of small steps, which are what long memories are made of.
+    """
+    y = tl.exp(-tl.abs(x))
+    s = y / (2.0 + y)
+    z = s * s
+    series = 1 / 3 + z * (1 / 5 + z * (1 / 7 + z * (1 / 9 + z * (1 / 11 + z * (1 / 13)))))
+    return tl.maximum(x, 0.0) + 2.0 * s * (1.0 + z * series)
+
+
+@triton.jit
+def load_step(
+    g, a_log, dt_bias, first, head, heads, rows, valid, HAS_G: tl.constexpr, RAW_G: tl.constexpr
+):  # fmt: skip
+    """g; with RAW_G it is -exp(A) softplus(a + d) of what is loaded, a. And its derivative by that."""
+    step = rows * 0.0
+    slope = step + 1.0
+    if HAS_G:
+        step = load_column(g, first, head, heads, rows, valid)
+        if RAW_G:
+            speed = -tl.exp(tl.load(a_log + head).to(tl.float32))
+            a = step + tl.load(dt_bias + head).to(tl.float32)
+            step = tl.where(valid, speed * softplus(a), 0.0)
+            slope = speed * tl.sigmoid(a)
+    return step, slope
 
 
 @triton.jit
@@ -120,9 +182,8 @@ def split_sum(step):
 
 
 @triton.jit
-def load_decay(g, first, head, heads, rows, valid, HAS_G: tl.constexpr):
+def decay_of(step, rows):
     """G, the inclusive sum of g over the chunk (in two parts); exp(G); exp(G_C - G); exp(G_C)."""
-    step = load_column(g, first, head, heads, rows, valid) if HAS_G else rows * 0.0
     coarse, fine = split_sum(step)
     last = rows == rows.shape[0] - 1
     coarse_last, fine_last = tl.sum(tl.where(last, coarse, 0.0), 0), tl.sum(tl.where(last, fine, 0.0), 0)

@@ -105,6 +105,8 @@ class Rule:
     has no projection for."""
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """What an option that is neither a number nor a flag may be."""
+    raw_gates: bool = False
+    """Whether `apply` takes beta and g that are not computed yet (gating.Rate, gating.Decay)."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises ValueError for options that the rule cannot run with."""
     writes: str = ""

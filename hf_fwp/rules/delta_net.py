@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .base import MODERN_SHELL, Rule, States, keep_valid, read
 from .checks import sequence_bounds
+from .gating import Rate, value_of
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
 
@@ -63,7 +64,7 @@ def apply(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None = None,
+    beta: Tensor | Rate | None = None,
     g: Tensor | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
@@ -96,7 +97,7 @@ def apply(
     factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=factor, **chosen)
-    return _normalized(call, q, k, v, beta, states or {}, scale=factor, **chosen)
+    return _normalized(call, q, k, v, value_of(beta), states or {}, scale=factor, **chosen)
 
 
 def _normalized(
@@ -153,6 +154,7 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
+    raw_gates=True,
     defaults={**MODERN_SHELL, "output_gate": "none"},
     options={"normalize": None, "eps": NORMALIZER_EPS},
     choices={"normalize": (None, "output", "full")},

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .base import MODERN_SHELL, Rule, States, read
+from .gating import Decay, Rate
 from .linear_class import LinearClassCall, apply_linear_class
 
 
@@ -31,8 +32,8 @@ def apply(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None = None,
-    g: Tensor | None = None,
+    beta: Tensor | Rate | None = None,
+    g: Tensor | Decay | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -70,5 +71,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
+    raw_gates=True,
     defaults={**MODERN_SHELL, "expand_v": 2.0},
 )

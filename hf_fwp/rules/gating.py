@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,53 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Gates
+
+
+@dataclass(frozen=True)
+class Rate:
+    """β = range · sigmoid(b), b = logits [B,T,HV]: not computed yet, because a kernel can do it as it reads b."""
+
+    logits: Tensor
+    range: float = 1.0
+
+    def value(self) -> Tensor:
+        """In float32 (float64 for float64 logits)."""
+        return self.range * self.logits.to(wide(self.logits)).sigmoid()
+
+
+@dataclass(frozen=True)
+class Decay:
+    """g = -exp(A) softplus(a + d), a = logits [B,T,HV], A and d [HV]: not computed yet."""
+
+    logits: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+    def value(self) -> Tensor:
+        """In float32 (float64 for float64 logits)."""
+        dtype = wide(self.logits)
+        return -self.A_log.to(dtype).exp() * F.softplus(self.logits.to(dtype) + self.dt_bias.to(dtype))
+
+
+Gate = Tensor | Rate | Decay
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def value_of(gate: Any) -> Any:
+    """A gate that is not computed yet, computed; everything else as it is."""
+    return gate.value() if isinstance(gate, (Rate, Decay)) else gate
+
+
+def tensors_of(gate: Gate | None) -> tuple[Tensor, ...]:
+    """What a gate is computed from; [B,T,HV] comes first."""
+    if isinstance(gate, Rate):
+        return (gate.logits,)
+    if isinstance(gate, Decay):
+        return (gate.logits, gate.A_log, gate.dt_bias)
+    return () if gate is None else (gate,)
 
 
 def start_rates(like: Tensor, low: float = 0.01) -> Tensor:

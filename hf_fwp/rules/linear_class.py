@@ -22,7 +22,8 @@ from .base import States, keep_valid, recurrence
 from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
-from .triton_fit import DEVICES, HAS_TRITON, why_not_triton
+from .gating import Decay, Rate, tensors_of, value_of
+from .triton_fit import DEVICES, HAS_TRITON, say_once, why_not_triton
 
 BACKENDS = ("reference", "torch", "triton", "step")
 
@@ -47,26 +48,29 @@ def apply_linear_class(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None = None,
-    g: Tensor | None = None,
+    beta: Tensor | Rate | None = None,
+    g: Tensor | Decay | None = None,
     states: States | None = None,
     scale: float | None = None,
     **constants: Any,
 ) -> tuple[Tensor, States]:
-    """Check the arguments, choose the backend and run it."""
+    """Check the arguments, choose the backend and run it. Gates that are not computed yet are left to the kernels."""
     states = states or {}
-    check_arguments(q, k, v, beta=beta, g=g, states=states, mask=call.mask, cu_seqlens=call.cu_seqlens)
-    backend = choose_backend(call, q, k, v, beta, g, *states.values())
+    gates = {"beta": tensors_of(beta), "g": tensors_of(g)}
+    named = {name: x[0] if x else None for name, x in gates.items()}
+    check_arguments(q, k, v, **named, states=states, mask=call.mask, cu_seqlens=call.cu_seqlens)
+    backend = choose_backend(call, q, k, v, *gates["beta"], *gates["g"], *states.values())
     if call.ran is not None:
         call.ran.append(backend)
     factor: float = k.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton":
+        out, state = _triton(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
+        return out, {"state": state}
+    rates = {"beta": value_of(beta), "g": value_of(g)}
     if backend == "reference":
-        return _reference(call, q, k, v, beta=beta, g=g, states=states, scale=factor, **constants)
-    if backend == "step":
-        out, state = _decode(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
-    else:
-        chunks = _chunked if backend == "torch" else _triton
-        out, state = chunks(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
+        return _reference(call, q, k, v, **rates, states=states, scale=factor, **constants)
+    run = _decode if backend == "step" else _chunked
+    out, state = run(call, q, k, v, **rates, state=states.get("state"), scale=factor)
     return out, {"state": state}
 
 
@@ -76,7 +80,10 @@ def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> 
     if call.backend is None:
         if single and not needs_gradient(q, *others):
             return "step"
-        return "torch" if why_not_triton(q, *others) else "triton"
+        reason = why_not_triton(q, *others)
+        if reason and q.device.type in DEVICES:
+            say_once(f"{reason}: this call runs in PyTorch (backend 'torch') instead of a Triton kernel")
+        return "torch" if reason else "triton"
     if call.backend not in BACKENDS:
         raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
     reason = why_not_triton(q, *others, asked=True) if call.backend == "triton" else None
@@ -208,8 +215,8 @@ def _triton(
     k: Tensor,
     v: Tensor,
     *,
-    beta: Tensor | None,
-    g: Tensor | None,
+    beta: Tensor | Rate | None,
+    g: Tensor | Decay | None,
     state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:

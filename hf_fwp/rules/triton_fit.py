@@ -1,6 +1,8 @@
 """Whether the Triton kernels (hf_fwp.kernels) can serve a call; answered without importing triton."""
 
+import functools
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor
@@ -52,6 +54,13 @@ def _too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if (found := _shared_memory(q.device.index or 0)) < needed:
         return f"heads of size {size} in {8 * word} bits need {needed} bytes of shared memory, {q.device} has {found}"
     return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def say_once(message: str) -> None:
+    """Log a warning, the first time that it is given."""
+    logging.getLogger(__name__).warning(message)
 
 
 @torch.compiler.assume_constant_result

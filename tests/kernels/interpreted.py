@@ -88,7 +88,8 @@ def test_the_inverse_keeps_its_digits_with_correlated_keys():
     k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
     k, rate = (64 * k).round() / 64, 122 / 64
     beta = torch.full((1, 100, 1), rate)
-    *_, solve, _ = kernels.linear_class_forward(k, k, k, beta, None, None, None, None, 1.0, True, False, True)
+    settings = (1.0, 0.0, True, False, True)
+    _, _, solve, *_ = kernels.linear_class_forward(k, k, k, beta, *[None] * 6, *settings)
     for chunk, keys in zip(solve[:, 0], k[0, :, 0].double().split(64), strict=True):
         size = keys.shape[0]
         exact = torch.linalg.inv(torch.eye(size).double() + (rate * keys @ keys.mT).tril(-1))
@@ -112,7 +113,8 @@ def test_opcheck(packed, erase):
     state = torch.randn(2 if packed else 1, 1, 4, 4, requires_grad=True)
     bounds = torch.tensor([0, 9, 20]) if packed else None
     torch.use_deterministic_algorithms(False)  # NaN where nothing is written differs from itself
-    arguments = (q, k, v, beta, g, state, torch.ones(1, 20).bool(), bounds, 0.5, erase, True, True)
+    mask, settings = torch.ones(1, 20).bool(), (0.5, 0.0, erase, True, True)
+    arguments = (q, k, v, beta, g, None, None, state, mask, bounds, *settings)
     torch.library.opcheck(kernels.linear_class_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -135,9 +137,8 @@ def test_compiles_without_graph_breaks():
 def test_without_a_gradient_no_state_is_kept():
     q = torch.randn(1, 65, 1, 4)
     for keep in (False, True):
-        *_, solve, states = kernels.linear_class_forward(
-            q, q, q, torch.rand(1, 65, 1), None, None, None, None, 1.0, True, True, keep
-        )
+        settings = (1.0, 0.0, True, True, keep)
+        _, _, solve, states, _ = kernels.linear_class_forward(q, q, q, torch.rand(1, 65, 1), *[None] * 6, *settings)
         assert solve.numel() == keep * 2 * 64 * 64
         assert states.numel() == keep * 2 * 4 * 4
 
@@ -162,6 +163,10 @@ class Changed:
 
     def __init__(self, kernel, change):
         self.kernel, self.change = kernel, change
+
+    @property
+    def arg_names(self):
+        return self.kernel.arg_names
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
