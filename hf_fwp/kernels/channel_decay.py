@@ -18,7 +18,10 @@ from torch import Tensor
 from ..rules.chunked_op import new_gradients, new_outputs
 from .channel_decay_backward import gradients, scan_backward
 from .channel_decay_forward import prepare_chunks, scan_forward
-from .linear_class import CHUNK, WORD, Launch, computing_word, contiguous, device_of, interpreted, padded, pieces, run
+from .linear_class import WORD, contiguous, device_of, interpreted
+from .linear_class_launches import Launch, computing_word, padded, pieces
+
+CHUNK = 64
 
 
 class Launches(NamedTuple):
@@ -33,13 +36,14 @@ class Launches(NamedTuple):
 # By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
 # yet measured on a device.
 TABLE = {
-    (2, 64): Launches(Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1)),
-    (2, 128): Launches(Launch(64, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(64, 8, 1)),
-    (2, 256): Launches(Launch(64, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(64, 8, 1)),
+    (2, 64): Launches(Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
+    (2, 128): Launches(Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
+    (2, 256): Launches(Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
     (4, 64): Launches(Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
     (4, 128): Launches(Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
 }
 PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
+NARROW = 16  # value columns
 
 
 class Call(NamedTuple):
@@ -52,17 +56,29 @@ class Call(NamedTuple):
     constants: dict[str, Any]
     dynamic: dict[str, int]
 
-    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        values = self.constants["V"]
-        width = min(launch.columns, padded(values))
-        while width > 16 and self.pairs * pieces(values, width) < PROGRAMS:
-            width //= 2
-        programs = self.pairs * pieces(values, width)
-        run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **self.constants, **flags)
+    def run(
+        self, kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any
+    ) -> None:
+        """Launch it with those of the constants that it has."""
+        known = self.constants | constants
+        chosen = {name: known[name] for name in kernel.arg_names if name in known}
+        kernel[(programs,)](*arguments, **chosen, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
-    def every_chunk(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        flags |= {"KB": min(launch.columns, self.constants["BK"]), "LEVELS": CHUNK.bit_length() - 1}
-        run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **self.constants, **flags)
+    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
+        """One program for every sequence, value head and tile of value columns."""
+        width = self.width(launch)
+        while width > NARROW and self.pairs * pieces(self.constants["V"], width) < PROGRAMS:
+            width //= 2
+        programs = self.pairs * pieces(self.constants["V"], width)
+        self.run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **flags)
+
+    def every_chunk(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None) -> None:
+        """One program for every chunk and query head."""
+        widths = {"KB": min(launch.columns, self.constants["BK"]), "BV": self.width(launch)}
+        self.run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **widths)
+
+    def width(self, launch: Launch) -> int:
+        return min(launch.columns, padded(self.constants["V"]))
 
 
 def prepare(
@@ -93,6 +109,7 @@ def prepare(
         "V": value_size,
         "BK": padded(key_size),
         "C": CHUNK,
+        "LEVELS": CHUNK.bit_length() - 1,
         "GK": 0 if g is None else g.shape[-1],
         "HAS_ERASE": erase is not None,
         "HAS_BETA": beta is not None,
@@ -204,7 +221,6 @@ def channel_decay_backward(
         call.every_chunk(
             gradients, call.launches.gradients, q, k, erase, v, beta, g, mask, cu_seqlens, solve, reads, states,
             d_states, d_written, d_out, written, shares[0], shares[1], shares[2], dv, d_beta, shares[3], scale,
-            BV=min(call.launches.gradients.columns, padded(v.shape[3])),
         )  # fmt: skip
     for total, parts in zip((dq, dk, d_erase, d_g), shares, strict=True):
         if parts is not total:

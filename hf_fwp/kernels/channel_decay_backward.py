@@ -85,7 +85,7 @@ def scan_backward(
         e_tile = k_tile
         if HAS_ERASE:
             e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
-        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
         store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
     store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
@@ -109,7 +109,7 @@ def gradients(
     q, k, erase, v, beta, g, mask, cu, solve, reads, states, d_states, d_written, d_out, written,
     dq, dk, d_erase, dv, d_beta, d_g, scale, length, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +125,13 @@ def gradients(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
     here = rows < left
     valid = valid_rows(mask, at, rows, here, HAS_MASK)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
     k_norm = _inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
     q_norm = _inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
     share = tl.where(leads, 1.0, 0.0)

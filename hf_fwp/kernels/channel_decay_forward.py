@@ -32,8 +32,8 @@ from .tiles import (
 @triton.jit(do_not_specialize=["length", "sequences", "halvings"])
 def prepare_chunks(
     q, k, erase, beta, g, mask, cu, solve, reads, scale, length, sequences, halvings,
-    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,12 +45,12 @@ def prepare_chunks(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
     valid = valid_rows(mask, at, rows, rows < left, HAS_MASK)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
     a = tl.zeros([C, C], tl.float32)
     p = tl.zeros([C, C], tl.float32)
     same = tl.zeros([C], tl.float32)
@@ -118,7 +118,7 @@ def scan_forward(
         written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
         written -= dot(e_tile * decay, state, DOT, PRECISION)
         if HAS_BETA:
-            written *= load_rate(beta, at, hv, HV, rows, valid, HAS_BETA)[:, None]
+            written *= load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)[:, None]
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
         written = dot(t, written, DOT, PRECISION)
         if KEEP:

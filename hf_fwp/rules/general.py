@@ -90,6 +90,39 @@ def scan(
     return torch.stack(before), torch.stack(written), state
 
 
+def run_kernels(
+    form: Form,
+    state_BHKV: Tensor | None,
+    word: torch.dtype,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Reads [B, T, HQ, V] and the state after the last token, by Triton; products have operands of type `word`.
+
+    Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q and bring it and w to
+    length 1. That needs e = w and one query per state.
+    """
+    from ..kernels.channel_decay import chunked
+
+    q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
+    return chunked(
+        q.to(word),
+        form.w.to(word),
+        form.u.to(word),
+        erase=None if form.e is form.w else form.e.to(word),
+        beta=form.rate,
+        g=form.g,
+        state=state_BHKV,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        l2norm=l2norm,
+    )
+
+
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = exp(g_t) h_{t-1} + x_t for every token, and the last one; 64 tokens at once."""
     batch, length = x_BTHD.shape[:2]

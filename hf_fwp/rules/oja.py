@@ -48,8 +48,8 @@ def form(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *, v_norm: str = "l2", **_: Any
 ) -> Form:
     """On M = Sᵀ: w = v, e = βv, u = βk."""
-    v, beta = V_NORMS[v_norm](v), beta.unsqueeze(-1)
-    return Form(q, w=v, e=beta * v, u=beta * k, g=g, transposed=True)
+    v = V_NORMS[v_norm](v)
+    return Form(q, w=v, e=v, u=k, g=g, transposed=True, rate=beta)
 
 
 def apply(q: Tensor, k: Tensor, v: Tensor, *, beta: Tensor | None = None, **call: Any) -> tuple[Tensor, States]:
