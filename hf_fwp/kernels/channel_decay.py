@@ -72,10 +72,12 @@ class Call(NamedTuple):
         programs = self.pairs * pieces(self.constants["V"], width)
         self.run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **flags)
 
-    def every_chunk(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None) -> None:
+    def every_chunk(
+        self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any
+    ) -> None:
         """One program for every chunk and query head."""
         widths = {"KB": min(launch.columns, self.constants["BK"]), "BV": self.width(launch)}
-        self.run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **widths)
+        self.run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **widths, **flags)
 
     def width(self, launch: Launch) -> int:
         return min(launch.columns, padded(self.constants["V"]))
@@ -172,11 +174,12 @@ def channel_decay_forward(
     q, k, v, erase, beta, g, state, mask, cu_seqlens = contiguous(q, k, v, erase, beta, g, state, mask, cu_seqlens)  # type: ignore[assignment]
     with device_of(v):
         call.every_chunk(
-            prepare_chunks, call.launches.prepare, q, k, erase, beta, g, mask, cu_seqlens, solve, reads, scale
-        )
+            prepare_chunks, call.launches.prepare, q, k, erase, beta, g, mask, cu_seqlens, solve, reads, scale,
+            HAS_READS=True,
+        )  # fmt: skip
         call.scan(
             scan_forward, call.launches.forward, q, k, erase, v, beta, g, mask, cu_seqlens, state, solve, reads, out,
-            final, states, scale, HAS_STATE=state is not None, KEEP=keep,
+            final, states, scale, HAS_STATE=state is not None, HAS_READS=True, KEEP=keep,
         )  # fmt: skip
     return kept(results, keep)
 

@@ -1,7 +1,7 @@
 """Backward kernels of the channel decay; the letters are those of rules/general.py, with a rate β for e and u.
 
     scan_backward    from the last chunk to the first: dY, and dS after every chunk
-    gradients        parallel over chunks: dq, dk, de, dv, dβ, dg, from S0, dS, dY, P and the inputs; R is computed again
+    gradients        parallel over chunks: dq, dk, de, dv, dβ, dg; R is computed again
 
 With every product a sum over the levels of a chunk (channel_decay_tiles.py), and ê = βe:
     dA = -strict_tril(dY Rᵀ)       dP = tril(dO Rᵀ)
@@ -102,6 +102,23 @@ def _inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.co
             total += tl.sum(tile * tile, 1)
         found = tl.rsqrt(total + EPS)
     return found
+
+
+@triton.jit
+def _add_pairs(
+    d_q, d_e, d_k, d_a, d_p, q_tile, e_tile, k_tile, step,
+    LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q̂, ê and k with the sums over pairs of tokens added, level by level."""
+    for level in range(LEVELS):
+        decay, met = level_decay(step, level, DOT, PRECISION), meets(level, C)
+        a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
+        earlier = k_tile * decay
+        d_q += decay * dot(p, earlier, DOT, PRECISION)
+        d_e += decay * dot(a, earlier, DOT, PRECISION)
+        later = dot(tl.trans(p), q_tile * decay, DOT, PRECISION)
+        d_k += decay * (later + dot(tl.trans(a), e_tile * decay, DOT, PRECISION))
+    return d_q, d_e, d_k
 
 
 @triton.jit(do_not_specialize=["length", "sequences", "halvings"])
@@ -211,15 +228,8 @@ def gradients(
         along_state = share * after * along_state + tl.sum(k_tile * d_k, 0)
         d_q = scale * d_q * decay + met_itself[:, None] * k_tile
         d_k += met_itself[:, None] * q_tile
-        for level in range(LEVELS):
-            decay, met = level_decay(step, level, DOT, PRECISION), meets(level, C)
-            a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
-            earlier = k_tile * decay
-            d_q += decay * dot(p, earlier, DOT, PRECISION)
-            d_e += decay * dot(a, earlier, DOT, PRECISION)
-            later = dot(tl.trans(p), q_tile * decay, DOT, PRECISION)
-            later += dot(tl.trans(a), rate[:, None] * e_tile * decay, DOT, PRECISION)
-            d_k += decay * later
+        later = rate[:, None] * e_tile
+        d_q, d_e, d_k = _add_pairs(d_q, d_e, d_k, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION)
         eta += tl.sum(e_tile * d_e, 1)
         d_e *= rate[:, None]
         if GK > 0:

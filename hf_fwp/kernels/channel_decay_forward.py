@@ -35,9 +35,9 @@ def prepare_chunks(
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_READS: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T and P of one chunk and query head; T is stored by the first reader of a state."""
+    """T and, with HAS_READS, P of one chunk and query head; T is stored by the first reader of a state."""
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
     h = hv // (HV // H)
@@ -59,12 +59,13 @@ def prepare_chunks(
     for part in range(0, K, KB):
         keys = part + tl.arange(0, KB)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
         e_tile = k_tile
+        if HAS_READS:
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+            same += tl.sum(q_tile * k_tile, 1)
         if HAS_ERASE:
             e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
         step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
-        same += tl.sum(q_tile * k_tile, 1)
         if L2NORM:
             k_square += tl.sum(k_tile * k_tile, 1)
             q_square += tl.sum(q_tile * q_tile, 1)
@@ -72,14 +73,16 @@ def prepare_chunks(
             decay = level_decay(step, level, DOT, PRECISION)
             earlier, met = tl.trans(k_tile * decay), meets(level, C)
             a += tl.where(met, dot(e_tile * decay, earlier, DOT, PRECISION), 0.0)
-            p += tl.where(met, dot(q_tile * decay, earlier, DOT, PRECISION), 0.0)
+            if HAS_READS:
+                p += tl.where(met, dot(q_tile * decay, earlier, DOT, PRECISION), 0.0)
     p = tl.where(rows[:, None] == others[None, :], same[:, None], p) * scale
     a *= rate[:, None]
     if L2NORM:
         k_norm = tl.rsqrt(k_square + EPS)
         p *= tl.rsqrt(q_square + EPS)[:, None] * k_norm[None, :]
         a *= k_norm[:, None] * k_norm[None, :]
-    store_matrix(reads, slot.to(tl.int64) * (HV * R) + reader, rows, others, C, C, p)
+    if HAS_READS:
+        store_matrix(reads, slot.to(tl.int64) * (HV * R) + reader, rows, others, C, C, p)
     if reader % R == 0:
         store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, others, C, C, inverse(a, LEVELS, PRECISION))
 
@@ -90,9 +93,11 @@ def scan_forward(
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_READS: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state of one sequence, one value head and BV of its value columns."""
+    """Outputs and final state of one sequence, one value head and BV of its value columns; without HAS_READS the
+    outputs are R."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
     n, hv = pair // HV, pair % HV
@@ -123,17 +128,20 @@ def scan_forward(
         written = dot(t, written, DOT, PRECISION)
         if KEEP:
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
-        for r in range(R):
-            if SHARE:
-                hq, heads = h, H
-            else:
-                hq, heads = hv * R + r, HV * R
-            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-            q_norm = scale * inverse_length(q_tile, L2NORM)
-            o = q_norm[:, None] * dot(q_tile * decay, state, DOT, PRECISION)
-            p = load_matrix(reads, (slot + i) * (HV * R) + hv * R + r, rows, others, C, C)
-            o += dot(p, written, DOT, PRECISION)
-            store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
+        if HAS_READS:
+            for r in range(R):
+                if SHARE:
+                    hq, heads = h, H
+                else:
+                    hq, heads = hv * R + r, HV * R
+                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+                q_norm = scale * inverse_length(q_tile, L2NORM)
+                o = q_norm[:, None] * dot(q_tile * decay, state, DOT, PRECISION)
+                p = load_matrix(reads, (slot + i) * (HV * R) + hv * R + r, rows, others, C, C)
+                o += dot(p, written, DOT, PRECISION)
+                store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
+        else:
+            store_tile(out, at, hv, HV, V, rows, values, here, written)
         state = left[:, None] * state
         state += dot(tl.trans(k_tile * remaining), written, DOT, PRECISION)
     store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)

@@ -12,7 +12,7 @@ The exponents are sums of g over a part of a block, so nothing cancels.
 import triton
 import triton.language as tl
 
-from .tiles import load_column, load_tile, split_sum
+from .tiles import dot, load_column, load_tile, split_sum
 
 LOWEST = tl.constexpr(-104.0)  # exp is 0 in float32 from here on; -inf would make NaN of a sum
 
@@ -45,12 +45,11 @@ def level_decay(step, level, DOT: tl.constexpr, PRECISION: tl.constexpr):
     i, t = tl.arange(0, step.shape[0])[:, None], tl.arange(0, step.shape[0])[None, :]
     later = ((i >> level) & 1) == 1
     between = ((i >> level) == (t >> level)) & tl.where(later, t <= i, t > i)
-    if DOT == tl.float32:
-        return tl.exp(tl.dot(between.to(tl.float32), step, input_precision=PRECISION))
-    # in two parts: 8 bits of bf16 would leave exp with two digits
-    high = step.to(DOT)
-    low = (step - high.to(tl.float32)).to(DOT)
-    return tl.exp(tl.dot(between.to(DOT), low, tl.dot(between.to(DOT), high)))
+    total = dot(between, step, DOT, PRECISION)
+    if tl.float32 != DOT:
+        # in two parts: 8 bits of bf16 would leave exp with two digits
+        total += dot(between, step - step.to(DOT).to(tl.float32), DOT, PRECISION)
+    return tl.exp(total)
 
 
 @triton.jit

@@ -103,24 +103,21 @@ def run_kernels(
     """Reads [B, T, HQ, V] and the state after the last token, by Triton; products have operands of type `word`.
 
     Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q and bring it and w to
-    length 1. That needs e = w and one query per state.
+    length 1. That needs e = w and one query per state, and not a transposed form.
     """
+    q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
+    tensors = (q.to(word), form.w.to(word), form.u.to(word))
+    erase = None if form.e is form.w else form.e.to(word)
+    rates = {"erase": erase, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
+    if form.transposed:
+        from ..kernels.channel_decay_transposed import chunked as chunked_across
+
+        state = None if state_BHKV is None else state_BHKV.mT
+        out, state = chunked_across(*tensors, **rates, state=state)
+        return out, state.mT
     from ..kernels.channel_decay import chunked
 
-    q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
-    return chunked(
-        q.to(word),
-        form.w.to(word),
-        form.u.to(word),
-        erase=None if form.e is form.w else form.e.to(word),
-        beta=form.rate,
-        g=form.g,
-        state=state_BHKV,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        l2norm=l2norm,
-    )
+    return chunked(*tensors, **rates, state=state_BHKV, mask=mask, scale=scale, l2norm=l2norm)
 
 
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
