@@ -119,7 +119,7 @@ def prepare(
         "PACKED": cu_seqlens is not None,
         "L2NORM": l2norm,
         # numpy has no bf16
-        "DOT": tl.float32 if interpreted() else WORD[word],
+        "DOT": tl.float32 if interpreted() and word == torch.bfloat16 else WORD[word],
         # tf32 alone has three correct digits
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }

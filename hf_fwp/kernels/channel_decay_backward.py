@@ -142,7 +142,7 @@ def gradients(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
@@ -169,7 +169,7 @@ def gradients(
         for piece in range(0, K, KB):
             keys = piece + tl.arange(0, KB)
             s = load_matrix(states, index, keys, values, K, V)
-            decay, _, _ = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
+            decay, remaining, after = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
             if HAS_ERASE:
                 e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
             else:
@@ -226,20 +226,23 @@ def gradients(
         d_e *= share * decay
         d_k *= share * remaining
         along_state = share * after * along_state + tl.sum(k_tile * d_k, 0)
-        d_q = scale * d_q * decay + met_itself[:, None] * k_tile
-        d_k += met_itself[:, None] * q_tile
+        d_q *= scale * decay
         later = rate[:, None] * e_tile
         d_q, d_e, d_k = _add_pairs(d_q, d_e, d_k, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION)
         eta += tl.sum(e_tile * d_e, 1)
         d_e *= rate[:, None]
         if GK > 0:
             moved = q_tile * d_q + e_tile * d_e - k_tile * d_k
-            moved = tl.sum(moved, 0)[None, :] - tl.cumsum(moved, 0) + moved + along_state[None, :]
+            # not the total less the sum of the earlier ones, which costs the late tokens digits
+            moved = tl.cumsum(moved, 0, reverse=True) + along_state[None, :]
             if GK == 1:
                 d_step += tl.sum(moved, 1)
             else:
                 moved = tl.where(valid[:, None], moved, 0.0)
                 store_tile(d_g, at, reader, HV * R, K, rows, keys, here, moved)
+        # after dG, where a token's reading of what it wrote itself cancels
+        d_q += met_itself[:, None] * k_tile
+        d_k += met_itself[:, None] * q_tile
         if HAS_ERASE:
             store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_e)
         else:

@@ -36,7 +36,7 @@ def read_across(
     """o of one chunk and query head: exp(G) ⊙ (Q M0ᵀ) + Σ_{j≤i} (q_i · r_j) exp(G_i - G_j) ⊙ k_j."""
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
-    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
@@ -57,7 +57,7 @@ def read_across(
             o += dot(q_tile, tl.trans(load_matrix(states, index, keys, values, K, V)), DOT, PRECISION)
         k_tile = load_tile(k, at, hv // (HV // H), H, K, rows, keys, here).to(tl.float32)
         step = load_steps(g, at, hv, HV, rows, keys, here, K, GK)
-        decay, _, _ = chunk_decay(step)
+        decay, rest, last = chunk_decay(step)
         o = o * decay + itself[:, None] * k_tile
         for level in range(LEVELS):
             decay = level_decay(step, level, DOT, PRECISION)

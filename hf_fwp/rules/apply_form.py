@@ -27,6 +27,7 @@ def apply_form(
     *,
     first: Before | None = None,
     renames: bool = False,
+    word: torch.dtype | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -39,25 +40,28 @@ def apply_form(
 ) -> tuple[Tensor, States]:
     """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
     without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`.
-    A form that `renames` its tensors and computes nothing leaves everything to the kernels."""
+    A form that `renames` its tensors and computes nothing leaves everything to the kernels. `word` is the type of
+    their products, that of q, k and v when left out."""
     chosen = rule.resolve_options(options)
     states = states or {}
     given = check_inputs(rule, chosen, inputs, k, v)
     one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
     plain = {name: x for name, x in states.items() if name not in rule.shapes}
     check_arguments(q, one_k, one_v, beta=None, g=None, states=plain, mask=mask, cu_seqlens=cu_seqlens)
+    out_dtype = v.dtype
+    word = word or (q.dtype if q.dtype == k.dtype == v.dtype else torch.float32)
+    q, k, v = (x.to(torch.promote_types(x.dtype, word)) for x in (q, k, v))
     tensors = (q, k, v, *given.values(), *states.values())
     backend = pick_backend(rule, backend, cu_seqlens, *tensors, kernels=make_form is not None)
     if ran is not None:
         ran.append(backend)
     factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    word = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
     if renames and backend == "triton" and not (qk_l2norm and q.shape[2] > v.shape[2]):
         assert make_form is not None
         form = make_form(q=q, k=k, v=v, **given, **chosen)
         call = {"mask": mask, "cu_seqlens": cu_seqlens, "scale": factor, "l2norm": qk_l2norm}
         out, state = run_kernels(form, states.get("state"), word, **call)
-        return out.to(v.dtype), {"state": state}
+        return out.to(out_dtype), {"state": state}
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
     tokens["q"] = tokens["q"] * factor
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -86,7 +90,7 @@ def apply_form(
         out, after = each_sequence(tokens, carried, cu_seqlens if one_by_one else None, mask, run)
     if in_place and backend == "step" and not torch.is_grad_enabled():
         after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
-    out = out.flatten(2, 3).to(v.dtype)
+    out = out.flatten(2, 3).to(out_dtype)
     return out if mask is None else keep_valid(out, mask), after
 
 
