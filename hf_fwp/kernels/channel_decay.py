@@ -72,9 +72,7 @@ class Call(NamedTuple):
         programs = self.pairs * pieces(self.constants["V"], width)
         self.run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **flags)
 
-    def every_chunk(
-        self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any
-    ) -> None:
+    def every_chunk(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
         """One program for every chunk and query head."""
         widths = {"KB": min(launch.columns, self.constants["BK"]), "BV": self.width(launch)}
         self.run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **widths, **flags)

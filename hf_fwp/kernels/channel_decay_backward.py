@@ -8,7 +8,8 @@ With every product a sum over the levels of a chunk (channel_decay_tiles.py), an
     dq̂ = exp(G) ⊙ (dO S0ᵀ) + Σ_j dP_ij exp(G_i - G_j) ⊙ k_j
     dê = -exp(G) ⊙ (dY S0ᵀ) + Σ_j dA_ij exp(G_i - G_j) ⊙ k_j
     dk = exp(G_C - G) ⊙ (R dSᵀ) + Σ_i (dP_ij q̂_i + dA_ij ê_i) ⊙ exp(G_i - G_j)
-    dG = q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk,   dG_C += Σ_v S1 ⊙ dS1
+The gradient of a factor exp(Σ g) times the factor belongs to every g of the sum. Adding up
+q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk from the end of the chunk would give the same, but most of it cancels.
 The projections that the gradient of a unit vector needs are sums over the values, known before:
     Σ_k q̂ ⊙ dq̂ = Σ_v dO ⊙ O         Σ_k ê ⊙ dê = Σ_v dY ⊙ (R - βU)       Σ_k k ⊙ dk = Σ_v dY ⊙ R
 """
@@ -19,7 +20,7 @@ The projections that the gradient of a unit vector needs are sums over the value
 import triton
 import triton.language as tl
 
-from .channel_decay_tiles import chunk_decay, level_decay, load_steps, meets
+from .channel_decay_tiles import chunk_decay, level_decay, lies_between, load_steps, meets
 from .tiles import (
     EPS,
     chunk_in_slot,
@@ -106,19 +107,24 @@ def _inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.co
 
 @triton.jit
 def _add_pairs(
-    d_q, d_e, d_k, d_a, d_p, q_tile, e_tile, k_tile, step,
+    d_q, d_e, d_k, d_g, d_a, d_p, q_tile, e_tile, k_tile, step,
     LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q̂, ê and k with the sums over pairs of tokens added, level by level."""
+    """The gradients of q̂, ê, k and g with the sums over pairs of tokens added, level by level."""
     for level in range(LEVELS):
         decay, met = level_decay(step, level, DOT, PRECISION), meets(level, C)
         a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
         earlier = k_tile * decay
-        d_q += decay * dot(p, earlier, DOT, PRECISION)
-        d_e += decay * dot(a, earlier, DOT, PRECISION)
+        more_q = decay * dot(p, earlier, DOT, PRECISION)
+        more_e = decay * dot(a, earlier, DOT, PRECISION)
         later = dot(tl.trans(p), q_tile * decay, DOT, PRECISION)
-        d_k += decay * (later + dot(tl.trans(a), e_tile * decay, DOT, PRECISION))
-    return d_q, d_e, d_k
+        more_k = decay * (later + dot(tl.trans(a), e_tile * decay, DOT, PRECISION))
+        moved = q_tile * more_q + e_tile * more_e + k_tile * more_k
+        d_g += dot(tl.trans(lies_between(level, C).to(tl.float32)), moved, DOT, PRECISION)
+        d_q += more_q
+        d_e += more_e
+        d_k += more_k
+    return d_q, d_e, d_k, d_g
 
 
 @triton.jit(do_not_specialize=["length", "sequences", "halvings"])
@@ -142,7 +148,7 @@ def gradients(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
@@ -169,7 +175,7 @@ def gradients(
         for piece in range(0, K, KB):
             keys = piece + tl.arange(0, KB)
             s = load_matrix(states, index, keys, values, K, V)
-            decay, remaining, after = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
+            decay, _rest, _last = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
             if HAS_ERASE:
                 e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
             else:
@@ -198,7 +204,7 @@ def gradients(
         along_read += tl.sum(d_p * p, 1)
     d_p *= scale
     eta = along_value
-    d_step = tl.zeros([C], tl.float32)
+    d_steps = tl.zeros([C], tl.float32)
     for piece in range(0, K, KB):
         keys = piece + tl.arange(0, KB)
         d_q = tl.zeros([C, KB], tl.float32)
@@ -225,24 +231,23 @@ def gradients(
         decay, remaining, after = chunk_decay(step)
         d_e *= share * decay
         d_k *= share * remaining
-        along_state = share * after * along_state + tl.sum(k_tile * d_k, 0)
+        along_state *= share * after
         d_q *= scale * decay
         later = rate[:, None] * e_tile
-        d_q, d_e, d_k = _add_pairs(d_q, d_e, d_k, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION)
-        eta += tl.sum(e_tile * d_e, 1)
-        d_e *= rate[:, None]
-        if GK > 0:
-            moved = q_tile * d_q + e_tile * d_e - k_tile * d_k
-            # not the total less the sum of the earlier ones, which costs the late tokens digits
-            moved = tl.cumsum(moved, 0, reverse=True) + along_state[None, :]
-            if GK == 1:
-                d_step += tl.sum(moved, 1)
-            else:
-                moved = tl.where(valid[:, None], moved, 0.0)
-                store_tile(d_g, at, reader, HV * R, K, rows, keys, here, moved)
-        # after dG, where a token's reading of what it wrote itself cancels
+        d_step = dot((rows[:, None] <= others[None, :]).to(tl.float32), q_tile * d_q + later * d_e, DOT, PRECISION)
+        d_step += dot((rows[:, None] > others[None, :]).to(tl.float32), k_tile * d_k, DOT, PRECISION)
+        d_step += along_state[None, :]
+        d_q, d_e, d_k, d_step = _add_pairs(
+            d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
+        )
         d_q += met_itself[:, None] * k_tile
         d_k += met_itself[:, None] * q_tile
+        eta += tl.sum(e_tile * d_e, 1)
+        d_e *= rate[:, None]
+        if GK == 1:
+            d_steps += tl.sum(d_step, 1)
+        elif GK > 1:
+            store_tile(d_g, at, reader, HV * R, K, rows, keys, here, tl.where(valid[:, None], d_step, 0.0))
         if HAS_ERASE:
             store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_e)
         else:
@@ -254,7 +259,7 @@ def gradients(
         store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])
     at_row = at * (HV * R) + reader + rows * (HV * R)
     if GK == 1:
-        tl.store(d_g + at_row, tl.where(valid, d_step, 0.0).to(d_g.dtype.element_ty), mask=here)
+        tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here)
     if HAS_BETA:
         at_row = at * HV + hv + rows * HV
         found = tl.where(valid, eta, 0.0).to(d_beta.dtype.element_ty)

@@ -45,7 +45,7 @@ def prepare_chunks(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)

@@ -40,11 +40,17 @@ def chunk_decay(step):
 
 
 @triton.jit
+def lies_between(level, C: tl.constexpr):
+    """Whether the decay of token t lies between token i and the last token m of an earlier block: [i, t]."""
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    later = ((i >> level) & 1) == 1
+    return ((i >> level) == (t >> level)) & tl.where(later, t <= i, t > i)
+
+
+@triton.jit
 def level_decay(step, level, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """The factors of one level: exp(G - G_m) in the later blocks, exp(G_m - G) in the earlier ones."""
-    i, t = tl.arange(0, step.shape[0])[:, None], tl.arange(0, step.shape[0])[None, :]
-    later = ((i >> level) & 1) == 1
-    between = ((i >> level) == (t >> level)) & tl.where(later, t <= i, t > i)
+    between = lies_between(level, step.shape[0])
     total = dot(between, step, DOT, PRECISION)
     if tl.float32 != DOT:
         # in two parts: 8 bits of bf16 would leave exp with two digits
@@ -68,4 +74,3 @@ def inverse(a, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
         part = tl.where(meets(level, a.shape[0]), a, 0.0)
         x -= tl.dot(x, tl.dot(part, x, input_precision=PRECISION), input_precision=PRECISION)
     return x
-

@@ -36,7 +36,7 @@ def read_across(
     """o of one chunk and query head: exp(G) ⊙ (Q M0ᵀ) + Σ_{j≤i} (q_i · r_j) exp(G_i - G_j) ⊙ k_j."""
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
-    n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
@@ -57,7 +57,7 @@ def read_across(
             o += dot(q_tile, tl.trans(load_matrix(states, index, keys, values, K, V)), DOT, PRECISION)
         k_tile = load_tile(k, at, hv // (HV // H), H, K, rows, keys, here).to(tl.float32)
         step = load_steps(g, at, hv, HV, rows, keys, here, K, GK)
-        decay, rest, last = chunk_decay(step)
+        decay, _rest, _last = chunk_decay(step)
         o = o * decay + itself[:, None] * k_tile
         for level in range(LEVELS):
             decay = level_decay(step, level, DOT, PRECISION)
@@ -108,9 +108,7 @@ def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[T
     q, k, v, erase, beta, g, state, cu_seqlens = ctx.saved_tensors
     if d_out is None:
         d_out = q.new_zeros(*q.shape[:3], k.shape[3])
-    dq, _, *kept = channel_decay_forward(
-        d_out, k, v, erase, beta, g, state, None, cu_seqlens, 1.0, False, True
-    )
+    dq, _, *kept = channel_decay_forward(d_out, k, v, erase, beta, g, state, None, cu_seqlens, 1.0, False, True)
     _, dk, dv, *optional, d_state = channel_decay_backward(
         q, d_final, d_out, k, v, erase, beta, g, None, cu_seqlens, *kept, 1.0, False
     )
