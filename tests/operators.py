@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_fwp.rules import RULES, Rule
 from hf_fwp.rules.base import Own
+from hf_fwp.rules.gating import Decay, Rate
 
 # Relative error ‖a - b‖ / ‖b‖ against the float64 recurrence on the same (rounded) inputs.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -190,6 +191,26 @@ def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> d
     leaves = given.leaves | given.weights | {f"initial {name}": x for name, x in given.states.items()}
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {n: x.detach() for n, x in result.items()} | {f"grad {n}": x for n, x in zip(leaves, grads, strict=True)}
+
+
+def raw_gates(given: Tensors) -> Tensors:
+    """The same with beta and g as what they are computed from, for the function `from_raw`; others as they are."""
+    leaves = {name: torch.randn(x.shape) if name in ("beta", "g") else x for name, x in given.leaves.items()}
+    if "g" in leaves:
+        heads = leaves["g"].shape[-1]
+        leaves |= {"A_log": torch.rand(heads), "dt_bias": torch.randn(heads) - 3}
+    return Tensors({name: x.double() for name, x in leaves.items()}, given.states, given.keywords)
+
+
+def from_raw(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` for the leaves of `raw_gates`: β = 2 sigmoid(beta), g = -exp(A_log) softplus(g + dt_bias)."""
+
+    def applied(*, beta: Any = None, g: Any = None, A_log: Any = None, dt_bias: Any = None, **rest: Any) -> Any:
+        beta = None if beta is None else Rate(beta, 2.0)
+        g = None if g is None else Decay(g, A_log, dt_bias)
+        return apply(beta=beta, g=g, **rest)
+
+    return applied
 
 
 def on_device(given: Tensors, device: str) -> Tensors:

@@ -69,7 +69,9 @@ def descend(
 
 
 def candidates(launch: Any) -> Iterator[Any]:
-    """Every other launch of one kernel."""
+    """Every other launch of one kernel; none of what is no launch, the length of a chunk."""
+    if isinstance(launch, int):
+        return
     for columns, warps, stages in itertools.product(COLUMNS, WARPS, STAGES):
         other = launch._replace(columns=columns, num_warps=warps, num_stages=stages)
         if other != launch:

@@ -61,12 +61,12 @@ class Call(NamedTuple):
         segmented = self.sizes.segments > 0
         self.run(kernel, walks * pieces(values, width), launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
 
-    def map_segments(self, added: Tensor, transitions: Tensor, *arguments: Tensor | None) -> None:
+    def map_segments(self, *arguments: Tensor | None) -> None:
         launch = self.sizes.launches.forward
         width = self.width(launch)
         parts = pieces(self.constants["V"], width) + pieces(self.constants["K"], width)
         programs = self.sizes.segments * self.constants["HV"] * parts
-        self.run(map_segments, programs, launch, *arguments, added, transitions, BV=width)
+        self.run(map_segments, programs, launch, *arguments, BV=width)
 
     def carry(self, *arguments: Tensor | None, **flags: bool) -> None:
         width = self.width(CARRY)

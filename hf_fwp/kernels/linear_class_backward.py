@@ -190,7 +190,7 @@ def gradients(
     if HAS_BETA:
         at_row = at * HV + hv + rows * HV
         found = tl.where(valid, eta + along_value, 0.0)
-        if RANGE:
+        if RANGE > 0.0:
             found *= rate * (1.0 - rate / RANGE)
         tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
     if HAS_G:

@@ -136,7 +136,7 @@ def load_rate(beta, first, head, heads, rows, valid, HAS_BETA: tl.constexpr, RAN
     rate = valid.to(tl.float32)
     if HAS_BETA:
         rate = load_column(beta, first, head, heads, rows, valid)
-        if RANGE:
+        if RANGE > 0.0:
             rate = tl.where(valid, RANGE * tl.sigmoid(rate), 0.0)
     return rate
 

@@ -15,6 +15,7 @@ from hf_fwp import ops
 from hf_fwp.rules import RULES
 from hf_fwp.rules.linear_class import BACKENDS
 
+linear_class_launches = pytest.importorskip("hf_fwp.kernels.linear_class_launches")
 DEVICE = "cuda"
 COMPILED_FOR = {name: problems.CHOICES[name] for name in ("layout", "heads", "qk_l2norm")} | {
     "rule": problems.SERVED,
@@ -22,16 +23,25 @@ COMPILED_FOR = {name: problems.CHOICES[name] for name in ("layout", "heads", "qk
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "sizes": ((16, 16), (64, 64), (128, 128), (96, 80), (20, 128), (256, 256)),
 }
+# how the kernels are called: gates that are not computed yet, and chunks of a segment, 0 = sequences are not cut
+WAYS = {"raw": (False, True), "segment": (0, 1, 2)}
 # (length, with an initial state); a single token without one has no gradient of g to compare with.
 LENGTHS = ((1, True), (2, False), *((n, i) for n in (63, 64, 65, 130, 400) for i in (False, True)))
-COVERING = problems.pairwise(COMPILED_FOR)
-MATRIX = [Problem(**row, length=n, initial=initial) for row in COVERING for n, initial in LENGTHS]
+COVERING = problems.pairwise(COMPILED_FOR | WAYS)
+MATRIX = [
+    (Problem(**{name: row[name] for name in COMPILED_FOR}, length=n, initial=initial), row["raw"], row["segment"])
+    for row in COVERING
+    for n, initial in LENGTHS
+]
 KERNELS = pytest.mark.skipif("triton" not in BACKENDS, reason="this version has no Triton backend")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def outcome(given: problems.Tensors, problem: Problem, backend: str | None) -> dict[str, torch.Tensor]:
-    return problems.outcome(RULES[problem.rule].apply, given, backend)
+def outcome(
+    given: problems.Tensors, problem: Problem, backend: str | None, *, raw: bool = False
+) -> dict[str, torch.Tensor]:
+    apply = RULES[problem.rule].apply
+    return problems.outcome(problems.from_raw(apply) if raw else apply, given, backend)
 
 
 def on_device(given: problems.Tensors) -> problems.Tensors:
@@ -39,13 +49,16 @@ def on_device(given: problems.Tensors) -> problems.Tensors:
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])
-@pytest.mark.parametrize("problem", MATRIX, ids=str)
-def test_agrees_with_the_recurrence(problem, backend):
+@pytest.mark.parametrize(("problem", "raw", "segment"), MATRIX, ids=str)
+def test_agrees_with_the_recurrence(problem, raw, segment, backend, monkeypatch):
     if backend == "torch" and problem.length not in (64, 130):
         pytest.skip("the chunked form in PyTorch is proved at every length on the processor")
-    given = on_device(problems.tensors(problem))
-    expected = outcome(given.copy(torch.float64), problem, "reference")
-    result = outcome(given.copy(problem.dtype), problem, backend)
+    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
+    raw = raw and RULES[problem.rule].raw_gates
+    given = problems.tensors(problem)
+    given = on_device(rounded(problems.raw_gates(given), problem.dtype) if raw else given)
+    expected = outcome(given.copy(torch.float64), problem, "reference", raw=raw)
+    result = outcome(given.copy(problem.dtype), problem, backend, raw=raw)
     assert result["out"].dtype == problem.dtype
     assert result["final state"].dtype == torch.float32
     problems.assert_agrees(result, expected, problems.TOLERANCE[problem.dtype])
@@ -63,8 +76,9 @@ def test_the_recurrence_on_the_gpu_is_the_one_on_the_processor(rule):
 @KERNELS
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("length", [1, 65])
-def test_the_fastest_backend_is_chosen(dtype, length):
-    given = on_device(problems.tensors(Problem("gated_delta_net", length=length, sizes=(64, 64)))).copy(dtype)
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_fastest_backend_is_chosen(dtype, length, size):
+    given = on_device(problems.tensors(Problem("gated_delta_net", length=length, sizes=(size, size)))).copy(dtype)
     ran: list[str] = []
     with torch.no_grad():
         RULES["gated_delta_net"].apply(**given.leaves, ran=ran)
@@ -84,7 +98,8 @@ def long_problem(rule: str, length: int, *, sizes=(64, 64), heads=2, cosine=0.0,
 
 
 def rounded(given: problems.Tensors, dtype: torch.dtype) -> problems.Tensors:
-    return problems.Tensors({n: x.to(dtype).double() for n, x in given.leaves.items()}, {}, given.keywords)
+    leaves = {name: x.to(dtype).double() for name, x in given.leaves.items()}
+    return problems.Tensors(leaves, given.states, given.keywords)
 
 
 @pytest.mark.parametrize(("length", "cosine"), [(8192, 0.0), (1024, 0.9)])
@@ -93,6 +108,18 @@ def rounded(given: problems.Tensors, dtype: torch.dtype) -> problems.Tensors:
 def test_long_sequences(rule, dtype, length, cosine):
     given = rounded(long_problem(rule, length, cosine=cosine), dtype)
     problem = Problem(rule, dtype, length)
+    expected = outcome(given.copy(torch.float64), problem, "reference")
+    problems.assert_agrees(outcome(given.copy(dtype), problem, None), expected, problems.TOLERANCE[dtype])
+
+
+@KERNELS
+@pytest.mark.parametrize("bounds", [None, (0, 100, 100, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_long_sequence_is_cut_by_itself(dtype, bounds):
+    given = rounded(long_problem("gated_delta_net", 4096, sizes=(128, 128)), dtype)
+    given.keywords["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    problem, tensors = Problem("gated_delta_net", dtype, 4096), given.copy(dtype).leaves
+    assert linear_class_launches.sizes_of(*(tensors[n] for n in "qkv"), given.keywords["cu_seqlens"]).segments > 4
     expected = outcome(given.copy(torch.float64), problem, "reference")
     problems.assert_agrees(outcome(given.copy(dtype), problem, None), expected, problems.TOLERANCE[dtype])
 
@@ -116,9 +143,11 @@ def test_4096_decode_steps_do_not_drift(rule):
     problems.assert_agrees({"out": prefill, "state": prefill_states["state"]}, expected, 1e-5)
 
 
+@pytest.mark.parametrize("segment", [0, 2])
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 @pytest.mark.parametrize("rule", problems.SERVED)
-def test_the_same_call_twice_gives_the_same_bits(rule, layout):
+def test_the_same_call_twice_gives_the_same_bits(rule, layout, segment, monkeypatch):
+    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.bfloat16, 400, layout=layout, sizes=(128, 128), heads=(2, 4, 4), option=1)
     given = on_device(problems.tensors(problem))
     first, second = (outcome(given.copy(problem.dtype), problem, None) for _ in range(2))
@@ -163,10 +192,12 @@ class Guarded:
                 assert untouched.all(), "something was written outside a tensor"
 
 
+@pytest.mark.parametrize("segment", [0, 1])
 @pytest.mark.parametrize("length", [1, 65, 130])
 @pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
 @pytest.mark.parametrize("rule", problems.SERVED)
-def test_every_output_is_written_and_nothing_else(rule, layout, length, monkeypatch):
+def test_every_output_is_written_and_nothing_else(rule, layout, length, segment, monkeypatch):
+    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.float32, length, layout=layout, sizes=(24, 40), heads=(2, 4, 4), option=1)
     given = on_device(problems.tensors(problem))
     expected = outcome(given.copy(torch.float64), problem, "reference")
@@ -213,8 +244,10 @@ def test_addresses_beyond_32_bits():
 
 
 @KERNELS
+@pytest.mark.parametrize("segment", [0, 2])
 @pytest.mark.parametrize("rule", problems.SERVED)
-def test_packed_sequences_do_not_wait_for_the_device(rule):
+def test_packed_sequences_do_not_wait_for_the_device(rule, segment, monkeypatch):
+    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.bfloat16, 400, layout="packed", sizes=(64, 64), initial=False, option=1)
     given = on_device(problems.tensors(problem)).copy(problem.dtype)
     outcome(given, problem, None)  # compiles, which may wait

@@ -15,6 +15,9 @@ from operators import Problem
 
 from hf_fwp import ops
 from hf_fwp.kernels import linear_class as kernels
+from hf_fwp.kernels import linear_class_launches as table
+from hf_fwp.layer import FastWeightLayer
+from hf_fwp.options import MixerOptions
 from hf_fwp.rules import RULES
 
 CHOICES = problems.CHOICES | {
@@ -24,7 +27,31 @@ CHOICES = problems.CHOICES | {
     "sizes": ((16, 16), (5, 7), (40, 20), (16, 36)),  # the last two take several tiles of keys and values
     "heads": ((2, 2, 2), (1, 2, 1), (1, 2, 2), (1, 1, 2)),
 }
-COVERING = [Problem(**row) for row in problems.pairwise(CHOICES)]
+WAYS = {"raw": (False, True), "segment": (0, 1, 2), "chunk": (64, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the kernels are called: with gates that are not computed yet, in segments of some chunks, in short chunks."""
+
+    raw: bool = False
+    segment: int = 0
+    chunk: int = 64
+
+    def __str__(self):
+        return "-".join(f"{name}={x}" for name, x in dataclasses.asdict(self).items())
+
+    def take(self, monkeypatch):
+        monkeypatch.setattr(table, "segment_chunks", lambda *_: self.segment)
+        rows = {key: row._replace(chunk=self.chunk) for key, row in table.TABLE.items()}
+        monkeypatch.setattr(table, "TABLE", rows)
+
+
+def split(row):
+    return Problem(**{n: x for n, x in row.items() if n not in WAYS}), Way(**{n: row[n] for n in WAYS})
+
+
+COVERING = [split(row) for row in problems.pairwise(CHOICES | WAYS)]
 GATED = Problem("gated_delta_net", torch.float32, 65, layout="padded", heads=(1, 2, 1), qk_l2norm=True)
 
 triton_interpreter.patch_once_per_launch()
@@ -38,18 +65,21 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-def agrees(problem: Problem, given: problems.Tensors | None = None) -> None:
+def agrees(problem: Problem, given: problems.Tensors | None = None, raw: bool = False) -> None:
     """float32: at most twice the error of the PyTorch backend, tensor by tensor. Half precision: the common tolerance,
     because the PyTorch backend multiplies in float32 there and only rounds its results."""
-    clean, rule = problems.tensors(problem), RULES[problem.rule]
-    expected = problems.truth(clean, rule)
-    result = problems.outcome(rule.apply, (given or clean).copy(problem.dtype), "triton")
+    clean, apply = problems.tensors(problem), RULES[problem.rule].apply
+    if raw and RULES[problem.rule].raw_gates:
+        clean, apply = problems.raw_gates(clean), problems.from_raw(apply)
+    clean.leaves = {name: x.to(problem.dtype).double() for name, x in clean.leaves.items()}
+    expected = problems.outcome(apply, clean.copy(torch.float64), "reference")
+    result = problems.outcome(apply, (given or clean).copy(problem.dtype), "triton")
     assert result["out"].dtype == problem.dtype
     assert result["final state"].dtype == torch.float32
     if problem.dtype != torch.float32:
         problems.assert_agrees(result, expected, problems.TOLERANCE[problem.dtype])
         return
-    by_torch = problems.outcome(rule.apply, clean.copy(problem.dtype), "torch")
+    by_torch = problems.outcome(apply, clean.copy(problem.dtype), "torch")
     for name, x in result.items():
         assert expected.keys() == result.keys()
         size = max(float(expected[name].norm()), 0.05 * expected[name].numel() ** 0.5)
@@ -61,9 +91,29 @@ def agrees(problem: Problem, given: problems.Tensors | None = None) -> None:
 ROUNDING = 6e-7  # five units in the last place: a single token has hardly an error to double
 
 
-@pytest.mark.parametrize("problem", COVERING, ids=str)
-def test_kernels_agree_with_the_recurrence(problem):
-    agrees(problem)
+@pytest.mark.parametrize(("problem", "way"), COVERING, ids=str)
+def test_kernels_agree_with_the_recurrence(problem, way, monkeypatch):
+    way.take(monkeypatch)
+    agrees(problem, raw=way.raw)
+
+
+@pytest.mark.parametrize("segment", [0, 2])
+def test_large_heads_in_float32(segment, monkeypatch):
+    """As the table has them: chunks of 16 tokens."""
+    monkeypatch.setattr(table, "segment_chunks", lambda *_: segment)
+    agrees(Problem("gated_delta_net", torch.float32, 50, sizes=(130, 18), heads=(1, 1, 1), qk_l2norm=True))
+
+
+def test_long_sequences_are_cut_where_they_do_not_fill_the_device():
+    """4 heads of 128 columns in tiles of 32: 16 programs of the 128 that fill the device."""
+    k = torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16)
+    sizes = table.sizes_of(k, k, k, None)
+    assert (sizes.span, sizes.segments) == (64 * 4, 16)
+    packed = table.sizes_of(k, k, k, torch.tensor([0, 100, 4096]))  # twice as many programs to begin with
+    assert (packed.span, packed.segments) == (64 * 8, 8 + 2)
+    assert table.sizes_of(k[:, :960], k[:, :960], k[:, :960], None).segments == 0
+    full = k.expand(8, -1, -1, -1)
+    assert table.sizes_of(full, full, full, None).segments == 0
 
 
 def test_padding_may_hold_nan():
@@ -73,7 +123,9 @@ def test_padding_may_hold_nan():
     agrees(GATED, given)
 
 
-def test_many_short_sequences_find_their_chunks():
+@pytest.mark.parametrize("way", [Way(), Way(segment=1), Way(segment=3, chunk=16)], ids=str)
+def test_many_short_sequences_find_their_chunks(way, monkeypatch):
+    way.take(monkeypatch)
     given = problems.tensors(Problem("gated_delta_net", torch.float32, 131, False, "packed", heads=(1, 1, 1)))
     given.keywords["cu_seqlens"] = torch.tensor([0, 1, 1, 65, 66, 67, 131, 131], dtype=torch.int32)
     result = problems.outcome(RULES["gated_delta_net"].apply, given.copy(torch.float32), "triton")
@@ -118,6 +170,32 @@ def test_opcheck(packed, erase):
     torch.library.opcheck(kernels.linear_class_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.raw_gates])
+def test_a_layer_leaves_its_gates_to_the_kernels(rule, monkeypatch):
+    found = []
+
+    def seen(grid, arguments, constants):
+        found.append((constants["RANGE"], constants["RAW_G"]))
+        return grid, arguments, constants
+
+    monkeypatch.setattr(kernels, "gradients", Changed(kernels.gradients, seen))
+    torch.use_deterministic_algorithms(False)
+    x, results = torch.randn(2, 9, 12), {}
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 12, "num_attention_heads": 2, "head_dim": 6}
+        options = MixerOptions(rule=rule, allow_neg_eigval=True, backend=backend, **sizes)
+        layer = FastWeightLayer(options, 0)
+        out, _ = layer(x, attention_mask=torch.tensor([[1] * 9, [0] * 4 + [1] * 5]))
+        names, weights = zip(*layer.named_parameters(), strict=True)
+        grads = torch.autograd.grad(out.square().sum(), weights)
+        results[backend] = {"out": out.detach()} | dict(zip(names, grads, strict=True))
+        assert layer.backend_ran == backend
+    assert found == [(2.0, "g" in RULES[rule].inputs)]
+    exact = {name: value.double() for name, value in results["torch"].items()}
+    problems.assert_agrees(results["triton"], exact, 1e-5)
+
+
 def test_compiles_without_graph_breaks():
     q, k, v = (torch.randn(1, 20, 1, 4).requires_grad_() for _ in range(3))
     beta, g = torch.rand(1, 20, 1).requires_grad_(), (-torch.rand(1, 20, 1)).requires_grad_()
@@ -145,7 +223,7 @@ def test_without_a_gradient_no_state_is_kept():
 
 REFUSED = {
     "float64": ({"v": torch.zeros(1, 3, 1, 4).double()}, "a tensor is float64"),
-    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and in 32 bits the kernels go up to 128"),
+    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and in 32 bits the kernels go up to 256"),
     "devices": ({"beta": torch.zeros(1, 3, 1, device="meta")}, "several devices: cpu, meta"),
 }
 
@@ -194,6 +272,14 @@ def without(name):
     return change
 
 
+def of_other_range(grid, arguments, constants):
+    return grid, arguments, constants | {"RANGE": 1.0}
+
+
+def from_zero(grid, arguments, constants):
+    return grid, arguments, constants | {"HAS_FINAL": False}
+
+
 ANY = (not_at_all, one_program_less, *map(without, ("HAS_G", "HAS_MASK", "L2NORM", "HAS_BETA")))
 MUTATIONS = [
     *(("invert_chunks", change) for change in ANY),
@@ -201,14 +287,59 @@ MUTATIONS = [
     *(("scan_backward", change) for change in (*ANY, without("ERASE"), without("HAS_FINAL"))),
     *(("gradients", change) for change in (*ANY, without("ERASE"))),
 ]
+SEGMENT_MUTATIONS = [
+    *(("map_segments", change) for change in (*ANY, without("ERASE"))),
+    *(("carry", change) for change in (not_at_all, one_program_less, without("BACKWARDS"), without("HAS_START"))),
+    ("scan_forward", without("HAS_STATE")),
+    ("scan_backward", from_zero),
+]
+KERNELS = ("invert_chunks", "map_segments", "scan_forward", "scan_backward", "gradients")
+RAW_MUTATIONS = [(kernel, change) for kernel in KERNELS for change in (without("RAW_G"), of_other_range)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A check of a problem that is quick, whose keys have a length that matters."""
+    drawn = problems.draw
+    longer = {"k": 2}
+    monkeypatch.setattr(problems, "draw", lambda name, shape: longer.get(name, 1) * drawn(name, shape))
+
+    def check(length=18, way=None):
+        (way or Way()).take(monkeypatch)
+        heads = (1, 2, 1) if way is None else (1, 1, 1)
+        agrees(dataclasses.replace(GATED, sizes=(4, 4), length=length, heads=heads), raw=way is not None and way.raw)
+
+    return check
+
+
+def is_noticed(kernel, change, monkeypatch, check, *arguments):
+    monkeypatch.setattr(kernels, kernel, Changed(getattr(kernels, kernel), change))
+    with pytest.raises(AssertionError, match="relative error"):
+        check(*arguments)
 
 
 @pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch):
-    monkeypatch.setattr(kernels, kernel, Changed(getattr(kernels, kernel), change))
-    problem = dataclasses.replace(GATED, sizes=(4, 4), length=18)
-    with pytest.raises(AssertionError, match="relative error"):
-        agrees(problem)
+def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch, small):
+    is_noticed(kernel, change, monkeypatch, small)
+
+
+IN_SEGMENTS = (34, Way(segment=1, chunk=16))
+RAW = (20, Way(raw=True, segment=1, chunk=16))
+
+
+@pytest.mark.parametrize(("kernel", "change"), SEGMENT_MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_kernel_is_noticed_in_segments(kernel, change, monkeypatch, small):
+    is_noticed(kernel, change, monkeypatch, small, *IN_SEGMENTS)
+
+
+@pytest.mark.parametrize(("kernel", "change"), RAW_MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_gate_is_noticed(kernel, change, monkeypatch, small):
+    is_noticed(kernel, change, monkeypatch, small, *RAW)
+
+
+@pytest.mark.parametrize("arguments", [(), IN_SEGMENTS, RAW], ids=["plain", "in segments", "raw"])
+def test_kernels_that_are_not_broken_pass(small, arguments):
+    small(*arguments)
 
 
 def test_the_interpreter_or_a_gpu_runs_this():

@@ -43,39 +43,75 @@ def test_refused_without_the_package(monkeypatch):
 
 def chosen(monkeypatch, **changes):
     """The backend for these tensors if the processor were a GPU."""
-    monkeypatch.setattr(triton_fit, "DEVICES", ("cpu",))
+    for module in (triton_fit, linear_class):
+        monkeypatch.setattr(module, "DEVICES", ("cpu",))
     call = linear_class.LinearClassCall(RULES["delta_net"].step, erase=True)
     return linear_class.choose_backend(call, *given(**changes).values())
 
 
 def test_chosen_on_a_gpu_where_they_fit(monkeypatch):
-    wide, half = torch.zeros(1, 3, 1, 200), torch.zeros(1, 3, 1, 200).bfloat16()
+    wide, half = torch.zeros(1, 3, 1, 300), torch.zeros(1, 3, 1, 200).bfloat16()
+    large = torch.zeros(1, 3, 1, 256)
     assert chosen(monkeypatch) == "triton"
     assert chosen(monkeypatch, q=half, k=half, v=half) == "triton"
+    assert chosen(monkeypatch, q=large, k=large, v=large) == "triton"
     assert chosen(monkeypatch, q=wide, k=wide, v=wide) == "torch"
-    assert chosen(monkeypatch, v=half) == "torch"
+    assert chosen(monkeypatch, v=half) == "triton"
+    assert chosen(monkeypatch, v=wide.bfloat16()) == "torch"
     assert chosen(monkeypatch, v=torch.zeros(1, 3, 1, 4).double()) == "torch"
     assert chosen(monkeypatch, **{name: x[:, :1] for name, x in given().items()}) == "step"
     monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
     assert chosen(monkeypatch) == "torch"
 
 
+def test_falling_back_on_a_gpu_is_said_once_for_each_reason(monkeypatch, caplog):
+    triton_fit.SAID.clear()
+    wide = torch.zeros(1, 3, 1, 300)
+    for _ in range(2):
+        chosen(monkeypatch)
+        chosen(monkeypatch, q=wide, k=wide, v=wide)
+        chosen(monkeypatch, v=torch.zeros(1, 3, 1, 4).double())
+        chosen(monkeypatch, **{name: x[:, :1] for name, x in given().items()})
+    size, dtype = (record.getMessage() for record in caplog.records)
+    assert size.startswith("heads have size 300, and in 32 bits the kernels go up to 256: this call runs in PyTorch")
+    assert "a tensor is float64" in dtype
+
+
+def test_falling_back_is_not_said_on_a_processor_or_where_it_was_asked_for(monkeypatch, caplog):
+    triton_fit.SAID.clear()
+    ops.delta_rule(**given())
+    monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
+    chosen_call = linear_class.LinearClassCall(RULES["delta_net"].step, erase=True, backend="torch")
+    monkeypatch.setattr(linear_class, "DEVICES", ("cpu",))
+    assert linear_class.choose_backend(chosen_call, *given().values()) == "torch"
+    assert not caplog.records
+
+
+def test_a_compiled_graph_falls_back_without_a_break(monkeypatch, caplog):
+    triton_fit.SAID.clear()
+    monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
+    monkeypatch.setattr(linear_class, "DEVICES", ("cpu",))
+    compiled = torch.compile(lambda q: ops.delta_rule(**given(q=q))[0], fullgraph=True, backend="eager")
+    assert not compiled(torch.zeros(1, 3, 1, 4)).any()
+    assert "triton is not installed" in caplog.text
+
+
 class OnGpu:
     """What a tensor on a GPU says of itself."""
 
     device = torch.device("cuda:0")
-    dtype, shape = torch.float32, (1, 3, 1, 100)
+    dtype, shape = torch.float32, (1, 3, 1, 60)
 
     def element_size(self):
         return 4
 
 
-@pytest.mark.parametrize(("memory", "fits"), [(227 * 1024, True), (99 * 1024, False)])
+@pytest.mark.parametrize(("memory", "fits"), [(227 * 1024, True), (99 * 1024, True), (64 * 1024, False)])
 def test_heads_that_need_more_memory_than_the_gpu_has_are_left_to_pytorch(monkeypatch, memory, fits):
     monkeypatch.setattr(triton_fit, "_too_old", lambda _: False)
     monkeypatch.setattr(triton_fit, "_shared_memory", lambda _: memory)
     reason = triton_fit.why_not_triton(OnGpu(), OnGpu(), OnGpu())
-    assert reason is None if fits else "need 163840 bytes of shared memory, cuda:0 has 101376" in reason
+    assert reason is None if fits else "need 98304 bytes of shared memory, cuda:0 has 65536" in reason
 
 
 @pytest.mark.parametrize(("capability", "old"), [((7, 5), True), ((8, 0), False)])

@@ -9,6 +9,7 @@ from hf_fwp import RULES, FastWeightLayer, MixerOptions
 from hf_fwp.layer import ShortConvolution
 from hf_fwp.options import WITHOUT_QKV
 from hf_fwp.packing import Window
+from hf_fwp.rules.gating import value_of
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
 BARE = {"conv_size": 0, "feature_map": "identity", "qk_norm": "l2", "output_gate": "none", "output_norm": False}
@@ -218,6 +219,8 @@ def test_rates(rule):
     assert set(rates) == set(RULES[rule].inputs_with(layer.options.rule_options))
     for name in {"beta", "erase"} & set(rates):
         assert_close(rates[name], 2 * halved[name])
+    for name, gate in layer._rates(hidden(), raw=True).items():
+        assert torch.equal(value_of(gate), rates[name])
     if "g" in rates:
         assert (rates["g"] < 0).all()
     if hasattr(layer, "a_proj"):
