@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 BACKENDS = ["reference", "torch"]
 SERVED = ("linear_attention", "delta_net", "gated_delta_net")  # the rules that have Triton kernels
+SERVED_BY_CHANNEL = ("kimi_delta", "gated_delta_net_2", "comba", "precond_delta", "oja", "gated_oja")
 unit = torch.nn.functional.normalize
 
 

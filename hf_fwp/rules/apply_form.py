@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Rule, States, keep_valid, recurrence
 from .checks import check_arguments, sequence_bounds
-from .general import Form, run_form, run_token
+from .general import Form, run_form, run_kernels, run_token
 from .linear_class import BACKENDS, LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
 
 MakeForm = Callable[..., Form]
@@ -26,6 +26,8 @@ def apply_form(
     inputs: Mapping[str, Tensor | None],
     *,
     first: Before | None = None,
+    renames: bool = False,
+    word: torch.dtype | None = None,
     states: States | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -37,20 +39,35 @@ def apply_form(
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
-    without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`."""
+    without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`.
+    A form that `renames` its tensors and computes nothing leaves everything to the kernels. `word` is the type of
+    their products, that of q, k and v when left out."""
     chosen = rule.resolve_options(options)
     states = states or {}
     given = check_inputs(rule, chosen, inputs, k, v)
     one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
     plain = {name: x for name, x in states.items() if name not in rule.shapes}
     check_arguments(q, one_k, one_v, beta=None, g=None, states=plain, mask=mask, cu_seqlens=cu_seqlens)
-    backend = pick_backend(rule, backend, cu_seqlens, q, k, v, *given.values(), *states.values())
+    out_dtype = v.dtype
+    word = word or (q.dtype if q.dtype == k.dtype == v.dtype else torch.float32)
+    q, k, v = (x.to(torch.promote_types(x.dtype, word)) for x in (q, k, v))
+    tensors = (q, k, v, *given.values(), *states.values())
+    backend = pick_backend(rule, backend, cu_seqlens, *tensors, kernels=make_form is not None)
     if ran is not None:
         ran.append(backend)
+    factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
+    if renames and backend == "triton" and not (qk_l2norm and q.shape[2] > v.shape[2]):
+        assert make_form is not None
+        form = make_form(q=q, k=k, v=v, **given, **chosen)
+        call = {"mask": mask, "cu_seqlens": cu_seqlens, "scale": factor, "l2norm": qk_l2norm}
+        out, state = run_kernels(form, states.get("state"), word, **call)
+        return out.to(out_dtype), {"state": state}
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
-    tokens["q"] = tokens["q"] * (k.shape[-1] ** -0.5 if scale is None else scale)
+    tokens["q"] = tokens["q"] * factor
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     carried = complete_states(rule, states, count, tokens)
+
+    one_by_one = backend != "triton" or first is not None
 
     def run(part: dict[str, Tensor], before: States, valid: Tensor | None) -> tuple[Tensor, States]:
         if backend == "reference":
@@ -62,15 +79,18 @@ def apply_form(
         if backend == "step":
             state = before["state"].clone()
             out = run_token(form, state)
+        elif backend == "triton":
+            out, state = run_kernels(form, before["state"], word, cu_seqlens=None if one_by_one else cu_seqlens)
+            out = out.unflatten(2, part["q"].shape[2:4])
         else:
             out, state = run_form(form, before["state"])
         return out, {**before, "state": state}
 
     with torch.autocast(v.device.type, enabled=False):
-        out, after = each_sequence(tokens, carried, cu_seqlens, mask, run)
+        out, after = each_sequence(tokens, carried, cu_seqlens if one_by_one else None, mask, run)
     if in_place and backend == "step" and not torch.is_grad_enabled():
         after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
-    out = out.flatten(2, 3).to(v.dtype)
+    out = out.flatten(2, 3).to(out_dtype)
     return out if mask is None else keep_valid(out, mask), after
 
 
@@ -112,13 +132,9 @@ def each_sequence(
     return torch.cat(outs, dim=1), {name: torch.cat([after[name] for after in ends]) for name in states}
 
 
-def pick_backend(rule: Rule, backend: str | None, cu_seqlens: Tensor | None, *tensors: Tensor) -> str:
-    """The backend asked for, or "step" for one token without a gradient and "torch" for the rest."""
-    if backend is None:
-        single = tensors[0].shape[1] == 1 and cu_seqlens is None
-        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        backend = "step" if single and not needs_grad else "torch"
-    elif backend == "triton":
+def pick_backend(rule: Rule, backend: str | None, cu_seqlens: Tensor | None, *tensors: Tensor, kernels: bool) -> str:
+    """The backend asked for, or the fastest that fits; without `kernels` that is never Triton."""
+    if backend == "triton" and not kernels:
         raise ValueError(
             f"backend 'triton' has no kernel for the rule {rule.name}; the backends are {', '.join(BACKENDS)}: "
             "leave it out, or use 'torch', which runs on every device"

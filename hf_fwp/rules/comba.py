@@ -48,8 +48,7 @@ def form(
 
     The gated delta rule with rate βc and value v / c says the same, but is inexact for small c.
     """
-    beta = beta.unsqueeze(-1)
-    return Form(q, w=k, e=beta * closeness.unsqueeze(-1) * k, u=beta * v, g=g.unsqueeze(-1))
+    return Form(q, w=k, e=closeness.unsqueeze(-1) * k, u=v, g=g.unsqueeze(-1), rate=beta)
 
 
 def apply(
@@ -73,8 +72,7 @@ def apply(
     shift = (x["closeness"] * x["correction"])[..., None] * _per_value_head(x["k"], v.shape[2])
     corrected = (split_queries(x["q"], v.shape[2]) - shift.unsqueeze(3)).flatten(2, 3)
     inputs = {name: x[name] for name in inputs} | {"correction": torch.zeros_like(x["correction"])}
-    out, states = apply_form(RULE, form, corrected, x["k"], x["v"], inputs, mask=mask, options=options, **call)
-    return out.to(v.dtype), states
+    return apply_form(RULE, form, corrected.to(q.dtype), k, v, inputs, mask=mask, options=options, **call)
 
 
 def _per_value_head(k: Tensor, value_heads: int) -> Tensor:

@@ -38,6 +38,14 @@ class Form:
     u: Tensor  # [B, T, HV, V]
     g: Tensor | None  # [B, T, HV, K] or [B, T, HV, 1]
     transposed: bool = False  # M = Sᵀ: w, e and g have size V, u has size K
+    rate: Tensor | None = None  # [B, T, HV], multiplies e and u
+
+    def rated(self) -> tuple[Tensor, Tensor]:
+        """e and u at their rate."""
+        if self.rate is None:
+            return self.e, self.u
+        rate = self.rate.unsqueeze(-1)
+        return rate * self.e, rate * self.u
 
 
 def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +53,7 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     length = form.w.shape[1]
     longest = blocks.chunk_length(form.w.shape[-1], form.u.shape[-1])
     chunk = min(longest, 1 << (length - 1).bit_length())
-    q, w, e, u = (in_chunks(x, chunk) for x in (form.q, form.w, form.e, form.u))
+    q, w, e, u = (in_chunks(x, chunk) for x in (form.q, form.w, *form.rated()))
     state = (state_BHKV.mT if form.transposed else state_BHKV).flatten(0, 1)
     total = None if form.g is None else in_chunks(form.g, chunk).cumsum(-2)
     scores = decayed(e if form.transposed else torch.cat([e, q], dim=2), w, total)
@@ -80,6 +88,36 @@ def scan(
         written.append(torch.baddbmm(u, e, state, alpha=-1))
         state = torch.baddbmm(state if decay is None else decay * state, w.mT, written[-1])
     return torch.stack(before), torch.stack(written), state
+
+
+def run_kernels(
+    form: Form,
+    state_BHKV: Tensor | None,
+    word: torch.dtype,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Reads [B, T, HQ, V] and the state after the last token, by Triton; products have operands of type `word`.
+
+    Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q and bring it and w to
+    length 1. That needs e = w and one query per state, and not a transposed form.
+    """
+    q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
+    tensors = (q.to(word), form.w.to(word), form.u.to(word))
+    erase = None if form.e is form.w else form.e.to(word)
+    rates = {"erase": erase, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
+    if form.transposed:
+        from ..kernels.channel_decay_transposed import chunked as chunked_across
+
+        state = None if state_BHKV is None else state_BHKV.mT
+        out, state = chunked_across(*tensors, **rates, state=state)
+        return out, state.mT
+    from ..kernels.channel_decay import chunked
+
+    return chunked(*tensors, **rates, state=state_BHKV, mask=mask, scale=scale, l2norm=l2norm)
 
 
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +171,7 @@ def gamma(total: Tensor) -> Tensor:
 def run_token(form: Form, state_BHKV: Tensor) -> Tensor:
     """One token: reads [B, 1, HV, R, V]; the state is changed in place."""
     state = state_BHKV.mT if form.transposed else state_BHKV
-    w, e, u = (x[:, 0].unsqueeze(2) for x in (form.w, form.e, form.u))
+    w, e, u = (x[:, 0].unsqueeze(2) for x in (form.w, *form.rated()))
     if form.g is not None:
         state.mul_(form.g[:, 0].exp().unsqueeze(-1))
     state.addcmul_(w.mT, u - e @ state)

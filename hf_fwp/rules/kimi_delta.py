@@ -29,15 +29,14 @@ def step(
 
 def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: Any) -> Form:
     """w = k, e = βk, u = βv."""
-    beta = beta.unsqueeze(-1)
-    return Form(q, w=k, e=beta * k, u=beta * v, g=g)
+    return Form(q, w=k, e=k, u=v, g=g, rate=beta)
 
 
 def apply(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor | None = None, beta: Tensor | None = None, **call: Any
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors; `call` holds the keywords of `apply_form`."""
-    return apply_form(RULE, form, q, k, v, {"g": g, "beta": beta}, **call)
+    return apply_form(RULE, form, q, k, v, {"g": g, "beta": beta}, renames=True, **call)
 
 
 RULE = Rule(

@@ -75,8 +75,8 @@ def form(
     **_: Any,
 ) -> Form:
     """w = k̃, e = βk, u = βv."""
-    beta, g = beta.unsqueeze(-1), None if g is None else g.unsqueeze(-1)
-    return Form(q, w=scaled_keys(k, moment, range=range, center=center), e=beta * k, u=beta * v, g=g)
+    g = None if g is None else g.unsqueeze(-1)
+    return Form(q, w=scaled_keys(k, moment, range=range, center=center), e=k, u=v, g=g, rate=beta)
 
 
 def apply(

@@ -1,0 +1,266 @@
+"""Backward kernels of the channel decay; the letters are those of rules/general.py, with a rate β for e and u.
+
+    scan_backward    from the last chunk to the first: dY, and dS after every chunk
+    gradients        parallel over chunks: dq, dk, de, dv, dβ, dg; R is computed again
+
+With every product a sum over the levels of a chunk (channel_decay_tiles.py), and ê = βe:
+    dA = -strict_tril(dY Rᵀ)       dP = tril(dO Rᵀ)
+    dq̂ = exp(G) ⊙ (dO S0ᵀ) + Σ_j dP_ij exp(G_i - G_j) ⊙ k_j
+    dê = -exp(G) ⊙ (dY S0ᵀ) + Σ_j dA_ij exp(G_i - G_j) ⊙ k_j
+    dk = exp(G_C - G) ⊙ (R dSᵀ) + Σ_i (dP_ij q̂_i + dA_ij ê_i) ⊙ exp(G_i - G_j)
+The gradient of a factor exp(Σ g) times the factor belongs to every g of the sum. Adding up
+q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk from the end of the chunk would give the same, but most of it cancels.
+The projections that the gradient of a unit vector needs are sums over the values, known before:
+    Σ_k q̂ ⊙ dq̂ = Σ_v dO ⊙ O         Σ_k ê ⊙ dê = Σ_v dY ⊙ (R - βU)       Σ_k k ⊙ dk = Σ_v dY ⊙ R
+"""
+
+# pyright: reportGeneralTypeIssues=false
+# (the bodies of kernels are another language)
+
+import triton
+import triton.language as tl
+
+from .channel_decay_tiles import chunk_decay, level_decay, lies_between, load_steps, meets
+from .tiles import (
+    EPS,
+    chunk_in_slot,
+    dot,
+    first_slot,
+    inverse_length,
+    load_matrix,
+    load_rate,
+    load_tile,
+    sequence_span,
+    store_matrix,
+    store_tile,
+    valid_rows,
+)
+
+
+@triton.jit(do_not_specialize=["length"])
+def scan_backward(
+    q, k, erase, beta, g, mask, cu, solve, reads, d_out, d_final, d_initial, d_states, d_written, scale, length,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GK: tl.constexpr,
+    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns."""
+    parts: tl.constexpr = (V + BV - 1) // BV
+    pair = tl.program_id(0) // parts
+    n, hv = pair // HV, pair % HV
+    h = hv // (HV // H)
+    first, count = sequence_span(n, cu, length, PACKED)
+    slot = first_slot(n, first, length, C, PACKED)
+    rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
+    values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
+    d_state = tl.zeros([BK, BV], tl.float32)
+    if HAS_FINAL:
+        d_state = load_matrix(d_final, pair.to(tl.int64), keys, values, K, V)
+
+    chunks = tl.cdiv(count, C)
+    for back in range(0, chunks):
+        i = chunks - 1 - back
+        at = first + i * C
+        here = rows < count - i * C
+        valid = valid_rows(mask, at, rows, here, HAS_MASK)
+        decay, remaining, left = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
+        k_tile *= inverse_length(k_tile, L2NORM)[:, None]
+        store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
+        dw = dot(k_tile * remaining, d_state, DOT, PRECISION)
+        d_state = left[:, None] * d_state
+        for r in range(R):
+            if SHARE:
+                hq, heads = h, H
+            else:
+                hq, heads = hv * R + r, HV * R
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+            q_norm = scale * inverse_length(q_tile, L2NORM)
+            do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
+            p = load_matrix(reads, (slot + i) * (HV * R) + hv * R + r, rows, others, C, C)
+            dw += dot(tl.trans(p), do, DOT, PRECISION)
+            d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
+        t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
+        dw = tl.where(valid[:, None], dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
+        e_tile = k_tile
+        if HAS_ERASE:
+            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+        d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
+        store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
+    store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
+
+
+@triton.jit
+def _inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.constexpr, L2NORM: tl.constexpr):
+    """1 / length of the rows of x, or 1."""
+    found = tl.full([rows.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        total = tl.zeros([rows.shape[0]], tl.float32)
+        for part in range(0, K, KB):
+            tile = load_tile(x, at, head, heads, K, rows, part + tl.arange(0, KB), valid).to(tl.float32)
+            total += tl.sum(tile * tile, 1)
+        found = tl.rsqrt(total + EPS)
+    return found
+
+
+@triton.jit
+def _add_pairs(
+    d_q, d_e, d_k, d_g, d_a, d_p, q_tile, e_tile, k_tile, step,
+    LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of q̂, ê, k and g with the sums over pairs of tokens added, level by level."""
+    for level in range(LEVELS):
+        decay, met = level_decay(step, level, DOT, PRECISION), meets(level, C)
+        a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
+        earlier = k_tile * decay
+        more_q = decay * dot(p, earlier, DOT, PRECISION)
+        more_e = decay * dot(a, earlier, DOT, PRECISION)
+        later = dot(tl.trans(p), q_tile * decay, DOT, PRECISION)
+        more_k = decay * (later + dot(tl.trans(a), e_tile * decay, DOT, PRECISION))
+        moved = q_tile * more_q + e_tile * more_e + k_tile * more_k
+        d_g += dot(tl.trans(lies_between(level, C).to(tl.float32)), moved, DOT, PRECISION)
+        d_q += more_q
+        d_e += more_e
+        d_k += more_k
+    return d_q, d_e, d_k, d_g
+
+
+@triton.jit(do_not_specialize=["length", "sequences", "halvings"])
+def gradients(
+    q, k, erase, v, beta, g, mask, cu, solve, reads, states, d_states, d_written, d_out, written,
+    dq, dk, d_erase, dv, d_beta, d_g, scale, length, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
+    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later.
+
+    What does not depend on the query is added by the first reader of a state. `written` is room for R.
+    """
+    slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
+    hv = reader // R
+    h = hv // (HV // H)
+    leads = reader % R == 0
+    if SHARE:
+        hq, heads = h, H
+    else:
+        hq, heads = reader, HV * R
+    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    if left <= 0:
+        return
+    rows, others = tl.arange(0, C), tl.arange(0, C)
+    here = rows < left
+    valid = valid_rows(mask, at, rows, here, HAS_MASK)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+    k_norm = _inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
+    q_norm = _inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
+    share = tl.where(leads, 1.0, 0.0)
+    index = slot.to(tl.int64) * HV + hv
+
+    d_a = tl.zeros([C, C], tl.float32)
+    d_p = tl.zeros([C, C], tl.float32)
+    along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ U
+    along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
+    along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
+    for part in range(0, V, BV):
+        values = part + tl.arange(0, BV)
+        v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid).to(tl.float32)
+        before = tl.zeros([C, BV], tl.float32)
+        read = tl.zeros([C, BV], tl.float32)
+        for piece in range(0, K, KB):
+            keys = piece + tl.arange(0, KB)
+            s = load_matrix(states, index, keys, values, K, V)
+            decay, _rest, _last = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
+            if HAS_ERASE:
+                e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+            else:
+                e_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+            before += dot(e_tile * decay, s, DOT, PRECISION)
+            if L2NORM:
+                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
+                read += dot(q_tile * decay, s, DOT, PRECISION)
+        t = load_matrix(solve, index, rows, others, C, C)
+        r = dot(t, rate[:, None] * (v_tile - before), DOT, PRECISION)
+        store_tile(written, at, reader, HV * R, V, rows, values, here, r)
+        d_a -= dot(dw, tl.trans(r), DOT, PRECISION)
+        d_p += dot(do, tl.trans(r), DOT, PRECISION)
+        along_value += tl.sum(dw * v_tile, 1)
+        along_written += tl.sum(dw * r, 1)
+        along_read += scale * tl.sum(do * read, 1)
+        if HAS_BETA:
+            store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
+    tl.debug_barrier()  # `written` is read by other threads than wrote it
+
+    d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
+    d_p = tl.where(rows[:, None] >= others[None, :], d_p, 0.0)
+    met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
+    if L2NORM:
+        p = load_matrix(reads, slot.to(tl.int64) * (HV * R) + reader, rows, others, C, C).to(tl.float32)
+        along_read += tl.sum(d_p * p, 1)
+    d_p *= scale
+    eta = along_value
+    d_steps = tl.zeros([C], tl.float32)
+    for piece in range(0, K, KB):
+        keys = piece + tl.arange(0, KB)
+        d_q = tl.zeros([C, KB], tl.float32)
+        d_e = tl.zeros([C, KB], tl.float32)
+        d_k = tl.zeros([C, KB], tl.float32)
+        along_state = tl.zeros([KB], tl.float32)  # Σ_v S0 ⊙ dS1
+        for part in range(0, V, BV):
+            values = part + tl.arange(0, BV)
+            s = load_matrix(states, index, keys, values, K, V)
+            ds = load_matrix(d_states, index, keys, values, K, V)
+            r = load_tile(written, at, reader, HV * R, V, rows, values, valid)
+            dw = load_tile(d_written, at, hv, HV, V, rows, values, valid)
+            do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid)
+            d_q += dot(do, tl.trans(s), DOT, PRECISION)
+            d_e -= dot(dw, tl.trans(s), DOT, PRECISION)
+            d_k += dot(r, tl.trans(ds), DOT, PRECISION)
+            along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+        q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
+        e_tile = k_tile
+        if HAS_ERASE:
+            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+        decay, remaining, after = chunk_decay(step)
+        d_e *= share * decay
+        d_k *= share * remaining
+        along_state *= share * after
+        d_q *= scale * decay
+        later = rate[:, None] * e_tile
+        d_step = dot((rows[:, None] <= others[None, :]).to(tl.float32), q_tile * d_q + later * d_e, DOT, PRECISION)
+        d_step += dot((rows[:, None] > others[None, :]).to(tl.float32), k_tile * d_k, DOT, PRECISION)
+        d_step += along_state[None, :]
+        d_q, d_e, d_k, d_step = _add_pairs(
+            d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
+        )
+        d_q += met_itself[:, None] * k_tile
+        d_k += met_itself[:, None] * q_tile
+        eta += tl.sum(e_tile * d_e, 1)
+        d_e *= rate[:, None]
+        if GK == 1:
+            d_steps += tl.sum(d_step, 1)
+        elif GK > 1:
+            store_tile(d_g, at, reader, HV * R, K, rows, keys, here, tl.where(valid[:, None], d_step, 0.0))
+        if HAS_ERASE:
+            store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_e)
+        else:
+            d_k += d_e
+        if L2NORM:
+            d_q -= q_tile * along_read[:, None]
+            d_k -= k_tile * (2.0 * along_written - rate * along_value)[:, None]
+        store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
+        store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])
+    at_row = at * (HV * R) + reader + rows * (HV * R)
+    if GK == 1:
+        tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here)
+    if HAS_BETA:
+        at_row = at * HV + hv + rows * HV
+        found = tl.where(valid, eta, 0.0).to(d_beta.dtype.element_ty)
+        tl.store(d_beta + at_row, found, mask=here & leads)

@@ -1,0 +1,197 @@
+"""The Triton kernels of the channel decay against the float64 recurrence, under Triton's interpreter or on a GPU.
+
+Run by test_channel_decay.py in a process of its own: TRITON_INTERPRET must be set before triton is imported.
+Memory that nothing was written to holds NaN.
+"""
+
+import dataclasses
+
+import operators as problems
+import pytest
+import torch
+from interpreted import Changed, agrees, not_at_all, one_program_less, without
+from operators import Problem
+
+from hf_fwp import ops
+from hf_fwp.kernels import channel_decay, channel_decay_tiles, channel_decay_transposed
+from hf_fwp.rules import RULES
+
+CHOICES = problems.CHOICES | {
+    "rule": problems.SERVED_BY_CHANNEL,
+    "option": (0, 1),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "length": (2, 65),
+    "sizes": ((16, 16), (5, 7), (36, 20)),  # the last takes two tiles of keys
+    "heads": ((1, 2, 1), (1, 2, 2), (1, 1, 2)),
+}
+COVERING = [Problem(**row) for row in problems.pairwise(CHOICES)]
+KIMI = Problem("kimi_delta", torch.float32, 65, layout="padded", heads=(1, 2, 1), qk_l2norm=True)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("problem", COVERING, ids=str)
+def test_kernels_agree_with_the_recurrence(problem):
+    agrees(problem)
+
+
+@pytest.mark.parametrize("rule", ["kimi_delta", "gated_delta_net_2", "gated_oja"])
+def test_padding_may_hold_nan(rule):
+    problem = dataclasses.replace(KIMI, rule=rule, length=20)
+    given = problems.tensors(problem)
+    for x in given.leaves.values():
+        x[~given.keywords["mask"]] = float("nan")
+    agrees(problem, given)
+
+
+def kimi(length: int = 65, **changes) -> problems.Tensors:
+    return problems.tensors(Problem("kimi_delta", torch.float32, length, heads=(1, 1, 1), **changes))
+
+
+def judged(given: problems.Tensors, tolerance: float) -> None:
+    rule = RULES["kimi_delta"]
+    result = problems.outcome(rule.apply, given.copy(torch.float32), "triton")
+    problems.assert_agrees(result, problems.truth(given, rule), tolerance)
+
+
+def test_one_token():
+    judged(kimi(1), 2e-6)
+
+
+def test_many_short_sequences_find_their_chunks():
+    given = kimi(131, initial=False, layout="packed")
+    given.keywords["cu_seqlens"] = torch.tensor([0, 1, 1, 65, 66, 67, 131, 131], dtype=torch.int32)
+    judged(given, 3e-6)
+
+
+@pytest.mark.parametrize("strength", [30.0, 3000.0])
+def test_a_strong_decay_neither_overflows_nor_loses_digits(strength):
+    """exp(-G) would be infinite; channels beside the strong ones hardly decay."""
+    given = kimi()
+    given.leaves["g"] *= torch.where(torch.rand_like(given.leaves["g"]) < 0.5, strength, 1e-3)
+    given.leaves["g"] = given.leaves["g"].float().double()
+    judged(given, 3e-6)
+
+
+def test_a_decay_to_nothing_is_exact():
+    given = kimi()
+    given.leaves["g"][:, 10] = -torch.inf
+    tensors = given.copy(torch.float32)
+    out, states = RULES["kimi_delta"].apply(
+        **tensors.leaves, states=tensors.states, backend="triton", **tensors.keywords
+    )
+    late = {name: x[:, 10:].double().detach() for name, x in given.leaves.items()}
+    late["g"][:, 0] = 0
+    truth, truth_states = RULES["kimi_delta"].apply(**late, backend="reference", **given.keywords)
+    problems.assert_agrees(
+        {"out": out[:, 10:], "state": states["state"]}, {"out": truth, "state": truth_states["state"]}, 2e-6
+    )
+
+
+def test_the_inverse_keeps_its_digits_with_correlated_keys():
+    """Keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit."""
+    unit = torch.nn.functional.normalize
+    common, own = torch.randn(1, 1, 1, 32), torch.randn(1, 64, 1, 32)
+    k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
+    k, rate = (64 * k).round() / 64, 122 / 64
+    beta = torch.full((1, 64, 1), rate)
+    _, _, solve, *_ = channel_decay.channel_decay_forward(k, k, k, None, beta, *[None] * 4, 1.0, False, True)
+    keys = k[0, :, 0].double()
+    exact = torch.linalg.inv(torch.eye(64).double() + (rate * keys @ keys.mT).tril(-1))
+    assert (solve[0, 0] - exact).norm() <= 1e-6 * exact.norm()
+    assert torch.equal(solve, solve.tril())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed):
+    q, k, v = (torch.randn(1, 20, 1, 4, requires_grad=True) for _ in range(3))
+    beta, g = torch.rand(1, 20, 1, requires_grad=True), (-torch.rand(1, 20, 1, 4)).requires_grad_()
+    state = torch.randn(2 if packed else 1, 1, 4, 4, requires_grad=True)
+    bounds = torch.tensor([0, 9, 20]) if packed else None
+    torch.use_deterministic_algorithms(False)  # NaN where nothing is written differs from itself
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    given = (q, k, v, None, beta, g, state)
+    padded = (*given, torch.ones(1, 20).bool(), bounds, 0.5, True, True)
+    torch.library.opcheck(channel_decay.channel_decay_forward, padded, **checks)
+    torch.library.opcheck(channel_decay_transposed.transposed_forward, (*given, bounds), **checks)
+
+
+@pytest.mark.parametrize("rule", ["kimi_delta", "gated_oja"])
+def test_compiles_without_graph_breaks(rule):
+    given = problems.tensors(Problem(rule, torch.float32, 20, heads=(1, 1, 1))).copy(torch.float32)
+    leaves = list(given.leaves.values())
+
+    def loss():
+        out, states = RULES[rule].apply(**given.leaves, states=given.states, backend="triton", **given.keywords)
+        return out.sum() + states["state"].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_gradient_nothing_is_kept():
+    q = torch.randn(1, 65, 1, 4)
+    for keep in (False, True):
+        arguments = (q, q, q, None, torch.rand(1, 65, 1), -torch.rand(1, 65, 1, 4), None, None, None, 1.0, True, keep)
+        _, _, *kept = channel_decay.channel_decay_forward(*arguments)
+        assert [x.numel() for x in kept] == [keep * 2 * n for n in (64 * 64, 64 * 64, 4 * 4)]
+
+
+REFUSED = {
+    "float64": ({"v": torch.zeros(1, 3, 1, 4).double()}, "a tensor is float64"),
+    "size": ({"v": torch.zeros(1, 3, 1, 300)}, "heads have size 300, and in 32 bits the kernels go up to 128"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_reason(case):
+    change, message = REFUSED[case]
+    given = {name: torch.zeros(1, 3, 1, 4) for name in ("q", "k", "v", "g")} | {"beta": torch.zeros(1, 3, 1)}
+    with pytest.raises(ValueError, match=f"'triton' cannot run this: .*{message}.*; use 'torch'"):
+        ops.gated_delta_rule(**(given | change), backend="triton")
+
+
+def other(**constants):
+    def change(grid, arguments, known):
+        return grid, arguments, known | constants
+
+    change.__name__ = "-".join(f"{name}={value}" for name, value in constants.items())
+    return change
+
+
+ANY = (not_at_all, one_program_less, other(GK=0), *map(without, ("HAS_MASK", "L2NORM", "HAS_BETA")))
+MUTATIONS = [
+    *(("prepare_chunks", change) for change in (*ANY, other(LEVELS=4))),
+    *(("scan_forward", change) for change in (*ANY, without("HAS_STATE"))),
+    *(("scan_backward", change) for change in (*ANY, without("HAS_FINAL"))),
+    *(("gradients", change) for change in (*ANY, other(LEVELS=4))),
+]
+
+
+@pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch):
+    monkeypatch.setattr(channel_decay, kernel, Changed(getattr(channel_decay, kernel), change))
+    with pytest.raises(AssertionError, match="relative error"):
+        agrees(dataclasses.replace(KIMI, sizes=(4, 4), length=22))
+
+
+@pytest.mark.parametrize("change", [not_at_all, one_program_less, other(GK=0), other(LEVELS=4)])
+def test_a_broken_read_across_is_noticed(change, monkeypatch):
+    monkeypatch.setattr(channel_decay_transposed, "read_across", Changed(channel_decay_transposed.read_across, change))
+    with pytest.raises(AssertionError, match="relative error"):
+        agrees(dataclasses.replace(KIMI, rule="gated_oja", sizes=(4, 4), length=22))
+
+
+def test_the_levels_of_a_chunk_are_its_lower_triangle():
+    assert channel_decay.CHUNK == 1 << 6
+    i, j = torch.arange(64)[:, None], torch.arange(64)[None, :]
+    met = [(i > j) & (((i ^ j) >> level) == 1) for level in range(6)]
+    assert torch.equal(sum(x.int() for x in met), (i > j).int())
+    assert channel_decay_tiles.LOWEST.value < -103.97  # the logarithm of half the smallest float32

@@ -1,0 +1,79 @@
+"""Every kernel of the channel decay compiles for an H100: no GPU is needed for that. Its memory fits one."""
+
+import pytest
+import torch
+from test_compilation import H100, Recorded, compiled, module, spilled  # noqa: F401 (module is a fixture)
+
+from hf_fwp.rules.triton_fit import SHARED_MEMORY
+
+KERNELS = ("prepare_chunks", "scan_forward", "scan_backward", "gradients", "read_across")
+
+
+@pytest.fixture
+def found(module, monkeypatch):  # noqa: F811
+    """The launches so far; no kernel runs."""
+    from hf_fwp.kernels import channel_decay, channel_decay_transposed
+
+    launches = []
+    for place in (channel_decay, channel_decay_transposed):
+        for name in KERNELS:
+            if hasattr(place, name):
+                monkeypatch.setattr(place, name, Recorded(getattr(place, name), launches))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(channel_decay, "PROGRAMS", 0)
+    return launches
+
+
+def run(dtype, size, *, heads=(2, 2, 2), packed=False, padded=False, erase=False, channels=None, l2norm=True):
+    """A forward and a backward."""
+    from hf_fwp.kernels import channel_decay
+
+    q, k, v = (torch.zeros(1, 128, n, size, dtype=dtype) for n in (heads[2], heads[0], heads[1]))
+    e = torch.zeros(1, 128, heads[1], size, dtype=dtype) if erase else None
+    beta, g = torch.zeros(1, 128, heads[1]), torch.zeros(1, 128, heads[1], channels or size)
+    mask, bounds = torch.ones(1, 128).bool() if padded else None, torch.tensor([0, 60, 128]) if packed else None
+    given = (q, k, v, e, beta, g)
+    out, final, *kept = channel_decay.channel_decay_forward(*given, None, mask, bounds, 1.0, l2norm, True)
+    channel_decay.channel_decay_backward(out, final, *given, mask, bounds, *kept, 1.0, l2norm)
+
+
+# type, size of a head, bytes a thread may spill: what the table of launches leaves, and a little
+CASES = [
+    (torch.bfloat16, 128, 900),
+    pytest.param(torch.bfloat16, 64, 900, marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, 256, 1200, marks=pytest.mark.slow),
+    pytest.param(torch.float32, 64, 1500, marks=pytest.mark.slow),
+    pytest.param(torch.float32, 128, 1500, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("dtype", "size", "allowed"), CASES)
+def test_compiles_for_an_h100(found, tmp_path, dtype, size, allowed):
+    run(dtype, size)
+    assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS[:4])
+    for kernel, arguments, keywords in found:
+        built = compiled(kernel, arguments, keywords)
+        spill = spilled(built.asm["cubin"], tmp_path)
+        said = f"{kernel.__name__}: {built.metadata.shared} bytes of shared memory, {spill} bytes spilled per thread"
+        assert built.metadata.shared <= SHARED_MEMORY[dtype.itemsize, size] <= H100, said
+        assert spill <= allowed, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [None, 1])
+def test_compiles_packed_padded_for_several_queries_and_an_erase_vector(found, channels):
+    run(torch.float16, 24, heads=(1, 2, 4), packed=True, padded=True, erase=True, channels=channels, l2norm=False)
+    for case in found:
+        compiled(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 128])
+def test_reading_across_compiles(found, size):
+    from hf_fwp.kernels.channel_decay_transposed import transposed_forward
+
+    q = torch.zeros(1, 128, 2, size)
+    transposed_forward(q, q, q, None, torch.zeros(1, 128, 2), torch.zeros_like(q), None, None)
+    for kernel, arguments, keywords in found:
+        built = compiled(kernel, arguments, keywords)
+        assert built.metadata.shared <= SHARED_MEMORY[4, size], kernel.__name__
