@@ -106,7 +106,7 @@ TWIN = frame.Twin(
     store=store,
     step=step,
     back=back,
-    widths=lambda K, V: frame.Widths(x=2 * K + V + 1, w=V * (2 * K + V + 1), state=K * V + V, note=V),
+    notes=lambda K, V: V,
     tiles=lambda BK, BV: BK * BV,
     of_weights=of_weights,
 )

@@ -30,15 +30,6 @@ UNSPECIALIZED = ["length", "heads", "segment", "segments"]  # a new length must 
 FLOATS_PER_WARP = 1024  # of the padded state: 32 registers of every thread
 
 
-class Widths(NamedTuple):
-    """Numbers of one token's inputs, of one head's weights and state, and of what the backward notes of one token."""
-
-    x: int
-    w: int
-    state: int
-    note: int = 0
-
-
 class Twin(NamedTuple):
     """A rule's step in Triton. The functions get K, V, their powers of two BK, BV, and the rule's numbers OPT."""
 
@@ -51,11 +42,12 @@ class Twin(NamedTuple):
     back: Any
     """back(state before, d_state, d_out, x, w, d_x, note, K, V, BK, BV, OPT) -> d_state before; it stores d_x and what
     the gradient of the weights needs of this token"""
-    widths: Callable[[int, int], Widths]
     tiles: Callable[[int, int], int]
     """tiles(BK, BV): the numbers of a padded state"""
+    notes: Callable[[int, int], int] = lambda key_size, value_size: 0
+    """notes(K, V): the numbers that `back` notes of one token"""
     of_weights: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
-    """of_weights(note, d_x, K, V) -> gradient of w"""
+    """of_weights(note, d_x, K, V) -> gradient of w; None where a rule has no weights"""
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -134,20 +126,22 @@ def twin_of(name: str) -> Twin:
     return importlib.import_module(f".{name}", __package__).TWIN
 
 
-def constants_of(twin: Twin, key_size: int, value_size: int, numbers: Sequence[float]) -> dict[str, Any]:
+def constants_of(
+    twin: Twin, x: Tensor, w: Tensor, s: Tensor, sizes: Sequence[int], numbers: Sequence[float]
+) -> dict[str, Any]:
     """What both kernels must know of the rule and of the sizes."""
+    key_size, value_size = sizes
     block_k, block_v = padded(key_size), padded(value_size)
-    widths = twin.widths(key_size, value_size)
     warps = twin.tiles(block_k, block_v) // FLOATS_PER_WARP
     return {
-        "WX": widths.x,
-        "WW": widths.w,
-        "WS": widths.state,
+        "WX": x.shape[-1],
+        "WW": w.shape[-1],
+        "WS": s.shape[-1],
         "K": key_size,
         "V": value_size,
         "BK": block_k,
         "BV": block_v,
-        "OPT": tuple(numbers),
+        "OPT": tuple(int(a) if a.is_integer() else a for a in numbers),  # loops count in whole numbers
         "LOAD": twin.load,
         "STORE": twin.store,
         "STEP": twin.step,
@@ -174,7 +168,7 @@ def forward(
         walk_forward[(s.shape[0] * s.shape[1],)](
             x, w, s, None if mask is None else mask.contiguous(), out, final, kept,
             length, s.shape[1], segment, -(-length // segment),
-            HAS_MASK=mask is not None, KEEP=keep, **constants_of(twin_of(name), *sizes, numbers),
+            HAS_MASK=mask is not None, KEEP=keep, **constants_of(twin_of(name), x, w, s, sizes, numbers),
         )  # fmt: skip
     return out, final, kept
 
@@ -208,7 +202,7 @@ def backward(
     length, segment = x.shape[1], segment_length(x.shape[1])
     # the backward of a step does not see masked tokens
     fresh = x.new_zeros if mask is not None else x.new_empty
-    notes = twin.widths(*sizes).note
+    notes = twin.notes(*sizes)
     d_x, note = fresh(x.shape), fresh(*x.shape[:3], notes)
     d_initial = x.new_empty(x.shape[0], heads, width)
     scratch = x.new_empty(x.shape[0], heads, segment, width)
@@ -217,7 +211,7 @@ def backward(
             x.contiguous(), w.contiguous(), kept, None if mask is None else mask.contiguous(),
             d_out.contiguous(), d_final.contiguous(), d_x, d_initial, note, scratch,
             length, heads, segment, -(-length // segment), WN=notes,
-            HAS_MASK=mask is not None, BACK=twin.back, **constants_of(twin, *sizes, numbers),
+            HAS_MASK=mask is not None, BACK=twin.back, **constants_of(twin, x, w, kept, sizes, numbers),
         )  # fmt: skip
     d_w = torch.zeros_like(w) if twin.of_weights is None else twin.of_weights(note, d_x, *sizes)
     return d_x, d_w, d_initial
