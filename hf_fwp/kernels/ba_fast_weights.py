@@ -100,8 +100,9 @@ def back(before, d_state, d_out, x, w, d_x, note, K, V, BK: tl.constexpr, BV: tl
     matrix, base = begun(before, x, w, V, BV, OPT)
     gain, bias = load_vector(w + V * V, V, BV), load_vector(w + V * V + V, V, BV)
     d_base, d_gain, d_bias = d_h * 0.0, d_h * 0.0, d_h * 0.0
-    for i in tl.static_range(OPT[2]):
-        h = settled(base, matrix, w, V, BV, OPT[2] - 1 - i, OPT[3])
+    steps: tl.constexpr = OPT[2]
+    for i in tl.static_range(steps):
+        h = settled(base, matrix, w, V, BV, steps - 1 - i, OPT[3])
         n, inverse = normalized(base + read(matrix, h), V, BV)
         d_a = act_back(act(n * gain + bias, OPT[3]), d_h, OPT[3])
         d_gain += d_a * n

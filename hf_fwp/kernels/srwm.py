@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..rules.base import States
+from ..rules.sequential import LARGEST, in_pieces
 from ..rules.srwm import RATES
 from . import walk as frame
 from .cells import (
@@ -123,9 +125,16 @@ def walk(
 ) -> tuple[Tensor, States]:
     """The whole sequence: as rules/walk.py with the rule's step from a shift."""
     x = inputs["x"].softmax(-1) if input_softmax else inputs["x"]
-    shift, key_size = states["state"], x.shape[-1]
-    begin = weights["W_0"] + shift
-    sizes = key_size, begin.shape[-1] - 2 * key_size - RATES
-    out, (final,) = frame.walk("srwm", (x,), (), (begin,), sizes=sizes, mask=mask)
-    # not final - W_0: a shift that nothing changes stays what it is, bit for bit
-    return out, {"state": shift + (final - begin)}
+    begin, own = weights["W_0"] + states["state"], 2 * x.shape[-1] + RATES
+    size = begin.shape[-1] - own
+    # nothing depends on the columns of y: pieces of them are heads, each with a copy of the blocks q, k and β
+    pieces = -(-size // LARGEST)
+    columns = in_pieces(begin[..., :size], pieces).movedim(3, 2)
+    copies = begin[:, :, None, :, size:].expand(-1, -1, pieces, -1, -1)
+    start = torch.cat([columns, copies], dim=-1).flatten(1, 2)
+    sizes = x.shape[-1], columns.shape[-1]
+    out, (final,) = frame.walk("srwm", (x.repeat_interleave(pieces, dim=2),), (), (start,), sizes=sizes, mask=mask)
+    # the change, not final - W_0: a shift that nothing changes stays what it is, bit for bit
+    of_columns, of_own = (final - start).unflatten(1, (-1, pieces)).split((sizes[1], own), dim=-1)
+    change = torch.cat([of_columns.movedim(2, 3).flatten(3)[..., :size], of_own[:, :, 0]], dim=-1)
+    return out.unflatten(2, (-1, pieces)).flatten(3)[..., :size], {"state": states["state"] + change}

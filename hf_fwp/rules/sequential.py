@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .triton_fit import why_no_kernel, why_not_triton
 from .walk import walk
 
 Inputs = dict[str, Tensor]
+LARGEST = 128  # size of a head, or columns of values, that a kernel keeps on the chip
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,23 @@ class Run:
     def _linear(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, erase: bool, beta: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        kernels = self.kernel is not None and why_not_triton(q, k, v, beta, state, asked=True) is None
-        step = delta_net.step if erase else linear_attention.step
-        call = LinearClassCall(step, erase=erase, mask=self.mask, backend="triton" if kernels else "torch")
+        step, backend, size = delta_net.step if erase else linear_attention.step, "torch", v.shape[-1]
+        if self.kernel is not None:
+            # columns of values know nothing of each other: pieces of them are heads that share a key
+            pieces = -(-size // LARGEST)
+            v, state = in_pieces(v, pieces).flatten(2, 3), in_pieces(state, pieces).movedim(3, 2).flatten(1, 2)
+            beta = beta if beta is None else beta.repeat_interleave(pieces, dim=2)
+            backend = "torch" if why_not_triton(q, k, v, beta, state, asked=True) else "triton"
+        call = LinearClassCall(step, erase=erase, mask=self.mask, backend=backend)
         out, states = apply_linear_class(call, q, k, v, beta=beta, states={"state": state}, scale=1.0)
-        return out, states["state"]
+        heads, final = k.shape[2], states["state"].unflatten(1, (k.shape[2], -1)).movedim(2, 3).flatten(3)
+        return out.unflatten(2, (heads, -1)).flatten(3)[..., :size], final[..., :size]
+
+
+def in_pieces(x: Tensor, count: int) -> Tensor:
+    """The last dimension in `count` equal pieces [..., count, width], with zeros after the last."""
+    width = -(-x.shape[-1] // count)
+    return torch.nn.functional.pad(x, (0, count * width - x.shape[-1])).unflatten(-1, (count, width))
 
 
 def walked(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
@@ -102,10 +116,12 @@ class Form:
     kernel: str | None = None
     """The module in hf_fwp.kernels that walks on a GPU, "linear_class" where nothing has to be walked through."""
 
-    def why_not_triton(self, *tensors: Tensor | None, asked: bool = False) -> str | None:
+    def why_not_triton(self, size: int, *tensors: Tensor | None, asked: bool = False) -> str | None:
         """The reason why this rule cannot run on these tensors by kernels, or None."""
         if self.kernel is None:
             return f"{self.name} has no kernel"
+        if size > LARGEST:
+            return f"heads have size {size}, and the kernel goes up to {LARGEST}"
         return why_no_kernel(*(x for x in tensors if x is not None), asked=asked)
 
 
@@ -137,7 +153,8 @@ def apply_form(
     first = next(iter(inputs.values()))
     call = LinearClassCall(form.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
     tensors = (*inputs.values(), *weights.values(), *states.values())
-    backend = choose_backend(call, first, *tensors, why_not=form.why_not_triton)
+    why_not = partial(form.why_not_triton, max(form.sizes(inputs, weights)))
+    backend = choose_backend(call, first, *tensors, why_not=why_not)
     weights = {name: x.to(compute) for name, x in weights.items()}
     run = Run(form.step, weights, options, mask, form.kernel if backend == "triton" else None)
     if ran is not None:
