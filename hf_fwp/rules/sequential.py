@@ -12,7 +12,6 @@ Packed sequences become rows of a padded batch, so that they run side by side.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +40,7 @@ class Run:
     options: Mapping[str, Any]
     mask: Tensor | None = None
     kernel: str | None = None
-    """The module in hf_fwp.kernels that walks; None walks in PyTorch."""
+    """The name in hf_fwp.kernels.twins that walks; None walks in PyTorch."""
 
     def walk(
         self,
@@ -54,8 +53,9 @@ class Run:
         """One step after the other."""
         weights = self.weights if weights is None else weights
         if self.kernel is not None:
-            twin = importlib.import_module(f"hf_fwp.kernels.{self.kernel}")
-            return twin.walk(inputs, states, weights=weights, mask=self.mask, **self.options)
+            from ..kernels.twins import WALKS
+
+            return WALKS[self.kernel](inputs, states, weights=weights, mask=self.mask, **self.options)
         return walk(step or self.step, inputs, states, weights=weights, mask=self.mask, **self.options)
 
     def delta(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class Form:
     sizes: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[int, int]] = field(default=sizes_of_qkv)
     """sizes(inputs, weights): K and V, read off the arguments."""
     kernel: str | None = None
-    """The module in hf_fwp.kernels that walks on a GPU, "linear_class" where nothing has to be walked through."""
+    """The name in hf_fwp.kernels.twins that walks on a GPU, "linear_class" where nothing has to be walked through."""
 
     def why_not_triton(self, size: int, *tensors: Tensor | None, asked: bool = False) -> str | None:
         """The reason why this rule cannot run on these tensors by kernels, or None."""
