@@ -81,6 +81,7 @@ RULE = Rule(
             own=own,
             resolve=lambda options: RULE.resolve_options(options),
             sizes=lambda inputs, weights: (inputs["c"].shape[-1], inputs["c"].shape[-1]),
+            kernel="ba_fast_weights",
         ),
     ),
     defaults={"scale": 1.0},

@@ -98,6 +98,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             fast=fast,
             sizes=sizes,
+            kernel="linear_class",
         ),
     ),
     defaults={"scale": 1.0},

@@ -131,6 +131,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             fast=fast,
             sizes=lambda inputs, weights: (inputs["q"].shape[-1] // GATES, inputs["v"].shape[-1] // GATES),
+            kernel="delta_lstm",
         ),
     ),
     defaults={"scale": 1.0},

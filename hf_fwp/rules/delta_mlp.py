@@ -111,6 +111,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             fast=fast,
             sizes=lambda inputs, weights: (inputs["q"].shape[-1], inputs["q"].shape[-1]),
+            kernel="linear_class",
         ),
     ),
     defaults={"scale": 1.0},

@@ -96,6 +96,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             inputs=("q", "k", "v", "beta"),
             fast=fast,
+            kernel="delta_rnn",
         ),
     ),
     defaults={"feature_map": "elu1", "qk_norm": "sum", "scale": 1.0},

@@ -78,6 +78,7 @@ RULE = Rule(
             own=own,
             resolve=lambda options: RULE.resolve_options(options),
             sizes=lambda inputs, weights: (inputs["x"].shape[-1], weights["W_y"].shape[-1]),
+            kernel="fwp_1993",
         ),
     ),
     defaults={"scale": 1.0},

@@ -74,19 +74,21 @@ def apply_linear_class(
     return out, {"state": state}
 
 
-def choose_backend(call: LinearClassCall, q: Tensor, *others: Tensor | None) -> str:
-    """The backend asked for, or the fastest that fits these tensors."""
+def choose_backend(
+    call: LinearClassCall, q: Tensor, *others: Tensor | None, why_not: Callable[..., str | None] = why_not_triton
+) -> str:
+    """The backend asked for, or the fastest that fits these tensors; `why_not` says why kernels cannot serve them."""
     single = q.shape[1] == 1 and call.cu_seqlens is None
     if call.backend is None:
         if single and not needs_gradient(q, *others):
             return "step"
-        reason = why_not_triton(q, *others)
+        reason = why_not(q, *others)
         if reason and q.device.type in DEVICES:
             say_once(f"{reason}: this call runs in PyTorch (backend 'torch') instead of a Triton kernel")
         return "torch" if reason else "triton"
     if call.backend not in BACKENDS:
         raise ValueError(f"unknown backend {call.backend!r}; choose from {', '.join(BACKENDS)}, or None")
-    reason = why_not_triton(q, *others, asked=True) if call.backend == "triton" else None
+    reason = why_not(q, *others, asked=True) if call.backend == "triton" else None
     if reason:
         raise ValueError(f"backend 'triton' cannot run this: {reason}; use 'torch', or leave the backend out")
     if call.backend == "step" and not single:

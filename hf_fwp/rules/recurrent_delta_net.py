@@ -79,6 +79,7 @@ RULE = Rule(
             own=own,
             resolve=lambda options: RULE.resolve_options(options),
             inputs=("q", "k", "v"),
+            kernel="recurrent_delta_net",
         ),
     ),
     defaults={"scale": 1.0},

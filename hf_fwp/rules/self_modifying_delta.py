@@ -78,6 +78,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             fast=fast,
             sizes=sizes,
+            kernel="srwm",
         ),
     ),
     defaults={"scale": 1.0},

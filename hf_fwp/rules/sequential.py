@@ -3,6 +3,8 @@
     reference   the recurrence over the rule's own step
     torch       the rule's fast form: the parts linear in their state chunked, the rest walked through with a backward
                 that keeps few states (walk.py)
+    triton      the same on a GPU: the parts linear in their state by the kernels of the linear class where these take
+                their sizes, the rest by the rule's own kernel, which holds the state on the chip (kernels/walk.py)
     step        one token, as generate() needs it, optionally updating the given states in place
 
 Packed sequences become rows of a padded batch, so that they run side by side.
@@ -11,7 +13,8 @@ Packed sequences become rows of a padded batch, so that they run side by side.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +24,11 @@ from . import delta_net, linear_attention
 from .base import Own, States, keep_valid, recurrence
 from .checks import check_arguments, check_own_arguments, sequence_bounds
 from .linear_class import LinearClassCall, apply_linear_class, choose_backend, computing_dtype, l2_normalize
+from .triton_fit import why_no_kernel, why_not_triton
 from .walk import walk
 
 Inputs = dict[str, Tensor]
+LARGEST = 128  # size of a head, or columns of values, that a kernel keeps on the chip
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Run:
     weights: Inputs
     options: Mapping[str, Any]
     mask: Tensor | None = None
+    kernel: str | None = None
+    """The name in hf_fwp.kernels.twins that walks; None walks in PyTorch."""
 
     def walk(
         self,
@@ -45,19 +52,40 @@ class Run:
     ) -> tuple[Tensor, States]:
         """One step after the other."""
         weights = self.weights if weights is None else weights
+        if self.kernel is not None:
+            from ..kernels.twins import WALKS
+
+            return WALKS[self.kernel](inputs, states, weights=weights, mask=self.mask, **self.options)
         return walk(step or self.step, inputs, states, weights=weights, mask=self.mask, **self.options)
 
     def delta(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The delta rule over the whole sequence, chunk by chunk."""
-        call = LinearClassCall(delta_net.step, erase=True, mask=self.mask, backend="torch")
-        out, states = apply_linear_class(call, q, k, v, beta=beta, states={"state": state}, scale=1.0)
-        return out, states["state"]
+        return self._linear(q, k, v, state, erase=True, beta=beta)
 
     def sum(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The sum rule over the whole sequence, chunk by chunk."""
-        call = LinearClassCall(linear_attention.step, erase=False, mask=self.mask, backend="torch")
-        out, states = apply_linear_class(call, q, k, v, states={"state": state}, scale=1.0)
-        return out, states["state"]
+        return self._linear(q, k, v, state, erase=False)
+
+    def _linear(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, erase: bool, beta: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        step, backend, size = delta_net.step if erase else linear_attention.step, "torch", v.shape[-1]
+        if self.kernel is not None:
+            # columns of values know nothing of each other: pieces of them are heads that share a key
+            pieces = -(-size // LARGEST)
+            v, state = in_pieces(v, pieces).flatten(2, 3), in_pieces(state, pieces).movedim(3, 2).flatten(1, 2)
+            beta = beta if beta is None else beta.repeat_interleave(pieces, dim=2)
+            backend = "torch" if why_not_triton(q, k, v, beta, state, asked=True) else "triton"
+        call = LinearClassCall(step, erase=erase, mask=self.mask, backend=backend)
+        out, states = apply_linear_class(call, q, k, v, beta=beta, states={"state": state}, scale=1.0)
+        heads, final = k.shape[2], states["state"].unflatten(1, (k.shape[2], -1)).movedim(2, 3).flatten(3)
+        return out.unflatten(2, (heads, -1)).flatten(3)[..., :size], final[..., :size]
+
+
+def in_pieces(x: Tensor, count: int) -> Tensor:
+    """The last dimension in `count` equal pieces [..., count, width], with zeros after the last."""
+    width = -(-x.shape[-1] // count)
+    return torch.nn.functional.pad(x, (0, count * width - x.shape[-1])).unflatten(-1, (count, width))
 
 
 def walked(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
@@ -85,6 +113,16 @@ class Form:
     fast: Callable[[Run, Inputs, States], tuple[Tensor, States]] = field(default=walked)
     sizes: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[int, int]] = field(default=sizes_of_qkv)
     """sizes(inputs, weights): K and V, read off the arguments."""
+    kernel: str | None = None
+    """The name in hf_fwp.kernels.twins that walks on a GPU, "linear_class" where nothing has to be walked through."""
+
+    def why_not_triton(self, size: int, *tensors: Tensor | None, asked: bool = False) -> str | None:
+        """The reason why this rule cannot run on these tensors by kernels, or None."""
+        if self.kernel is None:
+            return f"{self.name} has no kernel"
+        if size > LARGEST:
+            return f"heads have size {size}, and the kernel goes up to {LARGEST}"
+        return why_no_kernel(*(x for x in tensors if x is not None), asked=asked)
 
 
 def apply_form(
@@ -112,9 +150,13 @@ def apply_form(
         inputs |= {name: l2_normalize(inputs[name]) for name in ("q", "k")}
     if mask is not None:
         inputs = {name: keep_valid(x, mask) for name, x in inputs.items()}
-    run = Run(form.step, {name: x.to(compute) for name, x in weights.items()}, options, mask)
     first = next(iter(inputs.values()))
-    backend = _backend(backend, cu_seqlens, first, *inputs.values(), *weights.values(), *states.values())
+    call = LinearClassCall(form.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
+    tensors = (*inputs.values(), *weights.values(), *states.values())
+    why_not = partial(form.why_not_triton, max(form.sizes(inputs, weights)))
+    backend = choose_backend(call, first, *tensors, why_not=why_not)
+    weights = {name: x.to(compute) for name, x in weights.items()}
+    run = Run(form.step, weights, options, mask, form.kernel if backend == "triton" else None)
     if ran is not None:
         ran.append(backend)
     started = _started(own, states, first, cu_seqlens)
@@ -162,11 +204,6 @@ def _checked(
     return own, inputs
 
 
-def _backend(backend: str | None, cu_seqlens: Tensor | None, first: Tensor, *tensors: Tensor) -> str:
-    call = LinearClassCall(delta_net.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
-    return choose_backend(call, first, *tensors)
-
-
 def _started(own: Own, states: States, first: Tensor, cu_seqlens: Tensor | None) -> States:
     count = first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return {
@@ -191,12 +228,12 @@ def _run(
     if run.mask is not None:
         valid = valid & run.mask[0, rows].bool()
     padded = {name: keep_valid(x[0, rows], valid) for name, x in inputs.items()}
-    out, final = _whole(form, Run(run.step, run.weights, run.options, valid), padded, states, backend)
+    out, final = _whole(form, replace(run, mask=valid), padded, states, backend)
     return out.flatten(0, 1)[back][None], final
 
 
 def _whole(form: Form, run: Run, inputs: Inputs, states: States, backend: str) -> tuple[Tensor, States]:
-    if backend == "torch":
+    if backend in ("torch", "triton"):
         return form.fast(run, inputs, states)
     names = set(inputs)
 

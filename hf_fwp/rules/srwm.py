@@ -91,6 +91,7 @@ RULE = Rule(
             resolve=lambda options: RULE.resolve_options(options),
             fast=fast,
             sizes=lambda inputs, weights: (inputs["x"].shape[-1], weights["W_y"].shape[-1]),
+            kernel="srwm",
         ),
     ),
     defaults={"scale": 1.0},

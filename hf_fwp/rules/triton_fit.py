@@ -27,6 +27,11 @@ def why_not_triton(*tensors: Tensor | None, asked: bool = False) -> str | None:
     The processor is served under the interpreter of Triton only, and only when `asked`.
     """
     given = [x for x in tensors if x is not None]
+    return why_no_kernel(*given, asked=asked) or _too_large(*given[:3])
+
+
+def why_no_kernel(*given: Tensor, asked: bool = False) -> str | None:
+    """The reason why no kernel at all can run on these tensors, or None."""
     device = given[0].device
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton)"
@@ -38,7 +43,7 @@ def why_not_triton(*tensors: Tensor | None, asked: bool = False) -> str | None:
         return f"the tensors are on several devices: {', '.join(sorted({str(x.device) for x in given}))}"
     if any(x.dtype == torch.float64 for x in given):
         return "the kernels compute in float32, but a tensor is float64"
-    return _too_large(*given[:3])
+    return None
 
 
 def _too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
