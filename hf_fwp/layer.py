@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
+from .decoding import can_decode, decode, serves
 from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
 from .own import OwnWeights
@@ -93,6 +94,7 @@ class FastWeightLayer(nn.Module):
             self.q_norm = HEAD_NORMS[options.head_norm](query, K, options.norm_eps)
             self.k_norm = HEAD_NORMS[options.head_norm](key, K, options.norm_eps)
         self.backend_ran: str | None = None
+        self.fused = serves(options)
         self.feature_map = make_feature_map(options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
@@ -214,7 +216,11 @@ class FastWeightLayer(nn.Module):
             states = self._mix(replayed, states)[1]
             cached.rebase(states)
         in_place = len(inputs) == 1 and cached.updates_in_place
-        reads, states = self._mix(inputs, states, in_place=in_place)
+        if in_place and can_decode(self, inputs, states):
+            reads = decode(self, inputs, states)
+            self._ran("fused step")
+        else:
+            reads, states = self._mix(inputs, states, in_place=in_place)
         cached.advance(states, inputs)
         return reads
 
@@ -271,10 +277,13 @@ class FastWeightLayer(nn.Module):
             in_place=in_place,
             ran=ran,
         )
-        if not torch.compiler.is_compiling():
-            self.backend_ran = ran[-1]
+        self._ran(ran[-1])
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
         return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
+
+    def _ran(self, backend: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.backend_ran = backend
 
     def _queries_keys_values(
         self, tokens: MixerInputs, window: Window, states: States

@@ -158,6 +158,8 @@ class Window:
         if self.offsets_BT1 is not None:
             taps = [torch.where(self.offsets_BT1 >= j, tap, 0) for j, tap in enumerate(taps)]
         if self.mask_BT is None:
-            return taps, longer[:, length:]
+            kept = longer[:, length:]
+            # a copy of a long input's end: a view would keep all of it in memory for as long as the cache lives
+            return taps, kept if length == 1 else kept.clone(memory_format=torch.contiguous_format)
         last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
         return taps, take(longer, last)

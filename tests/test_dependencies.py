@@ -29,8 +29,10 @@ MAY_IMPORT = {
         "hf_fwp.presets",
         "hf_fwp.cache",  # the name of its layer type
     },
+    "hf_fwp.decoding": {"hf_fwp.rules", "hf_fwp.cache", "hf_fwp.options"},
     "hf_fwp.layer": {
         "hf_fwp.rules",
+        "hf_fwp.decoding",
         "hf_fwp.features",
         "hf_fwp.ops",
         "hf_fwp.cache",
