@@ -59,7 +59,7 @@ def can_decode(layer: FastWeightLayer, inputs: MixerInputs, states: Mapping[str,
 
 
 def decode(layer: FastWeightLayer, inputs: MixerInputs, states: Mapping[str, Tensor]) -> Tensor:
-    """The reads of one token per row, [B, 1, reads * V] (then the values, with `value_skip`); states are overwritten."""
+    """The reads of one token per row, [B, 1, reads * V], then the values with `value_skip`; states are overwritten."""
     from .kernels.mixer_step import Factors, Sizes, flags, mixer_step
 
     o = layer.options

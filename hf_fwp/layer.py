@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
+from .companions import ShortConvolution, gated
 from .decoding import can_decode, decode, serves
 from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
@@ -30,33 +31,7 @@ from .rotation import choose_heads, rotate
 from .rules.base import Gates
 from .rules.gating import start_rates, start_steps
 
-GATES = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "sigmoid2": lambda x: 2 * torch.sigmoid(x),
-    "head_sigmoid": torch.sigmoid,
-    "low_rank_sigmoid": torch.sigmoid,
-}
-
 States = dict[str, Tensor]
-
-
-class ShortConvolution(nn.Conv1d):
-    """Depthwise causal convolution over the real tokens of each sequence: y_t = sum_j w_j x_{t-j}."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__(channels, channels, size, groups=channels, bias=False)
-
-    def init_weights(self) -> None:
-        """Uniform in 1 / sqrt(size), so that the output has about the size of the input."""
-        bound = self.kernel_size[0] ** -0.5
-        init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, taps: list[Tensor]) -> Tensor:  # type: ignore[override]
-        y_BTC = taps[0] * self.weight[:, 0, -1]
-        for j, tap_BTC in enumerate(taps[1:], start=1):
-            y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
-        return y_BTC
 
 
 class FastWeightLayer(nn.Module):
@@ -86,16 +61,19 @@ class FastWeightLayer(nn.Module):
             # float32 under any default dtype: in bf16 half-lives of many tokens all round to the same value
             self.A_log = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
+        silu = options.feature_map == "silu"
+        # nothing stands between a convolution and the feature map: they are one pass
+        at_once = silu and not (options.head_norm or options.state_bias or any(options.rotates))
         if options.conv_size:
-            self.q_conv1d = ShortConvolution(query * K, options.conv_size)
-            self.k_conv1d = ShortConvolution(self.writes * key * K, options.conv_size)
-            self.v_conv1d = ShortConvolution(self.writes * value * V, options.conv_size)
+            self.q_conv1d = ShortConvolution(query * K, options.conv_size, at_once)
+            self.k_conv1d = ShortConvolution(self.writes * key * K, options.conv_size, at_once)
+            self.v_conv1d = ShortConvolution(self.writes * value * V, options.conv_size, silu)
         if options.head_norm:
             self.q_norm = HEAD_NORMS[options.head_norm](query, K, options.norm_eps)
             self.k_norm = HEAD_NORMS[options.head_norm](key, K, options.norm_eps)
         self.backend_ran: str | None = None
         self.fused = serves(options)
-        self.feature_map = make_feature_map(options.feature_map, K)
+        self.feature_map = make_feature_map("identity" if at_once and options.conv_size else options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
         if options.output_gate == "head_sigmoid":
@@ -294,12 +272,11 @@ class FastWeightLayer(nn.Module):
         for name in ("q", "k", "v"):
             y_BTC = getattr(self, f"{name}_proj")(tokens.hidden_BTD)
             if self.options.conv_size:
-                taps, kept = window.taps(y_BTC, self.options.conv_size, states.get(f"{name}_conv"))
-                y_BTC = getattr(self, f"{name}_conv1d")(taps)
-                new_states[f"{name}_conv"] = kept
+                key, convolution = f"{name}_conv", getattr(self, f"{name}_conv1d")
+                y_BTC, new_states[key] = convolution(y_BTC, window, states.get(key))
             projected.append(y_BTC)
         q_BTC, k_BTC, v_BTC = projected
-        if self.options.feature_map == "silu":
+        if self.options.feature_map == "silu" and not self.options.conv_size:
             # the activation of the whole modern shell (Yang et al. 2024), values included
             v_BTC = F.silu(v_BTC)
         q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
@@ -375,14 +352,8 @@ class FastWeightLayer(nn.Module):
     def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:
         if self.options.output_scale != 1:
             out_BTRV = out_BTRV * self.options.output_scale
-        if self.options.output_norm:
-            out_BTRV = self.o_norm(out_BTRV)
-        if self.options.output_gate == "none":
-            return out_BTRV.flatten(2)
-        gate = GATES[self.options.output_gate](self.g_proj(x_BTD))
-        if self.options.output_gate == "head_sigmoid":
-            return (out_BTRV * gate[..., None]).flatten(2)
-        return out_BTRV.flatten(2) * gate
+        gate = None if self.options.output_gate == "none" else self.g_proj(x_BTD)
+        return gated(out_BTRV, self.o_norm if self.options.output_norm else None, gate, self.options.output_gate)
 
 
 def layers_of(model: nn.Module) -> dict[int, FastWeightLayer]:

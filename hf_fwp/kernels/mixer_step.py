@@ -1,7 +1,7 @@
 """One token of a whole mixer in one launch, from the projections of its hidden state to what o_proj reads.
 
     q, k, v   short convolution;  q, k: head norm, rotation, bias, feature map, norm
-    β = b_max σ(b);   g = -exp(A) softplus(a + d)
+    β = b_max sigmoid(b);   g = -exp(A) softplus(a + d)
     S ← exp(g) S;     S ← S + k ⊗ β (v - Sᵀ e);    o = scale · Sᵀ q              e = k (delta rules) or 0 (sum rule)
     y = gate · RMSNorm(c o)
 
@@ -11,7 +11,7 @@ nothing is shifted and every state has a program of its own. Nothing is read on 
 shapes alone: a step can be captured in a CUDA graph.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 # (the bodies of kernels are another language)
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ L2_EPS = tl.constexpr(L2NORM_EPS)
 SUM_NORM_EPS = tl.constexpr(SUM_EPS)
 FLAGS = 62  # states whose rotation one integer tells
 WORD = tl.constexpr(FLAGS)
-NUMBERS_PER_WARP = 2048  # 64 registers of every thread hold the state
+NUMBERS_PER_WARP = 1024  # 32 registers of every thread hold the state
+MOST_WARPS = 32 if torch.version.hip is None else 16  # a program has at most 1024 threads
 
 
 @triton.jit
@@ -90,6 +91,7 @@ def addressed(
     """A query or key: projected head `head` as the read or state `owner` takes it."""
     here = rows < K
     y = convolved(x, history, weight, n, stride, channels, head * K + rows, here, CONV)
+    inverse = 1.0
     if norm is not None:
         inverse = tl.rsqrt(tl.sum(y * y, 0) / K + eps)
         y = y * inverse * tl.load(norm + rows, mask=here, other=0.0).to(tl.float32)
@@ -112,8 +114,9 @@ def addressed(
 def gate_of(gate, n, reads, r, columns, here, V: tl.constexpr, GATE: tl.constexpr):
     """What read r is multiplied by."""
     if GATE == "head_sigmoid":
-        return tl.sigmoid(tl.load(gate + n * reads + r).to(tl.float32))
-    x = tl.load(gate + (n * reads + r) * V + columns, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(gate + n * reads + r).to(tl.float32)
+    else:
+        x = tl.load(gate + (n * reads + r) * V + columns, mask=here, other=0.0).to(tl.float32)
     open = tl.sigmoid(x)
     if GATE == "silu":
         open = open * x
@@ -270,7 +273,7 @@ class Factors(NamedTuple):
 def blocks(K: int, V: int) -> tuple[int, int, int]:
     """(BLOCK_K, BLOCK_V, warps): a program holds a whole state."""
     block_k, block_v = (1 << (size - 1).bit_length() for size in (K, V))
-    return block_k, block_v, min(max(block_k * block_v // NUMBERS_PER_WARP, 1), 16)
+    return block_k, block_v, min(max(block_k * block_v // NUMBERS_PER_WARP, 1), MOST_WARPS)
 
 
 def flags(rotates: Sequence[bool]) -> tuple[int, int]:
@@ -330,7 +333,7 @@ def _launch(
     constants: dict[str, Any],
 ) -> None:
     block_k, block_v, warps = blocks(size.K, size.V)
-    given = Inputs(*(x if x is None else x.contiguous() for x in given))
+    given = Inputs(*(x if x is None else x.contiguous() for x in given))  # pyright: ignore[reportArgumentType]
     parts = 1 if own.filter_q is not None else size.scales * size.states // size.keys
     kept = tuple(histories) if len(histories) else (None, None, None)
     cos = given.cos

@@ -1,4 +1,4 @@
-"""Run by tests/kernels/test_mixer_step.py in a process of its own, with TRITON_INTERPRET=1: a whole mixer in one launch.
+"""Run by tests/kernels/test_mixer_step.py in a process of its own, with TRITON_INTERPRET=1: a mixer in one launch.
 
 Judged against the same layer in float64, which takes the path of many operations. bf16 is left out: the interpreter
 computes it wrongly without saying so.
@@ -139,7 +139,8 @@ def stepped(row, layer: FastWeightLayer, start, steps: int = 2):
 def start_of(row, layer: FastWeightLayer):
     torch.manual_seed(9)
     states = layer._mix(token(row | {"padded": False}, 0, torch.float64), {})[1]
-    return {n: torch.randn_like(x).to(row["dtype"] if "conv" in n else torch.float32).double() for n, x in states.items()}
+    kept = {n: row["dtype"] if "conv" in n else torch.float32 for n in states}
+    return {n: torch.randn_like(x).to(kept[n]).double() for n, x in states.items()}
 
 
 @torch.no_grad()
@@ -168,8 +169,8 @@ def test_the_strict_mixer_agrees():
 MUTATIONS = {
     "filter reversed": ("tl.load(weight + at * CONV + i, mask", "tl.load(weight + at * CONV + CONV - 2 - i, mask"),
     "newest input forgotten": ("y *= tl.load(weight", "y *= 0 * tl.load(weight"),
-    "history not shifted": ("tl.store(history + n * stride + i * channels + at, newer", "tl.store(history + at, newer"),
-    "newest not remembered": ("tl.store(history + n * stride + (CONV - 2)", "tl.store(history + n * stride + 0 * (CONV - 2)"),
+    "history not shifted": ("stride + i * channels + at, newer", "stride + (i + 1) * channels + at, newer"),
+    "newest not remembered": ("n * stride + (CONV - 2)", "n * stride + 0 * (CONV - 2)"),
     "history of another sequence": ("before = tl.load(history + n * stride", "before = tl.load(history + 0 * stride"),
     "head norm without its weight": ("inverse * tl.load(norm + rows", "inverse + 0 * tl.load(norm + rows"),
     "partner without head norm": ("z = z * inverse", "z = z + 0 * inverse"),

@@ -16,8 +16,9 @@ HERE = Path(__file__).parent
 def test_under_the_interpreter(which):
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     # Triton decides at its import; the other tests of this process want it as it is.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "mixer_step_interpreted.py", "-k", which],
+        [*command, HERE / "mixer_step_interpreted.py", "-k", which],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": os.pathsep.join(sys.path)},
         cwd=HERE.parent.parent,
         capture_output=True,
