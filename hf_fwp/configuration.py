@@ -80,6 +80,7 @@ class FwpConfig(PreTrainedConfig):
     `rule` is one name or a list with one per layer, `full_attention` and `sliding_attention` included. The mixer fields
     (feature_map ... expand_v) are one value or a list with one per layer; None takes the default of the layer's rule.
     `rule_options` belongs to the rule; where several rules are mixed it maps each rule's name to its options.
+    With `chunked_loss`, training computes the loss without [B, T, vocabulary] logits: outputs then hold no logits.
     """
 
     model_type = "fwp"
@@ -123,6 +124,7 @@ class FwpConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     backend: str | None = None
+    chunked_loss: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
