@@ -12,7 +12,7 @@ from hf_fwp import MixerOptions, decoding
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("which", ["broken", "not broken"])
+@pytest.mark.parametrize("which", [pytest.param("broken", marks=pytest.mark.slow), "not broken"])
 def test_under_the_interpreter(which):
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     # Triton decides at its import; the other tests of this process want it as it is.
