@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LOGITS = 1 << 24  # logits of each model that exist at once: 64 MiB in float32
-ADDED = 1024  # rows of the weight's gradient that are added at once
+from hf_fwp.cross_entropy import LOGITS, add_gradients, autocast_dtype, logits
+
 ROWS = 8  # tokens worked on at once between two matrix products: their logits stay in cache, in full precision
 
 
@@ -72,44 +72,9 @@ class KLOfHeads(torch.autograd.Function):
         return (*(grad if grad is None else grad.mul_(outer[0]) for grad in grads), None, None, None, None)
 
 
-def logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_NV: Tensor) -> Tensor:
-    """W h + b, written to `out_NV`."""
-    torch.mm(hidden_ND, weight_VD.mT, out=out_NV)
-    return out_NV if bias_V is None else out_NV.add_(bias_V.to(out_NV.dtype))
-
-
 def divergence(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
     """(sum over tokens of KL(teacher ‖ student), its gradient q - p on the student's logits)."""
     log_q_NV, log_p_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
     p_NV = log_p_NV.exp()
     kl = torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)).sum()
     return kl, log_q_NV.exp_().sub_(p_NV)
-
-
-def add_gradients(
-    grads: list[Tensor | None],
-    tokens: slice,
-    error_NV: Tensor,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    of_chunk_VD: Tensor | None,
-) -> None:
-    """From the gradient on these logits to those on hidden states, weight (by way of `of_chunk_VD`) and bias."""
-    hidden, weight, bias = grads
-    if hidden is not None:
-        hidden[tokens] = error_NV @ weight_VD
-    if weight is not None and of_chunk_VD is None:
-        weight.addmm_(error_NV.mT, hidden_ND)
-    elif weight is not None and of_chunk_VD is not None:
-        torch.mm(error_NV.mT, hidden_ND, out=of_chunk_VD)
-        # in parts: adding another dtype first makes a copy
-        for part_VD, more_VD in zip(weight.split(ADDED), of_chunk_VD.split(ADDED), strict=True):
-            part_VD.add_(more_VD)
-    if bias is not None:
-        bias += error_NV.sum(0)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks matrix products for, if it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

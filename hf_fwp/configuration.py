@@ -84,6 +84,7 @@ class FwpConfig(PreTrainedConfig):
     `rule_options` belongs to the rule; where several rules are mixed it maps each rule's name to its options.
     With `input_size` the inputs are real-valued, `inputs_embeds` [B, T, input_size], in the place of tokens.
     `output_scale` may be "head_dim**-0.5"; `final_norm` is True unless the norms stand behind the sub-layers ("post").
+    With `chunked_loss`, training computes the loss without [B, T, vocabulary] logits: outputs then hold no logits.
     """
 
     model_type = "fwp"
@@ -130,6 +131,7 @@ class FwpConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     backend: str | None = None
+    chunked_loss: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

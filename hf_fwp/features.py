@@ -250,15 +250,6 @@ class LayerNormPerHead(nn.Module):
 
 
 # How queries and keys [..., H, K] are normalised between projection and rotation: kind -> (heads, K, eps) -> module
-# What multiplies the reads, by the name of the option `output_gate`.
-GATES = {
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "sigmoid2": lambda x: 2 * torch.sigmoid(x),
-    "head_sigmoid": torch.sigmoid,
-    "low_rank_sigmoid": torch.sigmoid,
-}
-
 HEAD_NORMS: dict[bool | str, Callable[[int, int, float], nn.Module]] = {
     True: lambda heads, size, eps: nn.RMSNorm(size, eps=eps),  # qwen3: each head, one scale for all
     "joint": lambda heads, size, eps: nn.RMSNorm([heads, size], eps=eps),  # olmo2: all heads together

@@ -21,14 +21,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .features import GATES, HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
+from .companions import ShortConvolution, gated
+from .decoding import can_decode, decode, serves
+from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
 from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
 from .rules.gating import Decay, Rate, start_rates, start_steps, value_of
-from .slow_net import ShortConvolution, SlowLstm
+from .slow_net import SlowLstm
 
 States = dict[str, Tensor]
 
@@ -61,15 +63,19 @@ class FastWeightLayer(nn.Module):
             # float32 under any default dtype: in bf16 half-lives of many tokens all round to the same value
             self.A_log = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
             self.dt_bias = nn.Parameter(torch.empty(options.num_states, dtype=torch.float32))
+        silu = options.feature_map == "silu"
+        # nothing stands between a convolution and the feature map: they are one pass
+        at_once = silu and not (options.head_norm or options.state_bias or any(options.rotates))
         if options.conv_size:
-            self.q_conv1d = ShortConvolution(query * K, options.conv_size)
-            self.k_conv1d = ShortConvolution(self.writes * key * K, options.conv_size)
-            self.v_conv1d = ShortConvolution(self.writes * value * V, options.conv_size)
+            self.q_conv1d = ShortConvolution(query * K, options.conv_size, at_once)
+            self.k_conv1d = ShortConvolution(self.writes * key * K, options.conv_size, at_once)
+            self.v_conv1d = ShortConvolution(self.writes * value * V, options.conv_size, silu)
         if options.head_norm:
             self.q_norm = HEAD_NORMS[options.head_norm](query, K, options.norm_eps)
             self.k_norm = HEAD_NORMS[options.head_norm](key, K, options.norm_eps)
         self.backend_ran: str | None = None
-        self.feature_map = make_feature_map(options.feature_map, K)
+        self.fused = serves(options)
+        self.feature_map = make_feature_map("identity" if at_once and options.conv_size else options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
         if options.output_gate == "head_sigmoid":
@@ -205,7 +211,11 @@ class FastWeightLayer(nn.Module):
             states = self._mix(replayed, states)[1]
             cached.rebase(states)
         in_place = len(inputs) == 1 and cached.updates_in_place
-        reads, states = self._mix(inputs, states, in_place=in_place)
+        if in_place and can_decode(self, inputs, states):
+            reads = decode(self, inputs, states)
+            self._ran("fused step")
+        else:
+            reads, states = self._mix(inputs, states, in_place=in_place)
         cached.advance(states, inputs)
         return reads
 
@@ -269,10 +279,13 @@ class FastWeightLayer(nn.Module):
             in_place=in_place,
             ran=ran,
         )
-        if not torch.compiler.is_compiling():
-            self.backend_ran = ran[-1]
+        self._ran(ran[-1])
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
         return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
+
+    def _ran(self, backend: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.backend_ran = backend
 
     def _projected(self, tokens: MixerInputs, states: States, cu_seqlens: Tensor | None) -> tuple[States, States]:
         """The slow network's outputs by the letter, and what it keeps."""
@@ -289,13 +302,12 @@ class FastWeightLayer(nn.Module):
         new_states: States = {}
         if self.options.conv_size:
             for name in ("q", "k", "v"):
-                taps, kept = window.taps(projected[name], self.options.conv_size, states.get(f"{name}_conv"))
-                projected[name] = getattr(self, f"{name}_conv1d")(taps)
-                new_states[f"{name}_conv"] = kept
+                key, convolution = f"{name}_conv", getattr(self, f"{name}_conv1d")
+                projected[name], new_states[key] = convolution(projected[name], window, states.get(key))
         q_BTC, k_BTC, v_BTC = (projected[name] for name in ("q", "k", "v"))
         if isinstance(self.feature_map, Favor):
             self.feature_map.advance()
-        if self.options.feature_map == "silu":
+        if self.options.feature_map == "silu" and not self.options.conv_size:
             # the activation of the whole modern shell (Yang et al. 2024), values included
             v_BTC = F.silu(v_BTC)
         q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
@@ -368,14 +380,8 @@ class FastWeightLayer(nn.Module):
     def _gated(self, out_BTRV: Tensor, x_BTD: Tensor) -> Tensor:
         if self.options.output_scale != 1:
             out_BTRV = out_BTRV * self.options.output_scale
-        if self.options.output_norm:
-            out_BTRV = self.o_norm(out_BTRV)
-        if self.options.output_gate == "none":
-            return out_BTRV.flatten(2)
-        gate = GATES[self.options.output_gate](self.g_proj(x_BTD))
-        if self.options.output_gate == "head_sigmoid":
-            return (out_BTRV * gate[..., None]).flatten(2)
-        return out_BTRV.flatten(2) * gate
+        gate = None if self.options.output_gate == "none" else self.g_proj(x_BTD)
+        return gated(out_BTRV, self.o_norm if self.options.output_norm else None, gate, self.options.output_gate)
 
 
 def layers_of(model: nn.Module) -> dict[int, FastWeightLayer]:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -30,17 +31,21 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block import NORMS, FwpAttention, FwpBlock
 from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
+from .cross_entropy import causal_loss
 from .generation import FastWeightGeneration
 from .inputs import check_ids, check_times, check_values, last_real, look_up
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import RenamedLoading
 from .packing import packed_batch, positions_in_segments, valid_tokens
+
+logger = logging.get_logger(__name__)
 
 Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -280,10 +285,13 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        loss, logits = None, None
+        if labels is not None and self._loss_without_logits(logits_to_keep):
+            loss = causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -292,6 +300,21 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+    def _loss_without_logits(self, logits_to_keep: int | Tensor) -> bool:
+        """Whether the chunked loss was asked for and is this model's loss; what adapters or shards changed is not."""
+        if not (self.config.chunked_loss and self.training):
+            return False
+        plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
+        if plain and self.loss_function is ForCausalLMLoss and isinstance(logits_to_keep, int) and not logits_to_keep:
+            return True
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                "chunked_loss is ignored: it needs the model's own lm_head and loss, all tokens, and no adapter or "
+                "shard of lm_head"
+            )
+        return False
 
 
 class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrainedModel):

@@ -157,10 +157,18 @@ class Window:
         taps = [longer[:, size - 1 - j : size - 1 - j + length] for j in range(size)]
         if self.offsets_BT1 is not None:
             taps = [torch.where(self.offsets_BT1 >= j, tap, 0) for j, tap in enumerate(taps)]
+        return taps, self.last(x_BTC, size, history)
+
+    def last(self, x_BTC: Tensor, size: int, history: Tensor | None) -> Tensor:
+        """The last size - 1 real inputs, the history's included. A copy: a view would keep all of x in memory."""
+        batch, length, channels = x_BTC.shape
+        if history is None:
+            history = x_BTC.new_zeros(batch, size - 1, channels)
         if self.mask_BT is None:
-            return taps, longer[:, length:]
-        last = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device)
-        return taps, take(longer, last)
+            return torch.cat([history[:, length:], x_BTC[:, max(length - size + 1, 0) :]], dim=1)
+        index = self.mask_BT.sum(1, keepdim=True) + torch.arange(size - 1, device=x_BTC.device) - (size - 1)
+        old, new = take(history, (index + size - 1).clamp_max(size - 2)), take(x_BTC, index.clamp_min(0))
+        return torch.where((index < 0)[..., None], old, new)
 
     def elapsed(
         self, times_BT: Tensor, last_B: Tensor | None, *, first: float, like: Tensor

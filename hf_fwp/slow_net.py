@@ -1,7 +1,6 @@
-"""Parts of the slow network, which makes queries, keys, values and rates, that remember earlier tokens.
+"""A slow network that remembers earlier tokens: an LSTM in place of the projections.
 
-    ShortConvolution    y_t = sum_j w_j x_{t-j}                              Yang et al. 2024
-    SlowLstm            [q; k; v; b]_t = h_t,  h_t, c_t = LSTM(x_t, h_{t-1}, c_{t-1})      code of Irie et al. 2021
+    [q; k; v; b]_t = h_t,    h_t, c_t = LSTM(x_t, h_{t-1}, c_{t-1})              code of Irie et al. 2021
 """
 
 from __future__ import annotations
@@ -17,24 +16,6 @@ from .rules.base import keep_valid
 from .rules.checks import sequence_bounds
 
 CARRIED = ("slow_h", "slow_c")
-
-
-class ShortConvolution(nn.Conv1d):
-    """Depthwise causal convolution over the real tokens of each sequence: y_t = sum_j w_j x_{t-j}."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__(channels, channels, size, groups=channels, bias=False)
-
-    def init_weights(self) -> None:
-        """Uniform in 1 / sqrt(size), so that the output has about the size of the input."""
-        bound = self.kernel_size[0] ** -0.5
-        init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, taps: list[Tensor]) -> Tensor:  # type: ignore[override]
-        y_BTC = taps[0] * self.weight[:, 0, -1]
-        for j, tap_BTC in enumerate(taps[1:], start=1):
-            y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
-        return y_BTC
 
 
 class SlowLstm(nn.Module):

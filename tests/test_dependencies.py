@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "hf_fwp.features": {"hf_fwp.rules"},
     "hf_fwp.packing": set(),
     "hf_fwp.inputs": set(),
+    "hf_fwp.cross_entropy": set(),
     "hf_fwp.loading": set(),
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
     "hf_fwp.ops": {"hf_fwp.rules"},
@@ -31,8 +32,12 @@ MAY_IMPORT = {
         "hf_fwp.presets",
         "hf_fwp.cache",  # the name of its layer type
     },
+    "hf_fwp.companions": {"hf_fwp.rules", "hf_fwp.packing"},
+    "hf_fwp.decoding": {"hf_fwp.rules", "hf_fwp.cache", "hf_fwp.options"},
     "hf_fwp.layer": {
         "hf_fwp.rules",
+        "hf_fwp.companions",
+        "hf_fwp.decoding",
         "hf_fwp.features",
         "hf_fwp.ops",
         "hf_fwp.cache",
@@ -59,6 +64,7 @@ MAY_IMPORT = {
         "hf_fwp.inputs",
         "hf_fwp.loading",
         "hf_fwp.configuration",
+        "hf_fwp.cross_entropy",
         "hf_fwp.options",
         "hf_fwp.packing",
         "hf_fwp.rules",

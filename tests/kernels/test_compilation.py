@@ -23,6 +23,7 @@ ORDER = (
 )
 KERNELS = {name for name, _ in ORDER}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1", torch.int64: "*i64"}
+WORDS = {int: "i32", float: "fp32"}
 
 
 class Recorded:
@@ -93,7 +94,7 @@ def compiled(kernel, arguments, keywords):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
     signature, constants, aligned = {}, {}, {}
     for i, (parameter, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):
@@ -103,7 +104,7 @@ def compiled(kernel, arguments, keywords):
         elif isinstance(x, torch.Tensor):
             signature[name], aligned[i,] = TYPES[x.dtype], [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if isinstance(x, float) else "i32"
+            signature[name] = WORDS[type(x)] if not isinstance(x, int) or x < 1 << 31 else "i64"
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -145,3 +146,86 @@ def test_compiles_packed_padded_and_for_several_queries(module, monkeypatch, era
     options = {"heads": (1, 2, 4), "packed": True, "padded": True, "erase": erase, "raw": special, "segmented": special}
     for case in launches(module, monkeypatch, torch.bfloat16, 24, **options):
         compiled(*case)
+
+
+def companion_launches(monkeypatch, dtype, size=128, silu=True, packed=True):
+    """What a forward and a backward of the short convolution and of the gated norm launch."""
+    from hf_fwp.kernels import convolution, gated_norm
+
+    found = []
+    for module, names in (
+        (convolution, ("convolution_forward", "convolution_backward")),
+        (gated_norm, ("gated_norm_forward", "gated_norm_backward")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorded(getattr(module, name), found))
+    x, weight = torch.zeros(2, 100, 384, dtype=dtype, requires_grad=True), torch.zeros(384, 4, dtype=dtype)
+    convolution.short_convolution(x, weight, torch.zeros(1, 100).long() if packed else None, silu).sum().backward()
+    reads = torch.zeros(2, 100, 3, size, dtype=dtype, requires_grad=True)
+    kind = "silu" if silu else "sigmoid2"
+    gated_norm.gated_norm(reads, reads, torch.zeros(size, dtype=dtype), 1e-6, kind).sum().backward()
+    assert [kernel.__name__ for kernel, *_ in found] == [
+        "convolution_forward",
+        "convolution_backward",
+        "gated_norm_forward",
+        "gated_norm_backward",
+    ]
+    return found
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize(("dtype", "silu"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
+def test_the_companions_compile_for_an_h100(monkeypatch, tmp_path, dtype, silu):
+    for kernel, arguments, keywords in companion_launches(monkeypatch, dtype, silu=silu, packed=silu):
+        found = compiled(kernel, arguments, keywords)
+        assert found.metadata.shared <= 48 * 1024
+        assert spilled(found.asm["cubin"], tmp_path) == 0, kernel.__name__
+
+
+# options of a mixer, bytes a thread may spill
+MIXERS = {
+    "modern": ({"rule": "gated_delta_net", "head_dim": 128}, 0),
+    "wide": ({"rule": "gated_delta_net", "head_dim": 128, "value_head_dim": 256, "num_key_value_heads": 1}, 150),
+    "converted": (
+        {
+            "rule": "delta_net",
+            "head_dim": 64,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "conv_size": 0,
+            "feature_map": "identity",
+            "output_gate": "head_sigmoid",
+            "output_norm": False,
+            "head_norm": True,
+            "value_skip": 1,
+            "state_bias": True,
+            "time_scales": 2,
+            "rope_heads": (True, False) * 32,
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_whole_mixer_compiles_for_an_h100(monkeypatch, tmp_path, name):
+    from hf_fwp import FastWeightLayer, MixerOptions, decoding
+    from hf_fwp.cache import MixerInputs
+    from hf_fwp.kernels import mixer_step
+
+    options, allowed = MIXERS[name]
+    options = MixerOptions(**{"hidden_size": 64, "num_attention_heads": 2, **options})
+    layer = FastWeightLayer(options, 0).bfloat16()
+    found: list = []
+    monkeypatch.setattr(mixer_step, "mixer_step_kernel", Recorded(mixer_step.mixer_step_kernel, found))
+    rotary = torch.zeros(2, 2, 1, 64).bfloat16().unbind(0) if any(options.rotates) else None
+    inputs = MixerInputs(torch.zeros(2, 1, 64).bfloat16(), torch.ones(2, 1).bool(), rotary)
+    with torch.no_grad():
+        states = layer._mix(inputs, {})[1]
+        decoding.decode(layer, inputs, states)
+    ((kernel, arguments, keywords),) = found
+    built = compiled(kernel, arguments, keywords)
+    assert ".target sm_90" in built.asm["ptx"]
+    assert built.metadata.shared <= 48 * 1024
+    assert spilled(built.asm["cubin"], tmp_path) <= allowed

@@ -53,7 +53,8 @@ CHANGES = {
     "tie_word_embeddings": ({}, True),
     "pad_token_id": ({}, 5),
 }
-BEHAVIOUR = {"dropout", "backend", "use_cache", "bos_token_id", "eos_token_id"}  # tested below, one by one
+# tested below, one by one; the loss in test_cross_entropy.py
+BEHAVIOUR = {"dropout", "backend", "chunked_loss", "use_cache", "bos_token_id", "eos_token_id"}
 ELSEWHERE = {"input_size"}  # in test_series.py
 
 

@@ -6,7 +6,7 @@ from tiny_fwp import assert_close
 from transformers.cache_utils import DynamicCache
 
 from hf_fwp import RULES, FastWeightLayer, MixerOptions
-from hf_fwp.layer import ShortConvolution
+from hf_fwp.companions import ShortConvolution
 from hf_fwp.options import WITHOUT_QKV
 from hf_fwp.packing import Window
 from hf_fwp.rules.gating import value_of
@@ -205,10 +205,10 @@ def test_a_convolution_of_the_current_token_changes_nothing(qkv_rule):
 @torch.no_grad()
 def test_a_convolution_equals_torch():
     convolution = ShortConvolution(24, 4).double()
-    taps, kept = Window.of(None, None, total=11).taps(hidden(), 4, None)
+    y, kept = convolution(hidden(), Window.of(None, None, total=11))
     padded = torch.nn.functional.pad(hidden().transpose(1, 2), (3, 0))
     expected = torch.nn.functional.conv1d(padded, convolution.weight, groups=24).transpose(1, 2)
-    assert_close(convolution(taps), expected)
+    assert_close(y, expected)
     assert torch.equal(kept, hidden()[:, -3:])
 
 
