@@ -49,7 +49,7 @@ def main(
             def words(count: int, length: int):
                 return tuple(part.to(device) for part in group_words(count, length, symbols=3, generator=draw))  # noqa: B023
 
-            fit(model, lambda: words(batch, length), steps=steps, learning_rate=learning_rate)  # noqa: B023
+            fit(model, lambda: words(batch, length), steps=steps, learning_rate=learning_rate)
             right = right_answers(model, words(256, 4 * length))
             for start, end in ((1, length), (length + 1, 2 * length), (2 * length + 1, 4 * length)):
                 cell = f"n_h={reflections}, {rates}", f"{start}-{end}"

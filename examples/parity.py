@@ -44,7 +44,7 @@ def main(
                 task = parity(count, shortest=shortest, longest=longest, generator=draw, every_position=everywhere)  # noqa: B023
                 return tuple(part.to(device) for part in task)
 
-            fit(model, lambda: strings(batch, 3, 40, not last_only), steps=steps, learning_rate=learning_rate)  # noqa: B023
+            fit(model, lambda: strings(batch, 3, 40, not last_only), steps=steps, learning_rate=learning_rate)
             # causal: what stands at position t is the answer for the string of length t
             right = right_answers(model, strings(1000, 256, 256))
             for band, (start, end) in BANDS.items():

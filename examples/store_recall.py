@@ -47,7 +47,7 @@ def interference(rule: str, pairs: int, trials: int, draw: torch.Generator, key_
     return F.cosine_similarity(k.squeeze(2) @ state.squeeze(1), v.squeeze(2), dim=-1).mean().item()
 
 
-def main(seeds: int = 10, steps: int = 1500, trials: int = 2000) -> dict[tuple[str, str], list[float]]:
+def main(seeds: int = 3, steps: int = 1500, trials: int = 2000) -> dict[tuple[str, str], list[float]]:
     """Train on delays of 5 to 30, test on delays of 1 to 60; then count how pairs disturb each other."""
     bits, cosines = defaultdict(list), defaultdict(list)
     for seed in range(seeds):
@@ -65,9 +65,9 @@ def main(seeds: int = 10, steps: int = 1500, trials: int = 2000) -> dict[tuple[s
             bits["bits", f"delay {low}-{high}"].append(right.float().mean().item())
         for rule in INTERFERENCE:
             for pairs in range(1, 9):
-                cosines[rule, f"N={pairs}"].append(interference(rule, pairs, trials, draw))
+                cosines[f"N={pairs}", rule].append(interference(rule, pairs, trials, draw))
     print_beside("share of bits recalled", bits, BITS, source="schmidhuber-problems, CODE", digits=4)
-    published = {(rule, f"N={n + 1}"): value for rule, values in INTERFERENCE.items() for n, value in enumerate(values)}
+    published = {(f"N={n + 1}", rule): value for rule, values in INTERFERENCE.items() for n, value in enumerate(values)}
     print_beside("cosine of read and stored value", cosines, published, source="schmidhuber-problems, CODE", digits=2)
     return bits | cosines
 

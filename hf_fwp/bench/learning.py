@@ -84,7 +84,7 @@ def print_beside(
 ) -> None:
     """One table: mean ± standard deviation of the measured (one value per seed), in brackets the published.
 
-    Cells are keyed by (row, column), in the order of their first appearance; `source` says where the published are from.
+    Cells are keyed by (row, column), in the order of their first appearance; `source`: where the published are from.
     """
     rows, columns = (list(dict.fromkeys(cell[side] for cell in measured)) for side in (0, 1))
     table = Table("", *columns, box=MARKDOWN)

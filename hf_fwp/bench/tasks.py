@@ -9,8 +9,8 @@
     store_recall  a pattern kept over a delay of distractors                Schmidhuber 1992, Neural Computation 4(1)
 
 N sequences of up to T tokens are made at once, from a `torch.Generator`: the same seed gives the same sequences.
-Token tasks return `(tokens [N, T], labels [N, T])`; a label stands at the token that it answers (it is not shifted), and
-is IGNORED where nothing is asked. Every task raises ValueError for sizes that leave nothing to draw from.
+Token tasks return `(tokens [N, T], labels [N, T])`; a label stands at the token that it answers (it is not shifted),
+and is IGNORED where nothing is asked. Every task raises ValueError for sizes that leave nothing to draw from.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Tokens = tuple[Tensor, Tensor]
 
 
 class Pairs(NamedTuple):
-    """Keys and values [N, L], a query [N] and the value [N] last stored under it."""
+    """Keys and values [N, L], queries [N, Q] and the values [N, Q] last stored under them."""
 
     keys: Tensor
     values: Tensor
-    query: Tensor
-    target: Tensor
+    queries: Tensor
+    targets: Tensor
 
 
 class Recall(NamedTuple):
@@ -43,18 +43,20 @@ class Recall(NamedTuple):
     pattern: Tensor
 
 
-def capacity(count: int, symbols: int, *, pairs: int, replacement: bool, generator: torch.Generator) -> Pairs:
+def capacity(
+    count: int, symbols: int, *, pairs: int, replacement: bool, generator: torch.Generator, queries: int = 1
+) -> Pairs:
     """`pairs` keys and values, each of `symbols`; without `replacement` no key and no value comes twice.
 
-    The query is the key at a random position.
+    Queries are the keys at random positions.
     """
-    _check(at_least(1, count=count, symbols=symbols, pairs=pairs))
+    _at_least(1, count=count, symbols=symbols, pairs=pairs, queries=queries)
     if not replacement and pairs > symbols:
         raise ValueError(f"{pairs} pairs of {symbols} symbols need replacement=True, or at most {symbols} pairs")
     keys, values = (_symbols(count, symbols, pairs, replacement, generator) for _ in range(2))
-    query = keys.gather(1, torch.randint(pairs, (count, 1), generator=generator))
-    last = torch.where(keys == query, torch.arange(pairs), -1).argmax(1, keepdim=True)
-    return Pairs(keys, values, query.squeeze(1), values.gather(1, last).squeeze(1))
+    asked = keys.gather(1, torch.randint(pairs, (count, queries), generator=generator))
+    last = torch.where(keys[:, None] == asked[..., None], torch.arange(pairs), -1).argmax(-1)
+    return Pairs(keys, values, asked, values.gather(1, last))
 
 
 def _symbols(count: int, symbols: int, pairs: int, replacement: bool, generator: torch.Generator) -> Tensor:
@@ -88,7 +90,7 @@ def even_length(count: int, *, shortest: int, longest: int, generator: torch.Gen
 
 
 def _lengths(count: int, shortest: int, longest: int, generator: torch.Generator) -> Tensor:
-    _check(at_least(1, count=count, shortest=shortest))
+    _at_least(1, count=count, shortest=shortest)
     if longest < shortest:
         raise ValueError(f"longest is {longest}, shortest {shortest}; longest must be at least shortest")
     return torch.randint(shortest, longest + 1, (count, 1), generator=generator)
@@ -105,7 +107,7 @@ def group_words(count: int, length: int, *, symbols: int, generator: torch.Gener
 
     label_t is the product p_t ∘ ... ∘ p_1, where (p ∘ q)(i) = p(q(i)).
     """
-    _check(at_least(1, count=count, length=length, symbols=symbols))
+    _at_least(1, count=count, length=length, symbols=symbols)
     table = compositions(symbols)
     tokens = torch.randint(len(table), (count, length), generator=generator)
     product, labels = torch.zeros(count, dtype=torch.long), []
@@ -132,7 +134,7 @@ def mqar(
     Keys are tokens of the lower half of the vocabulary (not 0), values of the upper half. The g-th place for a query is
     drawn with a weight of (g + 1)^(power - 1), without replacement, so that a small `power` means: soon.
     """
-    _check(at_least(1, count=count, pairs=pairs))
+    _at_least(1, count=count, pairs=pairs)
     half, places = vocabulary // 2, (length - 2 * pairs) // 2
     if places < pairs or half - 1 < pairs:
         raise ValueError(
@@ -155,10 +157,11 @@ def needle(
 ) -> Tokens:
     """A pair of key and value somewhere in a text of other words; the last token is the key, its label the value.
 
-    Tokens 0 ... symbols-1 are words, then come as many keys and as many values. `depth` is where the pair stands, from 0
-    (start) to 1 (right before the question); None: anywhere.
+    Tokens 0 ... symbols-1 are words, then come as many keys and as many values. `depth` is where the pair stands, from
+    0 (start) to 1 (right before the question); None: anywhere.
     """
-    _check(at_least(1, count=count, symbols=symbols) or at_least(3, length=length))
+    _at_least(1, count=count, symbols=symbols)
+    _at_least(3, length=length)
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth is {depth}; it must lie between 0 (the start) and 1 (the end), or be None (anywhere)")
     pair = torch.randint(symbols, (count, 2), generator=generator) + symbols * torch.tensor([1, 2])
@@ -173,14 +176,12 @@ def needle(
     return tokens, labels
 
 
-def store_recall(
-    count: int, *, shortest: int, longest: int, generator: torch.Generator, size: int = 4
-) -> Recall:
+def store_recall(count: int, *, shortest: int, longest: int, generator: torch.Generator, size: int = 4) -> Recall:
     """A pattern of ±1 beside a store flag, a delay of other patterns (uniform length), then zeros beside a recall flag.
 
     Inputs after the recall are zeros.
     """
-    _check(at_least(1, size=size))
+    _at_least(1, size=size)
     delay = _lengths(count, shortest, longest, generator)
     position, flags = torch.arange(longest + 2), torch.zeros(count, longest + 2, 2)
     patterns = torch.randint(2, (count, longest + 2, size), generator=generator) * 2.0 - 1
@@ -190,11 +191,7 @@ def store_recall(
     return Recall(torch.cat([shown, flags], dim=-1), delay.squeeze(1) + 1, patterns[:, 0])
 
 
-def at_least(least: int, **given: int) -> str:
-    """What is wrong with sizes below `least`, or nothing."""
-    return next((f"{name} is {value}; it must be at least {least}" for name, value in given.items() if value < least), "")
-
-
-def _check(fault: str) -> None:
-    if fault:
-        raise ValueError(fault)
+def _at_least(least: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < least:
+            raise ValueError(f"{name} is {size}; it must be at least {least}")
