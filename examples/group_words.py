@@ -1,0 +1,63 @@
+"""S3: one layer tracks products of permutations with two reflections per token and eigenvalues in [-1, 1]."""
+
+from collections import defaultdict
+
+import torch
+import typer
+from transformers import AutoModelForTokenClassification
+
+import hf_fwp
+from hf_fwp.bench.learning import accuracy, fit, print_beside, right_answers
+from hf_fwp.bench.tasks import group_words
+
+# CODE: automl/DeltaProduct, in words (Siems et al. 2025, arXiv 2502.10297)
+PUBLISHED = {
+    (1, "β in (0, 1)"): "fails",
+    (2, "β in (0, 1)"): "fails",
+    (1, "β in (0, 2)"): "fails",
+    (2, "β in (0, 2)"): "succeeds",
+}
+
+
+def main(
+    seeds: int = 2,
+    steps: int = 600,
+    length: int = 32,
+    width: int = 64,
+    heads: int = 4,
+    batch: int = 64,
+    learning_rate: float = 5e-3,
+    device: str = "cpu",
+) -> dict[tuple[str, str], list[float]]:
+    """Train one layer on words of LENGTH, test on words four times as long."""
+    measured, published = defaultdict(list), {}
+    for seed in range(seeds):
+        for (reflections, rates), said in PUBLISHED.items():
+            torch.manual_seed(seed)
+            sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 1, "use_cache": False}
+            config = hf_fwp.FwpConfig.preset(
+                "siems2025-deltaproduct",
+                rule_options={"num_householder": reflections, "forget_gate": False},
+                allow_neg_eigval="2" in rates,
+                vocab_size=6,
+                num_labels=6,
+                **sizes,
+            )
+            model = AutoModelForTokenClassification.from_config(config).to(device)
+            draw = torch.Generator().manual_seed(seed)
+
+            def words(count: int, length: int):
+                return tuple(part.to(device) for part in group_words(count, length, symbols=3, generator=draw))  # noqa: B023
+
+            fit(model, lambda: words(batch, length), steps=steps, learning_rate=learning_rate)
+            right = right_answers(model, words(256, 4 * length))
+            for start, end in ((1, length), (length + 1, 2 * length), (2 * length + 1, 4 * length)):
+                cell = f"n_h={reflections}, {rates}", f"{start}-{end}"
+                measured[cell].append(accuracy(right[:, start - 1 : end], chance=1 / 6))
+                published[cell] = said
+    print_beside("scaled accuracy by position", measured, published, source="automl/DeltaProduct, CODE")
+    return measured
+
+
+if __name__ == "__main__":
+    typer.run(main)
