@@ -10,55 +10,9 @@ import numpy as np
 import pytest
 import torch
 from every_model import every_model
+from runs import logged, rows, trained, trainer
 from tiny_fwp import VOCAB, assert_close, tokens
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-
-ROWS = 16
-
-
-def rows(count=ROWS, length=10):
-    ids = tokens(count, length)
-    labels = ids.clone()
-    for index in range(count):
-        labels[index, : index % 5] = -100
-    return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
-
-
-def trainer(model, folder, *, train=None, callbacks=None, evaluate=None, metrics=None, **changes):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=train or rows(),
-        eval_dataset=evaluate,
-        callbacks=callbacks,
-        compute_metrics=metrics,
-    )
-
-
-def logged(run, what="loss"):
-    return [entry[what] for entry in run.state.log_history if what in entry]
-
-
-def trained(name, folder, **changes):
-    """(losses, weights) after some steps from the same start."""
-    model = every_model(name, dtype=changes.pop("dtype", torch.float64)).train()
-    run = trainer(model, folder, **changes)
-    run.train()
-    return logged(run), dict(model.named_parameters())
+from transformers import EarlyStoppingCallback
 
 
 def assert_same_weights(ours, theirs, tolerance):
