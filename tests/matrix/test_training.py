@@ -4,10 +4,7 @@ Losses divide by the number of labels of the whole step: with gradient accumulat
 with few labels too much (huggingface/transformers issue 37766), so rows of different lengths are used here.
 """
 
-import importlib.util
-
 import numpy as np
-import pytest
 import torch
 from every_model import every_model
 from runs import logged, rows, trained, trainer
@@ -118,21 +115,3 @@ def test_the_number_of_items_divides_the_loss(model):
     assert_close(model(ids, labels=ids, num_items_in_batch=2 * 12).loss, mean, 1e-9)
     assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss, mean / 2, 1e-9)
     assert ids.max() < VOCAB
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer(name, packing, tmp_path):
-    if importlib.util.find_spec("trl") is None:
-        pytest.skip("trl is not installed; it is no dependency of hf_fwp: pip install trl to run this test")
-    import trl
-    from datasets import Dataset
-    from tiny import TEXTS, byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    model = every_model(name, dtype=torch.float32, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    settings = {"max_steps": 2, "packing": packing, "max_length": 64, "report_to": "none", "use_cpu": True}
-    args = trl.SFTConfig(output_dir=str(tmp_path), **settings)
-    data = Dataset.from_dict({"text": TEXTS[:32]})
-    run = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-    assert np.isfinite(run.train().training_loss)
