@@ -31,6 +31,16 @@ def test_checkpointed_activations_change_nothing(name, tmp_path):
     assert all(torch.equal(saved[1][key], weight) for key, weight in plain[1].items())
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(name, tmp_path):
+    torch._dynamo.reset()
+    settings = {"max_steps": 2, "per_device_train_batch_size": 8}
+    plain = trained(name, tmp_path, **settings)
+    compiled = trained(name, tmp_path, **settings, torch_compile=True, torch_compile_backend="aot_eager")
+    assert max(abs(a - b) for a, b in zip(plain[0], compiled[0], strict=True)) <= 1e-6
+    assert_same_weights(compiled[1], plain[1], 1e-6)
+
+
 def test_a_resumed_run_is_the_same_run(name, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "dtype": torch.float32}
     _, whole = trained(name, tmp_path, **saving)
