@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -38,8 +41,21 @@ class DistilTrainer(Trainer):
         if len(self.student_head.weight) != len(self.teacher_head.weight):
             sizes = len(self.student_head.weight), len(self.teacher_head.weight)
             raise ValueError(f"the student has {sizes[0]} tokens, the teacher {sizes[1]}; they must share a vocabulary")
+        self.teacher = self._spread(self.teacher)
+
+    def _spread(self, teacher: PreTrainedModel) -> Any:
+        """The teacher in pieces over the processes, in place, where FSDP or ZeRO-3 spreads the student."""
+        if self.accelerator.is_fsdp2:
+            return fsdp2_prepare_model(self.accelerator, teacher)
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        if self.is_deepspeed_enabled and plugin.zero_stage == 3:
+            import deepspeed  # pyright: ignore[reportMissingImports] no dependency: who asked for ZeRO has it
+
+            config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+            return deepspeed.initialize(model=teacher, config=config)[0]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.teacher = self.accelerator.prepare_model(self.teacher, evaluation_mode=True)
+            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return teacher
 
     def compute_loss(
         self,
@@ -51,12 +67,16 @@ class DistilTrainer(Trainer):
         """The KL of all valid tokens over their number, in the accumulated batch when that is known."""
         valid_BT = valid_positions(inputs)
         kept = {name: value for name, value in inputs.items() if name != "labels"}
-        student_BTD = last_hidden_state(model, bare(self.accelerator.unwrap_model(model)), kept)
+
+        def kl(student_BTD: Tensor) -> Tensor:
+            student_ND, teacher_ND = (x[valid_BT.to(x.device)] for x in (student_BTD, teacher_BTD))
+            with gathered(self.teacher_head):
+                return kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head).view(1, 1, 1)
+
         with self.accelerator.autocast():  # accelerate puts it around the student alone
             with torch.no_grad():
-                teacher_BTD = self.teacher.base_model(**kept, use_cache=False).last_hidden_state
-            student_ND, teacher_ND = (x[valid_BT.to(x.device)] for x in (student_BTD, teacher_BTD))
-            loss = kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head)
+                teacher_BTD = last_hidden_state(self.teacher, kept)
+            loss = output_of(self.student_head, kl, lambda: model(**kept, use_cache=False)).sum()
         if num_items_in_batch is None:
             loss = loss / valid_BT.sum().clamp_min(1)
         else:
@@ -104,16 +124,45 @@ def valid_positions(inputs: dict[str, Any]) -> Tensor:
     return valid_BT if inputs.get("labels") is None else valid_BT & (inputs["labels"] != -100)
 
 
-def last_hidden_state(model: nn.Module, bare_model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """What the output head would read. `model` itself is called, since it may be wrapped for several processes."""
+def last_hidden_state(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the output head would read. The whole model is called: one that is spread over processes gathers its weights
+    only then."""
     seen: list[Tensor] = []
-    hook = bare_model.base_model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
+    inside = model.module if hasattr(model, "zero_optimization_stage") else model
+    hook = bare(inside).base_model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
     try:
         nothing = torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device)
         model(**inputs, use_cache=False, logits_to_keep=nothing)  # logits of no position
     finally:
         hook.remove()
     return seen[-1]
+
+
+def output_of(module: nn.Module, function: Callable[[Tensor], Tensor], run: Callable[[], Any]) -> Tensor:
+    """What `module` gives during `run` when it computes `function`. Its weights are whole there, and again in backward,
+    however they are spread over processes."""
+    seen: list[Any] = []
+    before = module.__dict__.get("forward")
+    module.forward = function
+    hook = module.register_forward_hook(lambda _, args, out: seen.append(out))
+    try:
+        run()
+    finally:
+        hook.remove()
+        del module.forward
+        if before is not None:
+            module.forward = before
+    return seen[-1]
+
+
+def gathered(head: nn.Linear) -> AbstractContextManager[Any]:
+    """While its weights are whole: ZeRO-3 keeps them in pieces outside of the module's own forward."""
+    pieces = [p for p in head.parameters() if hasattr(p, "ds_id")]
+    if not pieces:
+        return nullcontext()
+    import deepspeed  # pyright: ignore[reportMissingImports] as above
+
+    return deepspeed.zero.GatheredParameters(pieces)
 
 
 def parameter_groups(model: nn.Module, *, lr: float, lr_rest: float) -> list[dict[str, Any]]:

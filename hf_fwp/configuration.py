@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .cache import LAYER_TYPE
+from .loading import WithAutoMap
 from .options import (
     MIXER_DEFAULTS,
     RESOLVED,
@@ -76,7 +77,7 @@ TRANSFORMERS_KEYWORDS = frozenset(
 
 
 @strict
-class FwpConfig(PreTrainedConfig):
+class FwpConfig(WithAutoMap, PreTrainedConfig):
     """A language model of fast weight programmers; every field left at None is resolved here and saved.
 
     `rule` is one name or a list with one per layer, `full_attention` and `sliding_attention` included. The mixer fields

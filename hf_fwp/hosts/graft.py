@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..cache import install_fast_weight_layers
 from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
-from ..loading import AlignedLoading
+from ..loading import AlignedLoading, WithAutoMap
 from ..options import MixerOptions
 from ..packing import packed_batch, packed_segments, positions_in_segments, valid_tokens
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
@@ -68,7 +68,7 @@ class FastWeightAttention(FastWeightLayer):
         return {"past_key_values": cache, **kwargs, **given}
 
 
-class GraftedConfig(Config):
+class GraftedConfig(WithAutoMap, Config):
     """Adds the field `fwp`, checked. The model classes are registered when the first config exists: they need the
     family's modeling file, and `import hf_fwp` must stay light."""
 

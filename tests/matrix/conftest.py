@@ -1,6 +1,7 @@
 """Every test that takes `name` runs for every kind of model; one that takes `model` gets it in float64.
 
-All of it is `make test-full`. `make test` takes every rule through the tests named here, and CORE through the others.
+All of it is `make test-full`. `make test` takes every rule through the tests of EVERY_RULE, one own and one converted
+model through those of PAIR, which take seconds each, and CORE through the others.
 """
 
 import pytest
@@ -16,11 +17,16 @@ EVERY_RULE = {
     "test_accumulated_steps_are_whole_steps",
     "test_extreme_inputs_stay_finite",
 }
+PAIR = {
+    "test_two_processes_train_as_one": {"hybrid", "llama converted"},
+    "test_packed_rows_lose_what_separate_rows_lose": {"hybrid", "llama converted"},
+}
 
 
 def pytest_generate_tests(metafunc):
     if "name" in metafunc.fixturenames:
-        quick = MODELS if metafunc.function.__name__ in EVERY_RULE else CORE
+        test = metafunc.function.__name__
+        quick = MODELS if test in EVERY_RULE else PAIR.get(test, CORE)
         names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
         metafunc.parametrize("name", names)
 

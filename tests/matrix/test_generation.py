@@ -202,6 +202,19 @@ def test_compiled_decoding_gives_the_same_tokens(name):
     assert torch.equal(generate(model, ids, **settings), uncached(model, ids, max_new_tokens=4))
 
 
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_gives_the_tokens_of_no_cache(model, cache):
+    """The states stay where they are. Keys and values are moved by streams, which only an accelerator has."""
+    expected = uncached(model, tokens())
+    attends = len(model.hf_fwp_layers) < model.config.num_hidden_layers
+    if attends and not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda|accelerator"):
+            generate(model, tokens(), cache_implementation=cache)
+    else:
+        assert torch.equal(generate(model, tokens(), cache_implementation=cache), expected)
+    assert torch.equal(generate(model, tokens()), expected)
+
+
 REFUSED = {
     "quantised cache": (
         lambda model: generate(model, tokens(), cache_implementation="quantized"),

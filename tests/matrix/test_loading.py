@@ -1,6 +1,7 @@
 """Saved in every form, loaded in every form: the same function, and a file that does not fit is named."""
 
 import copy
+import importlib.util
 import io
 import multiprocessing
 import pickle
@@ -17,6 +18,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BitsAndBytesConfig,
+    TorchAoConfig,
 )
 
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -70,6 +73,29 @@ def test_weights_kept_on_the_disk(name, tmp_path):
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
     assert_close(model(tokens()).logits, expected, 1e-6)
+
+
+@torch.no_grad()
+def test_weights_kept_in_memory_until_they_are_read(name):
+    from accelerate import cpu_offload
+
+    model = every_model(name, dtype=torch.float32)
+    expected = model(tokens()).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert_close(model(tokens()).logits, expected, 1e-6)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_loaded_from_the_disk_where_it_is_read(name, folder, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    room = {"cpu": int(0.7 * sum(weight.nbytes for weight in plain.parameters()))}
+    settings = {"device_map": "auto", "max_memory": room, "offload_folder": tmp_path / "offloaded"}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+    assert any(weight.is_meta for weight in loaded.parameters())
+    assert_close(loaded(tokens()).logits, plain(tokens()).logits, 1e-6)
+    ways = [model.generate(tokens(), max_new_tokens=4, do_sample=False) for model in (loaded, plain)]
+    assert torch.equal(*ways)
 
 
 def test_made_on_the_meta_device_without_touching_data(name, folder):
@@ -136,6 +162,28 @@ def test_a_config_reaches_worker_processes(model):
         assert pool.apply(type, (model.config,)) is type(model.config)
 
 
+class Scored(torch.utils.data.Dataset):
+    """A data set that asks a model, in the worker that reads it."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __len__(self):
+        return 2
+
+    @torch.no_grad()
+    def __getitem__(self, index):
+        return self.model(tokens()[index : index + 1]).logits[0]
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_a_model_in_the_workers_of_a_loader(name, start):
+    model = every_model(name)
+    loader = torch.utils.data.DataLoader(Scored(model), num_workers=1, multiprocessing_context=start)
+    assert_close(torch.cat(list(loader)), model(tokens()).logits)
+
+
 @torch.no_grad()
 def test_tied_weights_stay_tied(name, tmp_path):
     model = every_model(name, tie_word_embeddings=True)
@@ -158,6 +206,41 @@ def test_a_larger_vocabulary(name, tied, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert loaded.config.vocab_size == size + 3
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def torchao_int8():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTISED = {  # library, its settings, how far from the plain logits
+    "int8 of torchao": ("torchao", torchao_int8, 0.05),
+    "int8 of bitsandbytes": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),
+    "4 bits of bitsandbytes": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True), 0.5),
+}
+BLOCKS = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # 4 bits come in blocks of 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTISED)
+@torch.no_grad()
+def test_quantised_weights(name, kind, tmp_path):
+    library, settings, tolerance = QUANTISED[kind]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is no dependency of hf_fwp: pip install {library} to run this test")
+    model = every_model(name, dtype=torch.float32, **BLOCKS)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings(), dtype=torch.float32, device_map="cpu"
+    )
+    logits, expected = loaded(tokens()).logits, model(tokens()).logits
+    error = (logits - expected).norm() / expected.norm()
+    assert 1e-5 < error < tolerance
+    decays = [p for key, p in loaded.named_parameters() if key.endswith(("A_log", "dt_bias"))]
+    assert all(p.dtype == torch.float32 for p in decays)
+    ways = [loaded.generate(tokens(), max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*ways)
 
 
 @pytest.mark.slow

@@ -4,17 +4,26 @@ import pytest
 import torch
 from every_model import every_model
 from peft import (
+    AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
+    CartridgeConfig,
     IA3Config,
     LoraConfig,
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
 )
+from runs import arguments, logged
+from safetensors.torch import load_file
+from teachers import tiny_teacher
 from tiny_fwp import assert_close, tokens
 from transformers import AutoModelForCausalLM
+
+from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.trainer import DistilTrainer
 
 TASK = {"task_type": "CAUSAL_LM"}
 METHODS = {
@@ -81,16 +90,52 @@ def test_a_disabled_adapter_is_the_plain_model(name):
         assert_close(model(tokens()).logits, every_model(name, dtype=torch.float32)(tokens()).logits, 1e-6)
 
 
-def test_prefix_tuning_is_refused_with_a_sentence(name):
-    model = every_model(name, dtype=torch.float32)
-    prefix = PrefixTuningConfig(num_virtual_tokens=3, num_layers=2, num_attention_heads=2, token_dim=16, **TASK)
-    with pytest.raises(ValueError, match="prefix"):
-        get_peft_model(model, prefix)(tokens())
+KEYS = {"num_virtual_tokens": 3, "num_layers": 2, "num_attention_heads": 2, "token_dim": 16, **TASK}
+REFUSED = {
+    "prefix tuning": (lambda: PrefixTuningConfig(**KEYS), "prefix"),
+    "cartridges": (lambda: CartridgeConfig(**KEYS), "prefix"),
+    "adaption prompts": (lambda: AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **TASK), "adaption prompt"),
+}
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_a_method_that_needs_keys_and_values_is_refused_with_a_sentence(name, method):
+    settings, message = REFUSED[method]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(every_model(name, dtype=torch.float32), settings())(tokens())
     assert every_model(name)(tokens()).logits.isfinite().all()
 
 
-def test_soft_prompts_work_since_they_are_tokens(name):
-    model = get_peft_model(every_model(name, dtype=torch.float32), PromptTuningConfig(num_virtual_tokens=3, **TASK))
+SOFT = {
+    "prompt tuning": lambda: PromptTuningConfig(num_virtual_tokens=3, **TASK),
+    "p-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, **TASK),
+}
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_soft_prompts_work_since_they_are_tokens(name, method):
+    model = get_peft_model(every_model(name, dtype=torch.float32), SOFT[method]())
     loss = model(tokens(), labels=tokens(), attention_mask=torch.ones_like(tokens())).loss
     loss.backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_a_distillation_of_the_adapter_alone(family, tmp_path):
+    """Only the adapter learns and is saved; on the untouched student it is the distilled function."""
+    teacher = tiny_teacher(family, num_hidden_layers=2)
+    student = copy_teacher(teacher, layers=[0, 1], share=False)
+    before = {key: weight.clone() for key, weight in student.state_dict().items()}
+    model = get_peft_model(student, LoraConfig(r=4, **TASK))
+    args = arguments(tmp_path / "run", remove_unused_columns=False, learning_rate=3e-2, max_steps=8)
+    run = DistilTrainer(model, args, teacher=teacher, train_dataset=[{"input_ids": row} for row in tokens(4, 10)])
+    run.train()
+    assert logged(run)[-1] < logged(run)[0]
+    run.save_model(str(tmp_path / "adapter"))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all("lora" in key for key in saved)
+    kept = {key.replace(".base_layer", ""): x for key, x in student.state_dict().items() if "lora" not in key}
+    assert all(torch.equal(kept[key], weight) for key, weight in before.items())
+    loaded = PeftModel.from_pretrained(copy_teacher(teacher, layers=[0, 1], share=False), tmp_path / "adapter")
+    with torch.no_grad():
+        assert_close(loaded.eval()(tokens()).logits, model.eval()(tokens()).logits, 1e-6)

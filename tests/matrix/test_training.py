@@ -4,61 +4,12 @@ Losses divide by the number of labels of the whole step: with gradient accumulat
 with few labels too much (huggingface/transformers issue 37766), so rows of different lengths are used here.
 """
 
-import importlib.util
-
 import numpy as np
-import pytest
 import torch
 from every_model import every_model
+from runs import logged, rows, trained, trainer
 from tiny_fwp import VOCAB, assert_close, tokens
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-
-ROWS = 16
-
-
-def rows(count=ROWS, length=10):
-    ids = tokens(count, length)
-    labels = ids.clone()
-    for index in range(count):
-        labels[index, : index % 5] = -100
-    return [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
-
-
-def trainer(model, folder, *, train=None, callbacks=None, evaluate=None, metrics=None, **changes):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**arguments),
-        train_dataset=train or rows(),
-        eval_dataset=evaluate,
-        callbacks=callbacks,
-        compute_metrics=metrics,
-    )
-
-
-def logged(run, what="loss"):
-    return [entry[what] for entry in run.state.log_history if what in entry]
-
-
-def trained(name, folder, **changes):
-    """(losses, weights) after some steps from the same start."""
-    model = every_model(name, dtype=changes.pop("dtype", torch.float64)).train()
-    run = trainer(model, folder, **changes)
-    run.train()
-    return logged(run), dict(model.named_parameters())
+from transformers import EarlyStoppingCallback
 
 
 def assert_same_weights(ours, theirs, tolerance):
@@ -78,6 +29,16 @@ def test_checkpointed_activations_change_nothing(name, tmp_path):
     plain, saved = (trained(name, tmp_path, max_steps=2, gradient_checkpointing=on) for on in (False, True))
     assert plain[0] == saved[0]
     assert all(torch.equal(saved[1][key], weight) for key, weight in plain[1].items())
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_training(name, tmp_path):
+    torch._dynamo.reset()
+    settings = {"max_steps": 2, "per_device_train_batch_size": 8}
+    plain = trained(name, tmp_path, **settings)
+    compiled = trained(name, tmp_path, **settings, torch_compile=True, torch_compile_backend="aot_eager")
+    assert max(abs(a - b) for a, b in zip(plain[0], compiled[0], strict=True)) <= 1e-6
+    assert_same_weights(compiled[1], plain[1], 1e-6)
 
 
 def test_a_resumed_run_is_the_same_run(name, tmp_path):
@@ -164,21 +125,3 @@ def test_the_number_of_items_divides_the_loss(model):
     assert_close(model(ids, labels=ids, num_items_in_batch=2 * 12).loss, mean, 1e-9)
     assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(48)).loss, mean / 2, 1e-9)
     assert ids.max() < VOCAB
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer(name, packing, tmp_path):
-    if importlib.util.find_spec("trl") is None:
-        pytest.skip("trl is not installed; it is no dependency of hf_fwp: pip install trl to run this test")
-    import trl
-    from datasets import Dataset
-    from tiny import TEXTS, byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    model = every_model(name, dtype=torch.float32, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    settings = {"max_steps": 2, "packing": packing, "max_length": 64, "report_to": "none", "use_cpu": True}
-    args = trl.SFTConfig(output_dir=str(tmp_path), **settings)
-    data = Dataset.from_dict({"text": TEXTS[:32]})
-    run = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-    assert np.isfinite(run.train().training_loss)
