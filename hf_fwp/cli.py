@@ -238,6 +238,13 @@ def bench_kernels(
     importlib.import_module("hf_fwp.bench.kernels").bench_kernels(json=json, plot=plot, tune=tune, commit=commit)
 
 
+@bench.command(name="sequential")
+@reports_errors
+def bench_sequential(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
+    """Time the kernels of the sequential rules on this GPU beside the same rules in PyTorch."""
+    importlib.import_module("hf_fwp.bench.sequential").bench_sequential(json=json, plot=plot, commit=commit)
+
+
 @bench.command(name="decode")
 @reports_errors
 def bench_decode(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:

@@ -216,7 +216,9 @@ def from_raw(apply: Callable[..., Any]) -> Callable[..., Any]:
 def on_device(given: Tensors, device: str) -> Tensors:
     """The same problem on another device."""
     tables = (given.leaves, given.states, given.keywords)
-    moved = ({n: x.to(device) if isinstance(x, Tensor) else x for n, x in table.items()} for table in tables)
+    moved = [{n: x.to(device) if isinstance(x, Tensor) else x for n, x in table.items()} for table in tables]
+    if given.weights:
+        moved[2]["weights"] = {n: x.to(device) for n, x in given.weights.items()}
     return Tensors(*moved)
 
 

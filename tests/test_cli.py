@@ -28,6 +28,7 @@ FUNCTIONS = {
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),
+    "bench sequential": ("hf_fwp.bench.sequential", "bench_sequential"),
 }
 
 

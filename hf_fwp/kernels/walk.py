@@ -145,7 +145,8 @@ def constants_of(
         "LOAD": twin.load,
         "STORE": twin.store,
         "STEP": twin.step,
-        "num_warps": min(16, max(4, 1 << warps.bit_length() - 1)) if warps else 4,
+        "num_warps": min(16, max(4, warps and 1 << (warps.bit_length() - 1))),
+        "num_stages": 1,
     }
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from hf_fwp.bench import decode, device, kernels, traffic, tune
+from hf_fwp.bench import decode, device, kernels, sequential, traffic, tune
 from hf_fwp.bench.device import Ceilings, Work
+from hf_fwp.rules import RULES
 
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = Ceilings(bytes_per_s=1e9, flops_per_s=1e12)
@@ -24,13 +25,13 @@ def measure(run):
 
 
 @without_gpu
-@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode])
+@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode, sequential.bench_sequential])
 def test_without_a_gpu_the_request_is_refused(bench):
     with pytest.raises(ValueError, match=r"needs an NVIDIA or AMD GPU .* hf-fwp bench cpu"):
         bench()
 
 
-@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode])
+@pytest.mark.parametrize("bench", [kernels.bench_kernels, decode.bench_decode, sequential.bench_sequential])
 def test_an_unknown_dtype_is_refused(bench):
     with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32"):
         bench(dtypes=["int8"])
@@ -100,6 +101,30 @@ def test_what_runs_on_a_gpu_machine_needs_no_datasets():
     assert "no tests" not in found.stdout
     assert "error" not in found.stdout.splitlines()[-2]
     assert found.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize("rule", sequential.SEQUENTIAL)
+def test_sequential_rows(rule, monkeypatch):
+    monkeypatch.setattr(sequential, "SEQUENTIAL", (rule,))
+    rows = sequential.measured([(1, 3, 2, 4)], "bfloat16", measure, place="cpu")
+    assert [row["implementation"] for row in rows] == list(sequential.BACKENDS)
+    assert {row["operator"] for row in rows} == {rule}
+    assert {row["ratio"] for row in rows} == {1.0}
+
+
+def test_the_sequential_bench_has_every_rule_with_a_kernel():
+    kernels_of = {name: rule.apply.args[0].kernel for name, rule in RULES.items() if rule.own}
+    assert set(sequential.SEQUENTIAL) == {name for name, kernel in kernels_of.items() if kernel}
+
+
+def test_the_whole_bench_of_sequential_rules(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "require_gpu", lambda: None)
+    monkeypatch.setattr(device, "median_ms", lambda run: measure(run)["ms"])
+    made = sequential.measured
+    monkeypatch.setattr(sequential, "measured", lambda *given: made(*given, place="cpu"))
+    monkeypatch.setattr(sequential, "SEQUENTIAL", ("srwm",))
+    result = sequential.bench_sequential(json=tmp_path / "x.json", shapes=[(1, 3, 1, 4)], commit="abc")
+    assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
 def test_every_implementation_of_an_operator_computes_the_same():
