@@ -16,7 +16,7 @@ from typing import Annotated, Any, ParamSpec
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
@@ -127,8 +127,8 @@ def info_command(json: AsJson = False) -> None:
     if json:
         show(told, as_json=True)
         return
-    for name, columns in (("rules", ("name", "source", STATE, "a sequence", "backends")), ("presets", None)):
-        show_rows(told.pop(name), title=name, columns=columns)
+    show_rows(told.pop("rules"), title="rules", columns=("source", STATE, "a sequence", "backends"))
+    show_rows(told.pop("presets"), title="presets", columns=("rule", "what"))
     show(told, as_json=False, title="hf-fwp on this machine")
 
 
@@ -278,12 +278,11 @@ def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> 
     Console().print(table)
 
 
-def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...] | None = None) -> None:
-    """A table with one line for each name, of some columns or of all."""
-    chosen = columns or tuple(next(iter(rows.values())))
-    table = Table("", *chosen, title=title, title_justify="left")
+def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...]) -> None:
+    """A table with one line for each name, of some columns."""
+    table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
     for name, row in rows.items():
-        table.add_row(name, *(row[column] for column in chosen))
+        table.add_row(name, *(row[column] for column in columns))
     Console().print(table)
 
 

@@ -5,7 +5,7 @@
     softmax   phi(x) = softmax(x) over the feature dimension
     dpfp:n    r = [relu(x); relu(-x)];  phi(x) = concat_{i=1..n} r * roll(r, i)        Schlag et al. 2021
     favor:m   phi(x) = exp(-|x|^2/2) [exp(W x); exp(-W x)] / sqrt(2m)                  Choromanski et al. 2020
-                a setting each: redraw=n draws W anew every n forwards of training (0: never), eps=e is added to the
+                a setting each: redraw=1 draws W anew at every forward of training, eps=e is added to the
                 exponentials, prescale=1 multiplies x by d^(-1/4) first: "favor:64,redraw=1,eps=0"
     hedgehog:c  y = Linear(x);  phi(x) = softmax([c y; -c y]), c = 1 unless given      Zhang et al. 2024
     silu, identity
@@ -90,39 +90,35 @@ class Hedgehog(nn.Module):
 
 
 class Favor(nn.Module):
-    """Positive random features of the exponential kernel. The random directions are drawn at the start and saved, or
-    drawn anew every `redraw` forwards of training, in an order that a resumed run goes on with."""
+    """Positive random features of the exponential kernel. The random directions are drawn at the start and saved, with
+    `redraw` also at every forward of training."""
 
     omega: Tensor
-    clock: Tensor
 
     def __init__(
-        self, head_dim: int, directions: int, *, redraw: float = 0, eps: float = KERNEL_EPS, prescale: float = 0
+        self,
+        head_dim: int,
+        directions: int,
+        *,
+        redraw: bool = False,
+        eps: float = KERNEL_EPS,
+        prescale: bool = False,
     ) -> None:
         super().__init__()
-        self.redraw, self.eps = int(redraw), eps
+        self.redraw, self.eps = redraw, eps
         self.prescale = head_dim**-0.25 if prescale else 1.0
         self.register_buffer("omega", torch.empty(head_dim, directions))
-        if self.redraw:
-            self.register_buffer("clock", torch.zeros(2, dtype=torch.long))  # seed, forwards of training
         self.init_weights()
 
     def init_weights(self) -> None:
         init.copy_(self.omega, orthogonal_directions(*self.omega.shape, like=self.omega))
-        if self.redraw:
-            init.copy_(self.clock, torch.stack([torch.randint(2**31, ()), torch.zeros((), dtype=torch.long)]))
 
     def advance(self) -> None:
-        """Count a forward; in training draw new directions when it is time."""
-        # a checkpointed block runs again inside the backward, and must meet the directions of its forward
-        if not self.redraw or not self.training or torch._C._current_graph_task_id() != -1:
-            return
-        seed, count = self.clock.tolist()
-        if count % self.redraw == 0:
-            draw = torch.Generator().manual_seed(seed + count)
-            # a new tensor: the backward of an earlier forward may still need the old one
-            self.omega = orthogonal_directions(*self.omega.shape, like=self.omega, generator=draw)
-        self.clock[1] += 1
+        """Begin a forward: in training, and where it is asked for, with new directions."""
+        # Drawn from PyTorch's own random numbers: a checkpointed block that runs again meets the same. And a new
+        # tensor: the backward of an earlier forward may still need the old one.
+        if self.redraw and self.training:
+            self.omega = orthogonal_directions(*self.omega.shape, like=self.omega)
 
     def expand(self, x: Tensor) -> Tensor:
         # float32: the exponent's rounding error becomes a relative error of the feature
@@ -136,16 +132,14 @@ class Favor(nn.Module):
         return self.expand(q), self.expand(k)
 
 
-def orthogonal_directions(
-    head_dim: int, directions: int, *, like: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
+def orthogonal_directions(head_dim: int, directions: int, *, like: Tensor) -> Tensor:
     """Columns orthogonal within blocks of `head_dim`, each as long as an independent Gaussian vector."""
     if like.is_meta:
         return like
     blocks = []
     for _ in range(-(-directions // head_dim)):
-        q, _ = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
-        blocks.append(q * torch.randn(head_dim, head_dim, generator=generator).norm(dim=0))
+        q, _ = torch.linalg.qr(torch.randn(head_dim, head_dim))
+        blocks.append(q * torch.randn(head_dim, head_dim).norm(dim=0))
     return torch.cat(blocks, dim=1)[:, :directions].to(like)
 
 
@@ -174,7 +168,7 @@ FEATURES: dict[str, Features] = {
     "softmax": _pointwise(softmax_features),
     "dpfp": Features(lambda d, n: Dpfp(n), size=lambda d, n: 2 * d * n, number=2),
     "favor": Features(
-        Favor, size=lambda d, n: 2 * n, number=64, settings={"redraw": 0, "eps": KERNEL_EPS, "prescale": 0}
+        Favor, size=lambda d, n: 2 * n, number=64, settings={"redraw": False, "eps": KERNEL_EPS, "prescale": False}
     ),
     "hedgehog": Features(Hedgehog, size=lambda d, n: 2 * d, number=1),
 }
@@ -198,17 +192,23 @@ def _parse(feature_map: str) -> tuple[str, int, dict[str, float]]:
         setting, _, value = part.partition("=")
         if setting not in settings:
             raise ValueError(f"{wrong}: {name!r} has no setting {setting!r}; it has {', '.join(settings) or 'none'}")
-        settings[setting] = _not_negative(value, wrong)
+        settings[setting] = _flag(value, wrong) if isinstance(settings[setting], bool) else _number(value, wrong)
     return name, int(number or kind.number or 0), settings
 
 
-def _not_negative(value: str, wrong: str) -> float:
+def _flag(value: str, wrong: str) -> bool:
+    if value not in ("0", "1"):
+        raise ValueError(f"{wrong}: {value!r} is neither 0 (no) nor 1 (yes); write for instance 'favor:64,redraw=1'")
+    return value == "1"
+
+
+def _number(value: str, wrong: str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise ValueError(f"{wrong}: {value!r} is not a number of at least 0; write for instance 'favor:64,redraw=1'")
+        raise ValueError(f"{wrong}: {value!r} is not a number of at least 0; write for instance 'favor:64,eps=0'")
     return number
 
 

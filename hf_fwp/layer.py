@@ -100,7 +100,8 @@ class FastWeightLayer(nn.Module):
             return None
         query, key, value = self.heads
         K, V = self.options.head_dim, self.options.value_head_dim
-        return SlowLstm(self.options.hidden_size, [query * K, key * K, value * V, self.options.num_states])
+        rates = [self.options.num_states] if "beta" in self.inputs else []
+        return SlowLstm(self.options.hidden_size, [query * K, key * K, value * V, *rates])
 
     def projects(self, name: str) -> bool:
         """Whether the layer itself computes this input of the rule."""
@@ -278,7 +279,7 @@ class FastWeightLayer(nn.Module):
         x_BTD = tokens.hidden_BTD
         if self.slow_net is not None:
             parts, kept = self.slow_net(x_BTD, states, mask_BT=tokens.mask_BT, cu_seqlens=cu_seqlens)
-            return dict(zip("qkvb", parts, strict=True)), kept
+            return dict(zip("qkvb", parts, strict=False)), kept
         return {name: getattr(self, f"{name}_proj")(x_BTD) for name in ("q", "k", "v") if self.rule.qkv}, {}
 
     def _queries_keys_values(

@@ -143,7 +143,7 @@ class MixerOptions:
         self._warn_of_ignored()
 
     def _warn_of_ignored(self) -> None:
-        if "beta" in find_rule(self.rule).inputs:
+        if "beta" in find_rule(self.rule).inputs_with(self.rule_options):
             return
         for name in ("allow_neg_eigval", "beta_bias"):
             if getattr(self, name):

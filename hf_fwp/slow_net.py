@@ -37,15 +37,21 @@ class ShortConvolution(nn.Conv1d):
         return y_BTC
 
 
-class SlowLstm(nn.LSTM):
+class SlowLstm(nn.Module):
     """One LSTM whose hidden state is everything that a layer projects: x [B,T,D] -> parts of the given widths.
 
-    Carried are h and c [B, sum of the widths] in float32 (float64 for float64 inputs).
+    Carried are h and c [B, sum of the widths] in float32 (float64 for float64 inputs). The parameters are those of
+    torch.nn.LSTM by name and shape; a module of that class cannot be compiled.
     """
 
     def __init__(self, hidden: int, widths: Sequence[int]) -> None:
-        super().__init__(hidden, sum(widths), batch_first=True)
-        self.widths = list(widths)
+        super().__init__()
+        self.widths, self.hidden_size = list(widths), sum(widths)
+        self.weight_ih_l0 = nn.Parameter(torch.empty(4 * self.hidden_size, hidden))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(4 * self.hidden_size, self.hidden_size))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(4 * self.hidden_size))
+        self.bias_hh_l0 = nn.Parameter(torch.empty(4 * self.hidden_size))
+        self.init_weights()
 
     def init_weights(self) -> None:
         """Uniform in 1 / sqrt(size), as PyTorch starts every LSTM."""
@@ -53,7 +59,7 @@ class SlowLstm(nn.LSTM):
         for weight in self.parameters():
             init.uniform_(weight, -bound, bound)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_BTD: Tensor, states: dict[str, Tensor], *, mask_BT: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """(parts [B,T,width], {"slow_h", "slow_c"}). Real tokens stand before padded ones, which give anything."""

@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "option": (0, 1, 2),
 }
 BACKENDS = ["reference", "torch"]
-SERVED = tuple(name for name, rule in RULES.items() if "triton" in rule.backends)  # the rules that have Triton kernels
+SERVED = ("linear_attention", "delta_net", "gated_delta_net")  # the rules that have Triton kernels
 unit = torch.nn.functional.normalize
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from hf_fwp import cli
 from hf_fwp.conversion.recipes import RECIPES
 from hf_fwp.hosts import HOSTS
+from hf_fwp.presets import PRESETS
 from hf_fwp.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,10 @@ def test_dtype_is_read_by_name():
 def test_info_as_json_names_what_is_there():
     told = json.loads(invoke("info", "--json").stdout)
     assert list(told["rules"]) == list(RULES)
+    assert told["rules"]["srwm"]["a sequence"] == "sequential"
+    assert told["rules"]["delta_net"]["backends"] == "reference, torch, triton, step"
+    assert list(told["presets"]) == list(PRESETS)
+    assert told["presets"]["kimi2025-delta"]["rule"] == "kimi_delta"
     assert told["hosts"] == list(HOSTS)
     assert told["versions"]["torch"] == torch.__version__
     assert any(device.startswith("cpu") for device in told["devices"])
@@ -130,7 +135,10 @@ def test_info_as_json_names_what_is_there():
 
 def test_info_for_a_person_shows_the_same():
     shown = invoke("info").stdout
-    assert all(name in shown for name in RULES)
+    assert all(name in shown for name in [*RULES, *PRESETS])
+    row = next(line for line in shown.splitlines() if "delta_lstm" in line)
+    assert "24704" in row
+    assert "mixed" in row
 
 
 @pytest.mark.parametrize(

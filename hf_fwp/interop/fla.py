@@ -67,6 +67,7 @@ def _gated_deltanet(c: Mapping[str, Any]) -> dict[str, Any]:
 def _delta_net(c: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rule": "delta_net",
+        "rule_options": {"use_beta": c["use_beta"]},
         "num_attention_heads": c["num_heads"],
         "head_dim": round(c["hidden_size"] * c["expand_k"]) // c["num_heads"],
         "expand_v": c["expand_v"] / c["expand_k"],
@@ -132,7 +133,7 @@ MODEL_TYPES: dict[str, tuple[Translation, dict[str, Any], dict[str, Any]]] = {
             "qk_norm": "l2",
             "qk_activation": "silu",
         },
-        {"use_beta": True, "qk_norm": "l2", "qk_activation": "silu"},
+        {"qk_norm": "l2", "qk_activation": "silu"},
     ),
     "linear_attn": (
         _linear_attn,

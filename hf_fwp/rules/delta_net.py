@@ -11,8 +11,8 @@ With `normalize`, z_t = z_{t-1} + k_t is carried too (for features that are not 
 
 "full" is the plain rule with the rate β / κ and the value κ v, where κ_t = z_{t-1} · k_t + ε.
 
-Where q, k, v and the raw β come from is the layer's business: `slow_net` is "linear", or "lstm" for the outputs of one
-LSTM over the hidden states (code of Irie et al. 2021, unreported).
+With `use_beta=False` β is 1. Where q, k, v and the raw β come from is the layer's business: `slow_net` is "linear", or
+"lstm" for the outputs of one LSTM over the hidden states (code of Irie et al. 2021, unreported).
 
 Schlag, Irie, Schmidhuber 2021 (arXiv 2102.11174); parallel over time: Yang et al. 2024 (arXiv 2406.06484).
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MODERN_SHELL, Rule, States, keep_valid, read
+from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, keep_valid, read
 from .checks import sequence_bounds
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
@@ -79,12 +79,14 @@ def apply(
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
-    if beta is None:
-        raise ValueError("delta_net needs beta [B, T, value heads]; none was given")
     if g is not None:
         raise ValueError("delta_net has no decay g; leave it out, or use the rule gated_delta_net")
     chosen = RULE.resolve_options(options)
     del chosen["slow_net"]  # the layer's business
+    if chosen.pop("use_beta") == (beta is None):
+        said = "needs beta [B, T, value heads]; none was" if beta is None else "has use_beta=False, but beta was"
+        raise ValueError(f"delta_net {said} given")
+    beta = v.new_ones(v.shape[:3]) if beta is None else beta
     call = LinearClassCall(
         step,
         erase=True,
@@ -157,8 +159,9 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=("reference", "torch", "triton", "step"),
+    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "output_gate": "none"},
-    options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear"},
+    options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear", "use_beta": True},
+    optional={"beta": "use_beta"},
     choices={"normalize": (None, "output", "full"), "slow_net": ("linear", "lstm")},
 )

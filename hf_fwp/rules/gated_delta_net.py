@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import MODERN_SHELL, Rule, States, read
+from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
 from .linear_class import LinearClassCall, apply_linear_class
 
 
@@ -70,6 +70,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=("reference", "torch", "triton", "step"),
+    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "expand_v": 2.0},
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Rule, States, keep_valid, read
+from .base import WITH_KERNELS, Rule, States, keep_valid, read
 from .linear_class import LinearClassCall, apply_linear_class
 
 NORMALIZER_EPS = 1e-5
@@ -124,7 +124,7 @@ RULE = Rule(
     states=("state", "norm_state"),
     step=step,
     apply=apply,
-    backends=("reference", "torch", "triton", "step"),
+    backends=WITH_KERNELS,
     defaults={
         "feature_map": "elu1",
         "qk_norm": "none",

@@ -182,7 +182,6 @@ def test_base_model_and_changed_fields(tmp_path):
     [
         ("gated", {"attn": {"layers": [0], "num_heads": 2}}, "attn="),
         ("gated", {"attnres_block_size": 2}, "attnres_block_size=2"),
-        ("delta", {"use_beta": False}, "use_beta=False"),
         ("delta", {"qk_norm": "sum"}, "qk_norm='sum'"),
         ("delta", {"qk_activation": "relu"}, "qk_activation='relu'"),
         ("linear", {"feature_map": "hedgehog"}, "feature_map='hedgehog'"),
@@ -194,6 +193,11 @@ def test_what_is_not_understood_is_named(name, changed, message, tmp_path):
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config_of(name) | changed))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+
+
+def test_a_delta_net_without_beta_has_none():
+    config = FwpConfig(**fla.translated("delta_net", config_of("delta") | {"use_beta": False}))
+    assert not [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters() if "b_proj" in name]
 
 
 def test_a_model_type_that_is_taken_stays(monkeypatch):

@@ -23,7 +23,7 @@ def run(model, ids, cache, **kwargs):
     return model(ids, past_key_values=cache, use_cache=True, **kwargs).logits
 
 
-def test_token_by_token_equals_full(model):
+def test_i45_token_by_token_equals_full(model):
     ids = tokens()
     cache = DynamicCache(config=model.config)
     steps = [run(model, ids[:, t : t + 1], cache) for t in range(ids.shape[1])]

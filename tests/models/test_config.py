@@ -7,10 +7,9 @@ from dataclasses import fields
 import pytest
 import torch
 from tiny_fwp import tiny_config, tiny_model, tokens
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from hf_fwp import RULES, FwpConfig, MixerOptions
-from hf_fwp.presets import PRESETS
 
 # field: (changes to the tiny model that let it matter, the changed value)
 ROPE = {"position_embedding": "rope"}
@@ -30,6 +29,8 @@ CHANGES = {
     "norm_type": ({}, "layer"),
     "norm_eps": ({}, 0.1),
     "norm_placement": ({}, "idsia_pre"),
+    "final_norm": ({}, False),
+    "lm_head_bias": ({}, True),
     "rule": ({}, "delta_net"),
     "rule_options": ({"rule": "linear_attention"}, {"normalize": False}),
     "feature_map": ({}, "relu"),
@@ -54,6 +55,9 @@ CHANGES = {
 }
 BEHAVIOUR = {"dropout", "backend", "use_cache", "bos_token_id", "eos_token_id"}  # tested below, one by one
 ELSEWHERE = {"input_size"}  # in test_series.py
+
+
+PLACEMENTS = ["pre", "post", "idsia_pre", "residual", "none"]
 
 
 def outcome(**changes):
@@ -81,14 +85,25 @@ def test_changing_a_field_changes_something(name):
     assert not same_values
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "idsia_pre", "residual"])
+def test_reads_can_be_scaled_by_the_size_of_a_head():
+    assert tiny_config(output_scale="head_dim**-0.5").output_scale == 8**-0.5
+    assert tiny_config(output_scale="head_dim**-0.5", head_dim=16).mixer_options(0).output_scale == 0.25
+
+
+def test_the_norm_at_the_end_is_there_unless_norms_stand_behind():
+    ends = {placement: tiny_config(norm_placement=placement).final_norm for placement in PLACEMENTS}
+    assert ends == dict.fromkeys(PLACEMENTS, True) | {"post": False}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_where_the_norms_stand(placement):
     block = tiny_model(norm_placement=placement, num_hidden_layers=1).model.layers[0]
-    block.mixer_norm.weight.data.uniform_(0.5, 2)
+    for weight in block.mixer_norm.parameters():
+        weight.data.uniform_(0.5, 2)
     h = torch.randn(2, 7, 32, dtype=torch.float64)
     norm, mlp_norm, mlp = block.mixer_norm, block.mlp_norm, block.mlp
-    mixed = {"pre": norm(h), "post": h, "idsia_pre": norm(h), "residual": h}[placement]
-    out = block.mixer(mixed)[0] + {"pre": h, "post": h, "idsia_pre": norm(h), "residual": norm(h)}[placement]
+    mixed = norm(h) if placement in ("pre", "idsia_pre") else h
+    out = block.mixer(mixed)[0] + (norm(h) if placement in ("idsia_pre", "residual") else h)
     out = mlp_norm(norm(out) + mlp(norm(out))) if placement == "post" else out + mlp(mlp_norm(out))
     assert torch.equal(block(h), out)
 
@@ -140,15 +155,15 @@ def test_other_names():
     config = tiny_config(num_attention_heads=4)
     assert config.num_heads == 4
     assert FwpConfig(num_heads=2, hidden_size=32, num_hidden_layers=1).num_attention_heads == 2
-    assert AutoConfig.for_model("fwp", rule="delta_net").rule == "delta_net"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets(preset):
-    config = FwpConfig.preset(preset, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    for name, value in PRESETS[preset].items():
-        given = getattr(config, name)
-        assert (given | value if isinstance(value, dict) else value) == given
+@pytest.mark.parametrize("rule", RULES)
+def test_the_auto_classes_know_every_rule(rule):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    config = AutoConfig.for_model("fwp", rule=rule, **sizes)
+    assert (type(config), config.rule) == (FwpConfig, rule)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
 
 WRONG = {
@@ -169,6 +184,13 @@ WRONG = {
     "options are given per rule": {"rule": ["linear_attention", "delta_net"], "rule_options": {"normalize": True}},
     "give one per layer": {"conv_size": [4]},
     "takes no number": {"feature_map": "relu:3"},
+    "no setting 'redrawn'; it has redraw": {"feature_map": "favor:8,redrawn=1"},
+    "has no setting 'eps'; it has none": {"feature_map": "elu1,eps=1"},
+    "is not a number of at least 0": {"feature_map": "favor,eps=-1"},
+    "is neither 0 .no. nor 1 .yes.": {"feature_map": "favor,redraw=2"},
+    "give a number or 'head_dim": {"output_scale": "head_dim"},
+    "did you mean 'residual'": {"norm_placement": "residuals"},
+    "slow_net is 'gru'; choose from 'linear', 'lstm'": {"rule": "delta_net", "rule_options": {"slow_net": "gru"}},
     "is not a positive whole number": {"feature_map": "dpfp:x"},
     "must be 0 \\(none\\) or more": {"conv_size": -1},
     "must be at least 1": {"time_scales": 0},

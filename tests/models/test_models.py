@@ -21,7 +21,7 @@ from hf_fwp.modeling import (
     FwpModel,
 )
 
-FEATURE_MAPS = ["dpfp:3", "favor:8", "hedgehog", "softmax"]
+FEATURE_MAPS = ["dpfp:3", "favor:8", "favor:8,redraw=1,eps=0,prescale=1", "hedgehog", "softmax"]
 
 
 def assert_saved_and_loaded(model, folder):
@@ -36,16 +36,16 @@ def assert_saved_and_loaded(model, folder):
         assert torch.equal(loaded(tokens()).logits, before)
 
 
-def test_saved_and_loaded_is_bitwise_equal(model, tmp_path):
+def test_i48_saved_and_loaded_is_bitwise_equal(model, tmp_path):
     assert_saved_and_loaded(model, tmp_path)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_feature_maps_are_saved_too(feature_map, tmp_path):
+def test_i48_feature_maps_are_saved_too(feature_map, tmp_path):
     assert_saved_and_loaded(tiny_model(feature_map=feature_map, tie_word_embeddings=True), tmp_path)
 
 
-@pytest.mark.parametrize("placement", ["pre", "post", "idsia_pre", "residual"])
+@pytest.mark.parametrize("placement", ["pre", "post", "idsia_pre", "residual", "none"])
 @pytest.mark.parametrize("position", ["learned", "sinusoidal", "rope"])
 def test_placements_and_positions(placement, position, tmp_path):
     assert_saved_and_loaded(tiny_model(norm_placement=placement, position_embedding=position), tmp_path)

@@ -75,7 +75,7 @@ def test_long_sequences_of_correlated_keys(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_gradcheck(rule, backend):
+def test_i43_gradcheck(rule, backend):
     problem = Problem(rule, length=3, sizes=(2, 3), heads=(1, 2, 2), qk_l2norm=rule != "linear_attention")
     given = problems.tensors(problem).copy(torch.float64)
     names, states = list(given.leaves), list(given.states)

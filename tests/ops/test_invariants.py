@@ -56,8 +56,19 @@ def test_i5_i37_keys_of_length_below_one():
     assert torch.linalg.matrix_norm(transition, ord=2) > 1
 
 
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.inputs and not rule.own])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_i6_nothing_is_written_at_rate_zero(backend):
+def test_i6_nothing_is_written_at_rate_zero(rule, backend):
+    given = problems.tensors(Problem(rule, torch.float32)).copy(torch.float32)
+    for name in set(given.leaves) - {"q", "k", "v"}:
+        given.leaves[name].data.zero_()
+    with torch.no_grad():
+        _, final = RULES[rule].apply(**given.leaves, states=given.states, backend=backend, **given.keywords)
+    assert torch.equal(final["state"], given.states["state"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_i6_what_is_never_written_is_a_linear_layer(backend):
     q, k, v, beta, g = (x.float() for x in random_inputs())
     state = torch.randn(2, 2, 6, 6)
     out, final = ops.gated_delta_rule(
@@ -67,13 +78,15 @@ def test_i6_nothing_is_written_at_rate_zero(backend):
     torch.testing.assert_close(out, torch.einsum("bhkv,bthk->bthv", state, q))
 
 
-def test_i7_a_step_can_be_reversed():
-    q, k, v, beta, g = (x[:, 0] for x in random_inputs())
+@pytest.mark.parametrize(("rule", "channels"), [("gated_delta_net", 1), ("kimi_delta", 6)])
+def test_i7_a_step_can_be_reversed(rule, channels):
+    q, k, v, beta, _ = (x[:, 0] for x in random_inputs())
     state = torch.randn(2, 2, 6, 6, dtype=torch.float64)
-    after, _ = RULES["gated_delta_net"].step({"state": state}, q=q, k=k, v=v, g=g, beta=beta)
-    decayed = g.exp()[..., None, None] * state
+    g = -torch.rand(2, 2, channels, dtype=torch.float64)
+    after, _ = RULES[rule].step({"state": state}, q=q, k=k, v=v, g=g if channels > 1 else g[..., 0], beta=beta)
+    decayed = g.exp()[..., None] * state
     written = beta[..., None] * (v - torch.einsum("bhkv,bhk->bhv", decayed, k))
-    close((-g).exp()[..., None, None] * (after["state"] - k[..., None] * written[..., None, :]), state)
+    close((-g).exp()[..., None] * (after["state"] - k[..., None] * written[..., None, :]), state)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 64, 128])
@@ -234,6 +247,26 @@ def test_i47_the_future_does_not_reach_the_past(rule):
     after, _ = RULES[rule].apply(**given.leaves, backend="reference", **given.keywords)
     assert torch.equal(before[:, :11], after[:, :11])
     assert not torch.equal(before[:, 11], after[:, 11])
+
+
+@pytest.mark.parametrize(
+    "rule", [pytest.param(name, marks=pytest.mark.slow) if rule.own else name for name, rule in RULES.items()]
+)
+def test_i49_bf16_inputs_are_summed_in_float32(rule):
+    """Over 1024 tokens. A state that feeds a nonlinearity amplifies rounding, in the recurrence as much as here."""
+    sizes = {"heads": (1, 1, 1), "sizes": (8, 8)}
+    given = problems.tensors(Problem(rule, torch.bfloat16, 1024, qk_l2norm=True, **sizes))
+
+    def run(dtype, backend="torch"):
+        one = given.copy(dtype)
+        with torch.no_grad():
+            return RULES[rule].apply(**one.leaves, states=one.states, backend=backend, **one.keywords)
+
+    exact, (out, states) = run(torch.float64)[0], run(torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert {x.dtype for x in states.values()} == {torch.float32}
+    error = problems.relative_error(out, exact)
+    assert error < 2e-2 or error < 2 * problems.relative_error(run(torch.bfloat16, "reference")[0], exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -227,6 +227,20 @@ def test_i28_exact_hold_is_the_limit_of_small_euler_steps(backend):
     assert not same(continuous(given, backend, "euler", 3.0)[1]["state"], exact, 1 / count)
 
 
+def test_i28_what_a_key_of_length_one_retrieves_nears_its_value_exponentially(backend):
+    given = given_for("continuous_fwp", length=1, initial=True)
+    given.leaves["k"].fill_(-1e9)
+    given.leaves["k"][..., 2] = 1e9  # the softmax of that is a basis vector
+    start, value = given.states["state"][:, :, 2], given.leaves["v"][:, 0].tanh()
+    for duration in (0.3, 1.0, 7.0):
+        state = continuous(given, backend, "delta_exact_hold", duration)[1]["state"]
+        left = (-duration * given.leaves["b"][:, 0].sigmoid()).exp()
+        assert same(state[:, :, 2], value + left * (start - value))
+        assert same(state[:, :, 0], given.states["state"][:, :, 0])
+        euler = continuous(given, backend, "delta", duration)[1]["state"]
+        assert not same(euler[:, :, 2], value + left * (start - value))
+
+
 def test_i29_two_half_steps_of_exact_hold_are_one_and_none_is_nothing(backend):
     given = given_for("continuous_fwp", length=1, initial=True)
     twice = {name: torch.cat([x, x], dim=1) for name, x in given.leaves.items()}

@@ -1,0 +1,18 @@
+"""Runs oracle.py, which compares with flash-linear-attention, where that library is installed."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+INSTALL = "pip install --no-deps flash-linear-attention fla-core einops"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason=f"needs flash-linear-attention: {INSTALL}")
+def test_i50_flash_linear_attention_says_the_same():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "oracle.py")]
+    run = subprocess.run(command, cwd=HERE.parent.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
