@@ -1,6 +1,7 @@
 """Parity and (aa)*: which fast weight programmers can count modulo two, on strings longer than in training."""
 
 from collections import defaultdict
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -20,12 +21,8 @@ PRESETS = {
     "SRWM": "irie2023-srwm",
 }
 # Irie, Csordás, Schmidhuber 2023 (arXiv 2310.16076), its findings in words: its table was not seen.
-PUBLISHED = {
-    ("linear transformer", "parity, long"): "fails",
-    ("recurrent delta net", "parity, long"): "solves",
-    ("SRWM", "parity, long"): "solves",
-    ("LSTM", "parity, long"): "solves",
-}
+FINDINGS = {"linear transformer": "fails", "recurrent delta net": "solves", "SRWM": "solves", "LSTM": "solves"}
+PUBLISHED = {(name, "parity, long"): found for name, found in FINDINGS.items()}
 
 
 class Lstm(nn.Module):
@@ -47,34 +44,23 @@ def make(name: str, width: int) -> nn.Module:
 
 
 def main(
-    seeds: int = 3,
-    steps: int = 400,
-    width: int = 32,
-    longest: int = 20,
-    language: str = "",
-    learning_rate: float = 1e-2,
+    seeds: int = 3, steps: int = 400, width: int = 32, longest: int = 20, learning_rate: float = 1e-2
 ) -> dict[tuple[str, str], list[float]]:
-    """Train on strings of 2 ... LONGEST, test on those and on lengths up to twice that; one LANGUAGE or all."""
+    """Train on strings of 2 ... LONGEST, test on those and on lengths up to twice that."""
     measured = defaultdict(list)
-    for seed in range(seeds):
-        for spoken in [language] if language else LANGUAGES:
-            for name in [*PRESETS, "LSTM"]:
-                torch.manual_seed(seed)
-                model, draw = make(name, width), torch.Generator().manual_seed(seed)
-                short, long = (
-                    LANGUAGES[spoken](256, shortest=a, longest=b, generator=draw)
-                    for a, b in ((2, longest), (longest + 2, 2 * longest))
-                )
-                fit(
-                    model,
-                    lambda: LANGUAGES[spoken](32, shortest=2, longest=longest, generator=draw),  # noqa: B023
-                    steps=steps,
-                    learning_rate=learning_rate,
-                    betas=(0.9, 0.995),
-                    done=lambda: sequence_accuracy(right_answers(model, long)) == 1,  # noqa: B023
-                )
-                for which, strings in (("short", short), ("long", long)):
-                    measured[name, f"{spoken}, {which}"].append(sequence_accuracy(right_answers(model, strings)))
+    for seed, language, name in product(range(seeds), LANGUAGES, [*PRESETS, "LSTM"]):
+        torch.manual_seed(seed)
+        model, draw = make(name, width), torch.Generator().manual_seed(seed)
+
+        def strings(count: int, shortest: int, longest: int):
+            return LANGUAGES[language](count, shortest=shortest, longest=longest, generator=draw)  # noqa: B023
+
+        tests = {"short": strings(256, 2, longest), "long": strings(256, longest + 2, 2 * longest)}
+        training = {"steps": steps, "learning_rate": learning_rate, "betas": (0.9, 0.995)}
+        solved = lambda: sequence_accuracy(right_answers(model, tests["long"])) == 1  # noqa: B023, E731
+        fit(model, lambda: strings(32, 2, longest), **training, done=solved)
+        for which, test in tests.items():
+            measured[name, f"{language}, {which}"].append(sequence_accuracy(right_answers(model, test)))
     print_beside("sequence accuracy", measured, PUBLISHED, source="Irie et al. 2023, in words")
     return measured
 

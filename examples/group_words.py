@@ -20,13 +20,13 @@ PUBLISHED = {
 
 
 def main(
-    seeds: int = 2,
-    steps: int = 600,
-    length: int = 32,
-    width: int = 64,
+    seeds: int = 1,
+    steps: int = 500,
+    length: int = 8,
+    width: int = 32,
     heads: int = 4,
     batch: int = 64,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 2e-2,
     device: str = "cpu",
 ) -> dict[tuple[str, str], list[float]]:
     """Train one layer on words of LENGTH, test on words four times as long."""
@@ -39,6 +39,8 @@ def main(
                 "siems2025-deltaproduct",
                 rule_options={"num_householder": reflections, "forget_gate": False},
                 allow_neg_eigval="2" in rates,
+                conv_size=0,  # the state alone has to know the past
+                initializer_range=width**-0.5,
                 vocab_size=6,
                 num_labels=6,
                 **sizes,

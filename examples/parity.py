@@ -25,6 +25,7 @@ def main(
     heads: int = 2,
     batch: int = 64,
     learning_rate: float = 1e-2,
+    tests: int = 1000,
     last_only: bool = False,
     device: str = "cpu",
 ) -> dict[tuple[str, str], list[float]]:
@@ -46,7 +47,7 @@ def main(
 
             fit(model, lambda: strings(batch, 3, 40, not last_only), steps=steps, learning_rate=learning_rate)
             # causal: what stands at position t is the answer for the string of length t
-            right = right_answers(model, strings(1000, 256, 256))
+            right = right_answers(model, strings(tests, 256, 256))
             for band, (start, end) in BANDS.items():
                 measured[row, band].append(accuracy(right[:, start:end], chance=0.5))
     published = {(row, band): value for row, values in PUBLISHED.items() for band, value in values.items()}

@@ -37,10 +37,10 @@ def recalled(model: nn.Module, task: Recall) -> Tensor:
     return model(task.inputs)[torch.arange(len(task.position)), task.position]
 
 
-def interference(rule: str, pairs: int, trials: int, draw: torch.Generator, key_size: int = 8) -> float:
-    """Mean cosine of what is read under each key with what was stored, for random unit keys and random ±1 values."""
+def interference(rule: str, pairs: int, trials: int, draw: torch.Generator, key_size: int = 8, size: int = 4) -> float:
+    """Mean cosine of what is read under each key with what was stored, for random unit keys and Gaussian values."""
     k = F.normalize(torch.randn(trials, pairs, 1, key_size, generator=draw), dim=-1)
-    v = torch.randint(2, k.shape, generator=draw) * 2.0 - 1
+    v = torch.randn(trials, pairs, 1, size, generator=draw)
     write = {"additive": hf_fwp.linear_attention, "delta": lambda *kv, **call: hf_fwp.delta_rule(*kv, one, **call)}
     one = torch.ones(trials, pairs, 1)
     state = write[rule](k, k, v, scale=1.0, output_final_state=True)[1]

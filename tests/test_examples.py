@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_reproductions import QUICK
 
 from hf_fwp.hosts import HOSTS, Host, register_family
 
@@ -36,6 +37,7 @@ def test_every_example_is_tried_here():
         "finetune_lora",
         "register_family",
         "train_from_scratch",
+        *QUICK,  # tests/test_reproductions.py
     }
 
 
