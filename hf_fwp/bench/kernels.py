@@ -34,16 +34,26 @@ OURS = "hf_fwp"
 COUNTED = (OURS, "flash-linear-attention", "SDPA")
 SAME = ("operator", "shape", "dtype", "what")
 OPERATORS = {"delta_rule": ("beta",), "gated_delta_rule": ("g", "beta"), "linear_attention": ()}
+# what is timed here only: the gated delta rule with a decay for every channel
+GATES: dict[str, tuple[str, ...]] = OPERATORS | {"kimi_delta": ("g", "beta")}
+CALLED = {"kimi_delta": "gated_delta_rule"}
+DIMENSIONS_OF_G = {"kimi_delta": 4}
 NORMALIZED = {"use_qk_l2norm_in_kernel": True}
 
 # (operations that grow with the chunk, operations on the state) per token and head, in units of 2 C D and 2 D D: the
 # products of rules/chunked.py, forward and backward.
-PRODUCTS = {"delta_rule": ((4, 3), (7, 6)), "gated_delta_rule": ((4, 3), (7, 6)), "linear_attention": ((2, 2), (4, 4))}
+PRODUCTS = {
+    "delta_rule": ((4, 3), (7, 6)),
+    "gated_delta_rule": ((4, 3), (7, 6)),
+    "linear_attention": ((2, 2), (4, 4)),
+    "kimi_delta": ((4, 3), (7, 6)),
+}
 
 FLA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "delta_rule": ("fla.ops.delta_rule", "chunk_delta_rule", NORMALIZED),
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", NORMALIZED),
     "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn", {"normalize": False}),
+    "kimi_delta": ("fla.ops.kda", "chunk_kda", NORMALIZED),
 }
 Operator = Callable[[dict[str, Tensor]], Tensor]
 
@@ -86,7 +96,7 @@ def measured(shapes: Sequence[Shape], dtype: str, measure: Callable[[Run], Row],
     """One row for every operator, shape, direction and implementation that is installed."""
     rows = []
     for shape in shapes:
-        for operator in OPERATORS:
+        for operator in GATES:
             for what in WHAT:
                 for name, run in runs(operator, shape, dtype, what):
                     work = work_of(name, operator, shape, dtype, what)
@@ -97,19 +107,19 @@ def measured(shapes: Sequence[Shape], dtype: str, measure: Callable[[Run], Row],
 
 def runs(operator: str, shape: Shape, dtype: str, what: str, place: str = "cuda") -> Iterator[tuple[str, Run]]:
     """(name, call) of every implementation. The tensors are freed before the next shape."""
-    tensors = inputs(shape, dtype, place)
+    tensors = inputs(shape, dtype, place, operator)
     for name, make in IMPLEMENTATIONS.items():
         compute = make(operator)
         if compute is not None:
             yield name, (forward if what == "forward" else backward)(compute, operator, tensors)
 
 
-def inputs(shape: Shape, dtype: str, place: str) -> dict[str, Tensor]:
+def inputs(shape: Shape, dtype: str, place: str, operator: str = "gated_delta_rule") -> dict[str, Tensor]:
     generator = torch.Generator(place).manual_seed(0)
     options = {"generator": generator, "device": place}
     found = {name: torch.randn(shape, **options).to(device.DTYPES[dtype]) for name in ("q", "k", "v")}
-    beta, g = torch.rand(shape[:3], **options), -0.1 * torch.rand(shape[:3], **options)
-    return found | {"beta": beta.to(device.DTYPES[dtype]), "g": g}
+    beta, g = (torch.rand(shape[:n], **options) for n in (3, DIMENSIONS_OF_G.get(operator, 3)))
+    return found | {"beta": beta.to(device.DTYPES[dtype]), "g": -0.1 * g}
 
 
 def forward(compute: Operator, operator: str, tensors: dict[str, Tensor]) -> Run:
@@ -126,22 +136,22 @@ def backward(compute: Operator, operator: str, tensors: dict[str, Tensor]) -> Ru
 
     def run() -> None:
         out = compute(leaves)
-        used = ("q", "k", "v", *OPERATORS[operator])
+        used = ("q", "k", "v", *GATES[operator])
         torch.autograd.grad(out, [leaves[name] for name in used], d_out.to(out.dtype), allow_unused=True)
 
     return run
 
 
 def ours(operator: str, backend: str | None = None) -> Operator:
-    keywords = (NORMALIZED if OPERATORS[operator] else {}) | {"backend": backend}
-    return partial(_call, getattr(ops, operator), OPERATORS[operator], keywords)
+    keywords = (NORMALIZED if GATES[operator] else {}) | {"backend": backend}
+    return partial(_call, getattr(ops, CALLED.get(operator, operator)), GATES[operator], keywords)
 
 
 def fla(operator: str) -> Operator | None:
     module, name, keywords = FLA[operator]
     if find_spec("fla") is None:
         return None
-    return partial(_call, getattr(importlib.import_module(module), name), OPERATORS[operator], keywords)
+    return partial(_call, getattr(importlib.import_module(module), name), GATES[operator], keywords)
 
 
 def _call(function: Callable[..., Any], gates: Sequence[str], keywords: dict[str, Any], x: dict[str, Tensor]) -> Tensor:
@@ -149,8 +159,8 @@ def _call(function: Callable[..., Any], gates: Sequence[str], keywords: dict[str
 
 
 def transformers_fallback(operator: str) -> Operator | None:
-    """transformers has one for the gated delta rule alone."""
-    if OPERATORS[operator] != ("g", "beta"):
+    """transformers has one for the gated delta rule with one decay per head alone."""
+    if operator != "gated_delta_rule":
         return None
     from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
@@ -180,7 +190,8 @@ def work_of(name: str, operator: str, shape: Shape, dtype: str, what: str) -> Wo
     batch, length, heads, size = shape
     tokens = batch * length * heads
     word = device.DTYPES[dtype].itemsize
-    gate_bytes = tokens * sum({"beta": word, "g": 4}[gate] for gate in OPERATORS[operator])
+    decays = size if DIMENSIONS_OF_G.get(operator) == 4 else 1
+    gate_bytes = tokens * sum({"beta": word, "g": 4 * decays}[gate] for gate in GATES[operator])
     both = what != "forward"
     moved = (11 if both else 4) * math.prod(shape) * word + (3 if both else 1) * gate_bytes
     if name == "SDPA":

@@ -3,7 +3,7 @@
     S̃_t = Diag(exp(g_t)) S_{t-1};   r_t = β_t (v_t - S̃_tᵀ e_t);   S_t = S̃_t + k_t ⊗ r_t;   o_t = scale · S_tᵀ q_t
 
 Forward: the inverse of every chunk's triangle and its products with the queries, then one scan. Backward: one scan in
-reverse, then all chunks at once. Of every chunk the forward leaves both 64 x 64 matrices and the state at its start, in
+reverse, then all chunks at once. Of every chunk the forward leaves both squares and the state at its start, in
 the type of the inputs.
 """
 
@@ -21,12 +21,11 @@ from .channel_decay_forward import prepare_chunks, scan_forward
 from .linear_class import WORD, contiguous, device_of, interpreted
 from .linear_class_launches import Launch, computing_word, padded, pieces
 
-CHUNK = 64
-
 
 class Launches(NamedTuple):
     """One row of the table."""
 
+    chunk: int
     prepare: Launch
     forward: Launch
     backward: Launch
@@ -34,13 +33,14 @@ class Launches(NamedTuple):
 
 
 # By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
-# yet measured on a device.
+# yet measured on a device. Shorter chunks take less of both, but leave more states to the backward.
 TABLE = {
-    (2, 64): Launches(Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
-    (2, 128): Launches(Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
-    (2, 256): Launches(Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
-    (4, 64): Launches(Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
-    (4, 128): Launches(Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
+    (2, 64): Launches(64, Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
+    (2, 128): Launches(64, Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
+    (2, 256): Launches(64, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
+    (4, 64): Launches(32, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
+    (4, 128): Launches(32, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
+    (4, 256): Launches(16, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1)),
 }
 PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
 NARROW = 16  # value columns
@@ -93,11 +93,11 @@ def prepare(
     l2norm: bool,
 ) -> Call:
     """What the kernels must know about the sizes and which inputs there are."""
-    batch, length, heads, key_size = k.shape
-    value_heads, value_size = v.shape[2:]
+    batch, length, heads, _ = k.shape
+    value_heads = v.shape[2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + sequences
     word = word_of(q, k, v, erase)
+    launches = launches_of(word, k, v)
     share = q.shape[2] == heads
     queries = 1 if share else q.shape[2] // value_heads
     constants = {
@@ -105,11 +105,11 @@ def prepare(
         "HV": value_heads,
         "R": queries,
         "SHARE": share,
-        "K": key_size,
-        "V": value_size,
-        "BK": padded(key_size),
-        "C": CHUNK,
-        "LEVELS": CHUNK.bit_length() - 1,
+        "K": k.shape[3],
+        "V": v.shape[3],
+        "BK": padded(k.shape[3]),
+        "C": launches.chunk,
+        "LEVELS": launches.chunk.bit_length() - 1,
         "GK": 0 if g is None else g.shape[-1],
         "HAS_ERASE": erase is not None,
         "HAS_BETA": beta is not None,
@@ -122,7 +122,7 @@ def prepare(
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
     dynamic = {"length": length, "sequences": sequences, "halvings": sequences.bit_length()}
-    launches = TABLE[word.itemsize, max(64, padded(key_size), padded(value_size))]
+    slots = slots_of(launches.chunk, k, cu_seqlens)
     return Call(launches, slots, sequences * value_heads, value_heads * queries, constants, dynamic)
 
 
@@ -131,18 +131,27 @@ def word_of(*tensors: Tensor | None) -> torch.dtype:
     return computing_word(*(x for x in tensors if x is not None))
 
 
+def launches_of(word: torch.dtype, k: Tensor, v: Tensor) -> Launches:
+    return TABLE[word.itemsize, max(64, padded(k.shape[3]), padded(v.shape[3]))]
+
+
+def slots_of(chunk: int, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many slots (tiles.py) the chunks have."""
+    batch, length = k.shape[:2]
+    return batch * pieces(length, chunk) if cu_seqlens is None else length // chunk + cu_seqlens.shape[0] - 1
+
+
 def new_results(
     q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors: outputs, final state, T [slots, HV, C, C], P [slots, HV·R, C, C] and S0 [slots, HV, K, V]."""
-    batch, length, _, key_size = k.shape
-    value_heads, value_size = v.shape[2:]
     out, final, _ = new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)
-    slots = batch * pieces(length, CHUNK) if cu_seqlens is None else length // CHUNK + cu_seqlens.shape[0] - 1
     word = word_of(q, k, v, erase)
-    solve = v.new_empty(slots, value_heads, CHUNK, CHUNK, dtype=word)
-    reads = v.new_empty(slots, out.shape[2], CHUNK, CHUNK, dtype=word)
-    return out, final, solve, reads, v.new_empty(slots if keep else 0, value_heads, key_size, value_size, dtype=word)
+    chunk = launches_of(word, k, v).chunk
+    slots, square = slots_of(chunk, k, cu_seqlens), (chunk, chunk)
+    solve = v.new_empty(slots, v.shape[2], *square, dtype=word)
+    reads = v.new_empty(slots, out.shape[2], *square, dtype=word)
+    return out, final, solve, reads, v.new_empty(slots if keep else 0, *final.shape[1:], dtype=word)
 
 
 def kept(results: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

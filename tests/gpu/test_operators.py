@@ -18,7 +18,7 @@ from hf_fwp.rules.linear_class import BACKENDS
 linear_class_launches = pytest.importorskip("hf_fwp.kernels.linear_class_launches")
 DEVICE = "cuda"
 COMPILED_FOR = {name: problems.CHOICES[name] for name in ("layout", "heads", "qk_l2norm")} | {
-    "rule": problems.SERVED,
+    "rule": (*problems.SERVED, *problems.SERVED_BY_CHANNEL),
     "option": (0, 1),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "sizes": ((16, 16), (64, 64), (128, 128), (96, 80), (20, 128), (256, 256)),

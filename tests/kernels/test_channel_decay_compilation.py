@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from test_compilation import H100, Recorded, compiled, module, spilled  # noqa: F401 (module is a fixture)
+from test_compilation import Recorded, compiled, module, spilled  # noqa: F401 (module is a fixture)
 
-from hf_fwp.rules.triton_fit import SHARED_MEMORY
-
+SHARED = 64 * 1024  # bytes of shared memory: an AMD GPU has no more, NVIDIA's have 99 KiB or more
 KERNELS = ("prepare_chunks", "scan_forward", "scan_backward", "gradients", "read_across")
 
 
@@ -44,6 +43,7 @@ CASES = [
     pytest.param(torch.bfloat16, 256, 1200, marks=pytest.mark.slow),
     pytest.param(torch.float32, 64, 1500, marks=pytest.mark.slow),
     pytest.param(torch.float32, 128, 1500, marks=pytest.mark.slow),
+    pytest.param(torch.float32, 256, 2500, marks=pytest.mark.slow),
 ]
 
 
@@ -55,7 +55,7 @@ def test_compiles_for_an_h100(found, tmp_path, dtype, size, allowed):
         built = compiled(kernel, arguments, keywords)
         spill = spilled(built.asm["cubin"], tmp_path)
         said = f"{kernel.__name__}: {built.metadata.shared} bytes of shared memory, {spill} bytes spilled per thread"
-        assert built.metadata.shared <= SHARED_MEMORY[dtype.itemsize, size] <= H100, said
+        assert built.metadata.shared <= SHARED, said
         assert spill <= allowed, said
 
 
@@ -68,7 +68,7 @@ def test_compiles_packed_padded_for_several_queries_and_an_erase_vector(found, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
 def test_reading_across_compiles(found, size):
     from hf_fwp.kernels.channel_decay_transposed import transposed_forward
 
@@ -76,4 +76,4 @@ def test_reading_across_compiles(found, size):
     transposed_forward(q, q, q, None, torch.zeros(1, 128, 2), torch.zeros_like(q), None, None)
     for kernel, arguments, keywords in found:
         built = compiled(kernel, arguments, keywords)
-        assert built.metadata.shared <= SHARED_MEMORY[4, size], kernel.__name__
+        assert built.metadata.shared <= SHARED, kernel.__name__

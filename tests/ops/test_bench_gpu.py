@@ -54,7 +54,7 @@ def test_kernels_rows(on_cpu):
     found = {(row["operator"], row["what"], row["implementation"]) for row in rows}
     assert {name for _, _, name in found} >= {"hf_fwp", "hf_fwp, backend torch", "transformers", "SDPA"}
     assert {(operator, what) for operator, what, _ in found} == {
-        (o, w) for o in kernels.OPERATORS for w in kernels.WHAT
+        (o, w) for o in kernels.GATES for w in kernels.WHAT
     }
     assert len(found) == len(rows)
     assert {row["ratio"] for row in rows} == {1.0}
@@ -136,6 +136,15 @@ def test_every_implementation_of_an_operator_computes_the_same():
     )
     torch.testing.assert_close(ours, torch_)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_decay_of_a_channel_is_timed_as_it_is_called():
+    tensors = kernels.inputs((1, 70, 2, 16), "float32", "cpu", "kimi_delta")
+    assert tensors["g"].shape == (1, 70, 2, 16)
+    ours, torch_ = (kernels.IMPLEMENTATIONS[name]("kimi_delta")(tensors) for name in list(kernels.IMPLEMENTATIONS)[:2])
+    torch.testing.assert_close(ours, torch_)
+    works = [kernels.work_of("hf_fwp", o, (1, 70, 2, 16), "float32", "forward") for o in ("kimi_delta", "delta_rule")]
+    assert works[0].bytes - works[1].bytes == 4 * 70 * 2 * 16
 
 
 def test_decode_rows(monkeypatch):
