@@ -38,7 +38,8 @@ class OwnWeights(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> dict[str, Any]:
         # the weights leave through here: a model kept on the disk has them only while a module's forward runs
-        found: dict[str, Any] = {"weights": {name: getattr(self, name) for name in self.learned}}
+        weights = {name: getattr(self, name) for name in self.learned}
+        found: dict[str, Any] = {"weights": weights} if weights else {}
         for name, width in self.projections.items():
             found[name] = getattr(self, f"{name}_proj")(x_BTD).unflatten(-1, (self.states, width))
         if self.hidden:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import delta_net
-from .base import Own, Rule, States, Weight, positive_features
+from .base import WITH_KERNELS, Own, Rule, States, Weight, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 
@@ -101,6 +101,7 @@ RULE = Rule(
             kernel="linear_class",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"learned_base": False},
     qkv=False,

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import Own, Rule, States, positive_features
+from .base import WITH_KERNELS, Own, Rule, States, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 GATES = 3
@@ -134,6 +134,7 @@ RULE = Rule(
             kernel="delta_lstm",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"variant": "v4"},
     choices={"variant": ("v4", "v1", "v2", "v3")},

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import Own, Rule, States
+from .base import WITH_KERNELS, Own, Rule, States
 from .sequential import Form, Inputs, Run, apply_form
 
 RECURRENT = ("recurrent_state", "y")
@@ -99,6 +99,7 @@ RULE = Rule(
             kernel="delta_rnn",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"feature_map": "elu1", "qk_norm": "sum", "scale": 1.0},
     options={"variant": "v2"},
     choices={"variant": ("v2", "v1")},

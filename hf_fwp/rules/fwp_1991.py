@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Own, Rule, States, read
+from .base import WITH_KERNELS, Own, Rule, States, read
 from .sequential import Form, Inputs, Run, apply_form
 
 ACTIVATIONS = {"identity": lambda x: x, "tanh": torch.tanh, "logistic": torch.sigmoid}
@@ -101,6 +101,7 @@ RULE = Rule(
             kernel="fwp_1991",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"interface": "from_to", "activation": "tanh", "squashing": "identity", "eta": None, "tau": 10.0},
     choices={

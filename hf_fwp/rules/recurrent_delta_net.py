@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import Own, Rule, States, Weight, normal, through
+from .base import WITH_KERNELS, Own, Rule, States, Weight, normal, through
 from .sequential import Form, apply_form
 
 
@@ -82,6 +82,7 @@ RULE = Rule(
             kernel="recurrent_delta_net",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     parallel="sequential",
     own=own,

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net, srwm
-from .base import Own, Rule, States
+from .base import WITH_KERNELS, Own, Rule, States
 from .sequential import Form, Inputs, Run, apply_form
 
 
@@ -81,6 +81,7 @@ RULE = Rule(
             kernel="srwm",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"input_softmax": True, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Own, Rule, States, Weight, normal, read, through
+from .base import WITH_KERNELS, Own, Rule, States, Weight, normal, read, through
 from .sequential import Form, Inputs, Run, apply_form
 
 RATES = 4
@@ -94,6 +94,7 @@ RULE = Rule(
             kernel="srwm",
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"input_softmax": False, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,
