@@ -20,7 +20,7 @@ The projections that the gradient of a unit vector needs are sums over the value
 import triton
 import triton.language as tl
 
-from .channel_decay_tiles import chunk_decay, level_decay, lies_between, load_steps, meets
+from .channel_decay_tiles import chunk_decay, level_decay, lies_between, load_erase, load_steps, meets
 from .tiles import (
     EPS,
     chunk_in_slot,
@@ -83,9 +83,7 @@ def scan_backward(
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
         dw = tl.where(valid[:, None], dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
-        e_tile = k_tile
-        if HAS_ERASE:
-            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
         store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
@@ -176,10 +174,8 @@ def gradients(
             keys = piece + tl.arange(0, KB)
             s = load_matrix(states, index, keys, values, K, V)
             decay, _rest, _last = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
-            if HAS_ERASE:
-                e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
-            else:
-                e_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+            k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+            e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
             before += dot(e_tile * decay, s, DOT, PRECISION)
             if L2NORM:
                 q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
@@ -224,9 +220,7 @@ def gradients(
             along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
         q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
-        e_tile = k_tile
-        if HAS_ERASE:
-            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
         decay, remaining, after = chunk_decay(step)
         d_e *= share * decay

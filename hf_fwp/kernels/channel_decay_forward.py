@@ -12,7 +12,7 @@ P goes to memory beside T: every program of the scan serves a few value columns 
 import triton
 import triton.language as tl
 
-from .channel_decay_tiles import chunk_decay, inverse, level_decay, load_steps, meets
+from .channel_decay_tiles import chunk_decay, inverse, level_decay, load_erase, load_steps, meets
 from .tiles import (
     EPS,
     chunk_in_slot,
@@ -59,12 +59,10 @@ def prepare_chunks(
     for part in range(0, K, KB):
         keys = part + tl.arange(0, KB)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        e_tile = k_tile
         if HAS_READS:
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
             same += tl.sum(q_tile * k_tile, 1)
-        if HAS_ERASE:
-            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
         if L2NORM:
             k_square += tl.sum(k_tile * k_tile, 1)
@@ -117,9 +115,7 @@ def scan_forward(
         decay, remaining, left = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
         k_tile *= inverse_length(k_tile, L2NORM)[:, None]
-        e_tile = k_tile
-        if HAS_ERASE:
-            e_tile = load_tile(erase, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
         written -= dot(e_tile * decay, state, DOT, PRECISION)
         if HAS_BETA:

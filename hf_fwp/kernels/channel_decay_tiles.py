@@ -30,6 +30,15 @@ def load_steps(g, first, head, heads, rows, columns, valid, K: tl.constexpr, GK:
 
 
 @triton.jit
+def load_erase(erase, k_tile, first, hv, HV, rows, columns, valid, K: tl.constexpr, HAS_ERASE: tl.constexpr):
+    """e, which is k unless it is given."""
+    tile = k_tile
+    if HAS_ERASE:
+        tile = load_tile(erase, first, hv, HV, K, rows, columns, valid).to(tl.float32)
+    return tile
+
+
+@triton.jit
 def chunk_decay(step):
     """exp(G), exp(G_C - G) and, of every channel, exp(G_C)."""
     coarse, fine = split_sum(step)

@@ -50,6 +50,10 @@ def test_padding_may_hold_nan(rule):
     agrees(problem, given)
 
 
+def test_several_steps_a_token_are_one_sequence():
+    agrees(Problem("delta_product", torch.float32, 20, layout="padded", heads=(1, 1, 1)))
+
+
 def kimi(length: int = 65, **changes) -> problems.Tensors:
     return problems.tensors(Problem("kimi_delta", torch.float32, length, heads=(1, 1, 1), **changes))
 

@@ -53,9 +53,7 @@ def test_kernels_rows(on_cpu):
     rows = kernels.measured([(1, 70, 2, 16)], "float32", measure, LIMITS)
     found = {(row["operator"], row["what"], row["implementation"]) for row in rows}
     assert {name for _, _, name in found} >= {"hf_fwp", "hf_fwp, backend torch", "transformers", "SDPA"}
-    assert {(operator, what) for operator, what, _ in found} == {
-        (o, w) for o in kernels.GATES for w in kernels.WHAT
-    }
+    assert {(operator, what) for operator, what, _ in found} == {(o, w) for o in kernels.GATES for w in kernels.WHAT}
     assert len(found) == len(rows)
     assert {row["ratio"] for row in rows} == {1.0}
 
