@@ -1,4 +1,4 @@
-"""The sequential rules on a GPU: their kernels beside the same rule in PyTorch, token by token and with few states kept.
+"""The sequential rules on a GPU: their kernels beside the same rules in PyTorch, token by token and with few states.
 
 The token-by-token loop is `backend="reference"`: the rule's step, one launch for every operation in it.
 """

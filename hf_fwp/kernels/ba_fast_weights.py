@@ -36,11 +36,7 @@ def store(s, state, K, V, BK: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def act(a, TANH: tl.constexpr):
-    if TANH == 1:
-        a = tanh(a)
-    else:
-        a = tl.maximum(a, 0.0)
-    return a
+    return tanh(a) if TANH == 1 else tl.maximum(a, 0.0)
 
 
 @triton.jit
@@ -73,7 +69,7 @@ def settled(base, matrix, w, V, BV: tl.constexpr, STEPS: tl.constexpr, TANH: tl.
     gain, bias = load_vector(w + V * V, V, BV), load_vector(w + V * V + V, V, BV)
     h = act(base, TANH)
     for _ in tl.static_range(STEPS):
-        n, inverse = normalized(base + read(matrix, h), V, BV)
+        n, _ = normalized(base + read(matrix, h), V, BV)
         h = act(n * gain + bias, TANH)
     return h
 

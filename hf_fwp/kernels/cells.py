@@ -1,4 +1,4 @@
-"""What the steps of the sequential rules are made of, forward and backward: reads, writes, squashes, and their tiles."""
+"""What the steps of the sequential rules are made of, forward and backward: tiles, reads, writes, squashes."""
 
 # pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)

@@ -1,13 +1,12 @@
-"""The recurrent part of rules/delta_lstm.py on a GPU. A token's inputs are z | k | v | β, each of the gates i, u, o side by
-side, with k and β squashed.
+"""The recurrent part of rules/delta_lstm.py on a GPU.
+
+A token's inputs are z | k | v | β, each of the gates i, u, o side by side, with k and β squashed.
 """
 
 # pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -98,7 +97,7 @@ def step(state, x, w, K, V, BK: tl.constexpr, BV: tl.constexpr, OPT: tl.constexp
 @triton.jit
 def gate_back(matrix, d_matrix, s, d_a, d_z, x, d_x, gate, V, BV: tl.constexpr):
     """Gradients of R and s from that of what a gate has read, and those of the gate's inputs stored."""
-    z, k, v, beta = token(x, gate, V, BV)
+    _, k, v, beta = token(x, gate, V, BV)
     d_s = spread(write(matrix, k, k, v, beta), d_a)
     d_matrix, d_k, d_e, d_v, d_beta = write_back(matrix, k, k, v, beta, d_matrix + outer(s, d_a))
     d_x += gate * V

@@ -1,12 +1,9 @@
-"""The recurrent part of rules/delta_rnn.py on a GPU. A token's inputs are z | k | v | β, with k and β squashed.
-"""
+"""The recurrent part of rules/delta_rnn.py on a GPU. A token's inputs are z | k | v | β, with k and β squashed."""
 
 # pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -27,6 +24,7 @@ from .cells import (
     write,
     write_back,
 )
+
 
 @triton.jit
 def load(s, K, V, BK: tl.constexpr, BV: tl.constexpr):
@@ -53,10 +51,7 @@ def step(state, x, w, K, V, BK: tl.constexpr, BV: tl.constexpr, OPT: tl.constexp
     matrix, y = state
     z, k, v, beta = token(x, V, BV)
     matrix = write(matrix, k, k, v, beta)
-    if OPT[0] == 1:
-        y = softmax(z + read(matrix, y), V, BV)
-    else:
-        y = z + read(matrix, softmax(y, V, BV))
+    y = softmax(z + read(matrix, y), V, BV) if OPT[0] == 1 else z + read(matrix, softmax(y, V, BV))
     return (matrix, y), y
 
 

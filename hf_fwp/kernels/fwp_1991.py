@@ -1,13 +1,13 @@
-"""rules/fwp_1991.py on a GPU where the fast weights are squashed. A token's inputs are x | f | t, or x | p for the full
-interface, with the activation and the rate applied. The numbers: the squash, τ, the start, whether the interface is full.
+"""rules/fwp_1991.py on a GPU where the fast weights are squashed.
+
+A token's inputs are x | f | t, or x | p for the full interface, with the activation and the rate applied. The numbers:
+the squash, τ, the start, whether the interface is full.
 """
 
 # pyright: reportGeneralTypeIssues=false
 # (the bodies of kernels are another language)
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -107,6 +107,6 @@ def walk(
     full = interface == "full"
     x = (inputs["x"], rate * inputs["p"]) if full else (inputs["x"], act(inputs["f"]), rate * act(inputs["t"]))
     numbers = SQUASHES.index(squashing), tau, STARTS[squashing], full
-    sizes = states["state"].shape[-2:]
-    out, (state,) = frame.walk("fwp_1991", x, (), (states["state"],), sizes=tuple(sizes), mask=mask, numbers=numbers)
+    sizes = states["state"].shape[-2], states["state"].shape[-1]
+    out, (state,) = frame.walk("fwp_1991", x, (), (states["state"],), sizes=sizes, mask=mask, numbers=numbers)
     return out, {"state": state}

@@ -1,5 +1,6 @@
-"""rules/fwp_1993.py on a GPU. A token's inputs are x | c with c = W_sᵀ [x; 0; 1]; the output is h, and o = W_yᵀ h follows.
+"""rules/fwp_1993.py on a GPU.
 
+A token's inputs are x | c with c = W_sᵀ [x; 0; 1]; the kernel's output is h, and o = W_yᵀ h follows outside.
 A head's weights are W_h, the rows of W_s that meet h, then W_f and W_t. The numbers: the squash, τ, the start, η.
 """
 
@@ -86,7 +87,7 @@ def back(before, d_state, d_out, x, w, d_x, note, K, V, BK: tl.constexpr, BV: tl
     w_h, f_x, f_h, f_1, w_t = weights(w, K, V, BK, BV)
     d_h += d_out + spread(f_x, d_from_x) + spread(f_h, d_from_h) + f_1 * d_from_1 + spread(w_t, d_to)
     d_a = d_h * (1.0 - h * h)
-    old_x, old_h, old_1, h_before = before
+    old_x, old_h, _, h_before = before
     store_vector(d_x, spread(OPT[2] + old_x, d_a), K, BK)
     store_vector(d_x + K, d_a, V, BV)
     store_vector(note, h_before, V, BV)

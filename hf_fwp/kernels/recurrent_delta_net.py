@@ -116,7 +116,7 @@ def walk(
     inputs: dict[str, Tensor], states: States, *, weights: dict[str, Tensor], mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, States]:
     """The whole sequence: as rules/walk.py with the rule's step."""
-    x, w = ([table[name] for name in names] for table, names in ((inputs, "qkvb"), (weights, ("R_q", "R_k", "R_v", "r_b"))))
+    x, w = [inputs[name] for name in "qkvb"], [weights[name] for name in ("R_q", "R_k", "R_v", "r_b")]
     sizes = inputs["k"].shape[-1], inputs["v"].shape[-1]
     out, (state, y) = frame.walk("recurrent_delta_net", x, w, (states["state"], states["y"]), sizes=sizes, mask=mask)
     return out, {"state": state, "y": y}

@@ -34,6 +34,7 @@ from .cells import (
     write_back,
 )
 
+
 @triton.jit
 def load(s, K, V, BK: tl.constexpr, BV: tl.constexpr):
     """The four blocks."""
@@ -55,7 +56,7 @@ def store(s, state, K, V, BK: tl.constexpr, BV: tl.constexpr):
 @triton.jit
 def programmed(state, x, K, BK: tl.constexpr):
     """q, k and the four rates, which the matrix gives itself."""
-    w_y, w_q, w_k, w_b = state
+    _, w_q, w_k, w_b = state
     return softmax(read(w_q, x), K, BK), softmax(read(w_k, x), K, BK), sigmoid(read(w_b, x))
 
 

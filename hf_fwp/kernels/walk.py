@@ -1,9 +1,9 @@
 """A recurrence that no chunk can shorten, on a GPU: one program per sequence and head walks through the whole of it.
 
 The state stays in the program's registers from the first token to the last. A rule supplies a `Twin`: how its state is
-loaded and stored, one step, and that step's backward; the loops over time stand here, once. For the backward the forward
-leaves the states every C steps; a segment is walked through again from its first state, which leaves all its states in
-a scratch of C states per program, and then backwards. With T steps that is T/C + C states.
+loaded and stored, one step, and that step's backward; the loops over time stand here, once. For the backward the
+forward leaves the states every C steps; a segment is walked through again from its first state, which leaves all its
+states in a scratch of C states per program, and then backwards. With T steps that is T/C + C states.
 
 Everything is float32 and packed: the inputs of a token lie side by side in x [N, T, H, ·], the weights of a head in
 w [H, ·], the states of a head in s [N, H, ·]. A masked token is not looked at.
@@ -63,7 +63,7 @@ def walk_forward(
     columns = tl.arange(0, BV)
     state = LOAD(initial + pair * WS, K, V, BK, BV)
     for t in range(length):
-        if KEEP:
+        if KEEP:  # noqa: SIM102 the compiler knows it
             if t % segment == 0:
                 STORE(kept + (pair * segments + t // segment) * WS, state, K, V, BK, BV)
         at = (n * length + t) * heads + h
@@ -101,7 +101,7 @@ def walk_backward(
             if HAS_MASK:
                 valid = valid & (tl.load(mask + n * length + first + i) != 0)
             if valid:
-                state, read = STEP(state, x + at * WX, w + h * WW, K, V, BK, BV, OPT)
+                state, _ = STEP(state, x + at * WX, w + h * WW, K, V, BK, BV, OPT)
         # what one thread has stored another may load
         tl.debug_barrier()
         for i in range(steps):
@@ -127,9 +127,9 @@ def twin_of(name: str) -> Twin:
 
 
 def constants_of(
-    twin: Twin, x: Tensor, w: Tensor, s: Tensor, sizes: Sequence[int], numbers: Sequence[float]
+    twin: Twin, x: Tensor, w: Tensor, s: Tensor, sizes: Sequence[int], numbers: Sequence[float], **own: Any
 ) -> dict[str, Any]:
-    """What both kernels must know of the rule and of the sizes."""
+    """What both kernels must know of the rule and of the sizes, and what one of them has of its own."""
     key_size, value_size = sizes
     block_k, block_v = padded(key_size), padded(value_size)
     warps = twin.tiles(block_k, block_v) // FLOATS_PER_WARP
@@ -147,6 +147,7 @@ def constants_of(
         "STEP": twin.step,
         "num_warps": min(16, max(4, warps and 1 << (warps.bit_length() - 1))),
         "num_stages": 1,
+        **own,
     }
 
 
@@ -169,7 +170,7 @@ def forward(
         walk_forward[(s.shape[0] * s.shape[1],)](
             x, w, s, None if mask is None else mask.contiguous(), out, final, kept,
             length, s.shape[1], segment, -(-length // segment),
-            HAS_MASK=mask is not None, KEEP=keep, **constants_of(twin_of(name), x, w, s, sizes, numbers),
+            **constants_of(twin_of(name), x, w, s, sizes, numbers, HAS_MASK=mask is not None, KEEP=keep),
         )  # fmt: skip
     return out, final, kept
 
@@ -211,8 +212,8 @@ def backward(
         walk_backward[(x.shape[0] * heads,)](
             x.contiguous(), w.contiguous(), kept, None if mask is None else mask.contiguous(),
             d_out.contiguous(), d_final.contiguous(), d_x, d_initial, note, scratch,
-            length, heads, segment, -(-length // segment), WN=notes,
-            HAS_MASK=mask is not None, BACK=twin.back, **constants_of(twin, x, w, kept, sizes, numbers),
+            length, heads, segment, -(-length // segment),
+            **constants_of(twin, x, w, kept, sizes, numbers, HAS_MASK=mask is not None, BACK=twin.back, WN=notes),
         )  # fmt: skip
     d_w = torch.zeros_like(w) if twin.of_weights is None else twin.of_weights(note, d_x, *sizes)
     return d_x, d_w, d_initial
@@ -243,7 +244,7 @@ def walk(
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     *,
-    sizes: tuple[int, int],
+    sizes: Sequence[int],
     mask: Tensor | None,
     numbers: Sequence[float] = (),
 ) -> tuple[Tensor, list[Tensor]]:

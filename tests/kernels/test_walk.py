@@ -1,4 +1,4 @@
-"""The kernels of the sequential rules: their tests under the interpreter, compiled for an H100, and when they are chosen."""
+"""The kernels of the sequential rules: tested under the interpreter, compiled for an H100, and when they are chosen."""
 
 import os
 import subprocess

@@ -26,9 +26,7 @@ KERNELS = {name: rule.apply.args[0].kernel for name, rule in RULES.items() if ru
 SERVED = [name for name, kernel in KERNELS.items() if kernel is not None]
 # delta_mlp has a number for every depth: two show what there is to see
 VARIANTS = [
-    (rule, number)
-    for rule in SERVED
-    for number in range(2 if rule == "delta_mlp" else problems.variants(RULES[rule]))
+    (rule, number) for rule in SERVED for number in range(2 if rule == "delta_mlp" else problems.variants(RULES[rule]))
 ]
 
 triton_interpreter.patch_once_per_launch()
