@@ -95,7 +95,7 @@ MEMORIES = ["ba_fast_weights", "fast_weight_memory", "srwm"]
 
 @pytest.mark.parametrize("rule", MEMORIES)
 def test_memories_can_be_asked_for_what_they_were_told(rule):
-    assert 0 <= run("retrieve", rule=rule, pairs=2, heads=4, steps=2) <= 1
+    assert 0 <= run("retrieve", rule=rule, pairs=2, heads=4, hidden_size=32, steps=2) <= 1
     assert 0 <= run("few_shot", rule=rule, ways=3, steps=2) <= 1
 
 
