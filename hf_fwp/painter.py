@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from .learning_rules import LEARNING_RULES
 
 STEP_SIZE, INPUT_SIZE = 8, 128
-CHOICES = {"learning_rule": ("delta", "oja"), "inputs": ("steps", "latent")}
+# The rule of each step, and whether S v is taken from the key first: inside its softmax, so that Hebb's rule is left.
+STEPS = {"delta": ("delta", False), "oja": ("hebb", True)}
+CHOICES = {"learning_rule": tuple(STEPS), "inputs": ("steps", "latent")}
 
 
 class FastWeightPainter(nn.Module):
@@ -45,7 +47,8 @@ class FastWeightPainter(nn.Module):
         """`latent_start` makes the LSTM's first state from the latent vector too, instead of zeros."""
         super().__init__()
         _check({"learning_rule": learning_rule, "inputs": inputs}, latent_size, side, channels, steps, hidden_size)
-        self.side, self.channels, self.steps, self.learning_rule = side, channels, steps, learning_rule
+        self.side, self.channels, self.steps = side, channels, steps
+        self.step_rule, self.corrects_keys = STEPS[learning_rule]
         self.softmax_keys, self.tanh_values = softmax_keys, tanh_values
         self.tanh_inputs, self.tanh_output = tanh_inputs, tanh_output
         self.spread = nn.Linear(latent_size, steps * STEP_SIZE) if inputs == "steps" else None
@@ -92,14 +95,11 @@ class FastWeightPainter(nn.Module):
     def _painted(self, state: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, first: bool) -> Tensor:
         """The state after one step: k, v [B, C, M], beta [B, C]."""
         v = v.tanh() if self.tanh_values else v
-        oja = self.learning_rule == "oja"
-        if oja:
+        if self.corrects_keys:
             k = k - torch.einsum("bckv,bcv->bck", state, v)
         k = k.softmax(-1) if self.softmax_keys else k
-        # the subtraction is done, and stands inside the softmax: what is left of Oja's rule is Hebb's
-        rule = LEARNING_RULES["hebb" if oja else "delta"]
-        beta = torch.ones_like(beta) if first and not oja else beta
-        return rule.step({"state": state}, k, v, beta)["state"]
+        beta = torch.ones_like(beta) if first and not self.corrects_keys else beta
+        return LEARNING_RULES[self.step_rule].step({"state": state}, k, v, beta)["state"]
 
 
 def _check(choices: dict[str, str], *sizes: int) -> None:

@@ -33,9 +33,14 @@ def run(example: str, **options: object):
 
 def test_every_example_is_tried_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "attend_to_training",
+        "classify_series",
         "convert_and_chat",
+        "few_shot",
         "finetune_lora",
+        "paint_disks",
         "register_family",
+        "retrieve",
         "train_from_scratch",
         *QUICK,  # tests/test_reproductions.py
     }
@@ -64,3 +69,50 @@ def test_convert_and_chat_then_finetune(teacher, corpus, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     run("finetune_lora", model=tmp_path / "student", data=corpus, output=tuned, steps=2, sequence_length=64)
     assert (tuned / "model.safetensors").is_file()
+
+
+def test_classify_series_learns_which_way_spirals_turn(tmp_path):
+    assert run("classify_series", output=tmp_path, solver="euler", steps=30) > 0.9
+
+
+@pytest.mark.slow
+def test_classify_series_learns_it_by_runge_kutta(tmp_path):
+    assert run("classify_series", output=tmp_path) > 0.9
+
+
+@pytest.mark.parametrize("learning_rule", ["delta", "oja"])
+def test_paint_disks_learns_to_paint(learning_rule):
+    sizes = {"learning_rule": learning_rule, "side": 8, "strokes": 4}
+    few, more = (run("paint_disks", steps=steps, **sizes) for steps in (5, 60))
+    assert more < 0.6 < few
+
+
+def test_attend_to_training_finds_patterns_of_the_same_class(capsys):
+    assert run("attend_to_training", steps=30) > 0.8
+    assert float(capsys.readouterr().out.split("differ by ")[1].split()[0]) < 1e-4
+
+
+MEMORIES = ["ba_fast_weights", "fast_weight_memory", "srwm"]
+
+
+@pytest.mark.parametrize("rule", MEMORIES)
+def test_memories_can_be_asked_for_what_they_were_told(rule):
+    assert 0 <= run("retrieve", rule=rule, pairs=2, heads=4, hidden_size=32, steps=2) <= 1
+    assert 0 <= run("few_shot", rule=rule, ways=3, steps=2) <= 1
+
+
+def test_few_shot_learns_classes_it_has_never_seen():
+    assert run("few_shot", rule="srwm", ways=3, steps=220) > 0.55  # chance is 0.33
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", MEMORIES)
+def test_every_memory_learns_classes_it_has_never_seen(rule):
+    assert run("few_shot", rule=rule, ways=3, steps=500) > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "heads"), [("ba_fast_weights", 1), ("fast_weight_memory", 4), ("srwm", 4)])
+def test_retrieve_answers(rule, heads):
+    """Whoever names one of the two digits of the string at random is right half of the time."""
+    assert run("retrieve", rule=rule, pairs=2, heads=heads, steps=500) > 0.75

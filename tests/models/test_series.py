@@ -344,7 +344,7 @@ def trained_accuracy(folder, steps=60, **options):
 
 
 # Chance is 0.5, and 0.62 nearly four standard deviations above it.
-QUICK = {"hebb cde": (30, 0.9), "oja dx_only": (30, 0.9), "delta cde": (30, 0.9), "delta ode": (60, 0.62)}
+QUICK = {"hebb cde": (30, 0.9), "oja dx_only": (30, 0.9), "delta ode": (60, 0.62)}
 LONG = {"hebb ode": 0.62, "hebb dx_only": 0.9, "oja ode": 0.62, "oja cde": 0.9, "delta dx_only": 0.9}
 
 

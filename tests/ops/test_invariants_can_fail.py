@@ -10,17 +10,16 @@ import torch
 from tiny_fwp import tiny_model
 from torch.autograd.gradcheck import GradcheckError
 
-from hf_fwp import features
+from hf_fwp import FastWeightPainter, features
 from hf_fwp.cache import FastWeightCacheLayer
+from hf_fwp.duality import DualForm
 from hf_fwp.rules import RULES
 
 TESTS = Path(__file__).parent.parent
 # laws of rules that are not here, with what they are waiting for
 LATER = {
-    33: "fast_weight_painter",
     39: "mesa_net",
     40: "titans_linear and rwkv7_delta",
-    41: "the dual form",
 }
 
 
@@ -41,6 +40,8 @@ backends = module("ops/test_backends")
 mapped = module("models/test_features")
 cached = module("models/test_cache")
 models = module("models/test_models")
+painted = module("models/test_painter")
+dual = module("ops/test_dual_form")
 
 
 def invariants() -> dict[int, list[str]]:
@@ -148,7 +149,7 @@ def half_a_step(rule):
     """What is held exactly lasts half as long."""
 
     def apply(*args, options, **kwargs):
-        half = options["time_step"] / (2 if options["learning_rule"] == "delta_exact_hold" else 1)
+        half = options["time_step"] / (2 if options["solver"] == "exact_hold" else 1)
         return rule.apply(*args, options={**options, "time_step": half}, **kwargs)
 
     return replace(rule, apply=apply)
@@ -252,6 +253,23 @@ def test_i36_and_i37_fail_for_other_features(monkeypatch):
     ):
         with pytest.raises(AssertionError):
             test(*given)
+
+
+def test_i33_fails_where_a_stroke_is_more_than_one_key_and_one_value(monkeypatch):
+    def smeared(self, state, k, v, beta, *, first):
+        return state + k[..., None] * v[..., None, :] + beta[..., None, None] * torch.eye(self.side)
+
+    monkeypatch.setattr(FastWeightPainter, "_painted", smeared)
+    with pytest.raises(AssertionError):
+        painted.test_i33_the_rank_is_that_of_the_steps(2)
+    with pytest.raises(AssertionError):
+        painted.test_i33_the_first_step_of_the_delta_rule_is_not_gated("delta", True)
+
+
+def test_i41_fails_where_patterns_are_forgotten(monkeypatch):
+    monkeypatch.setattr(DualForm, "add", lambda self, x, error: None)
+    with pytest.raises(AssertionError):
+        dual.test_i41_the_trained_layer_is_attention_over_its_training(True)
 
 
 def test_i45_fails_with_a_cache_that_forgets(monkeypatch):

@@ -233,11 +233,11 @@ def test_i28_what_a_key_of_length_one_retrieves_nears_its_value_exponentially(ba
     given.leaves["k"][..., 2] = 1e9  # the softmax of that is a basis vector
     start, value = given.states["state"][:, :, 2], given.leaves["v"][:, 0].tanh()
     for duration in (0.3, 1.0, 7.0):
-        state = continuous(given, backend, "delta_exact_hold", duration)[1]["state"]
+        state = continuous(given, backend, "exact_hold", duration)[1]["state"]
         left = (-duration * given.leaves["b"][:, 0].sigmoid()).exp()
         assert same(state[:, :, 2], value + left * (start - value))
         assert same(state[:, :, 0], given.states["state"][:, :, 0])
-        euler = continuous(given, backend, "delta", duration)[1]["state"]
+        euler = continuous(given, backend, "euler", duration)[1]["state"]
         assert not same(euler[:, :, 2], value + left * (start - value))
 
 
