@@ -113,6 +113,46 @@ def test_store_recall_shows_the_pattern_once():
         assert (row[at:, :4] == 0).all()
 
 
+def changed(task, **parts):
+    """The same task with some parts of what it draws changed."""
+
+    def draw(*sizes, **options):
+        drawn = task(*sizes, **options)
+        if not hasattr(drawn, "_replace"):
+            return drawn[0], parts["labels"](drawn[1])
+        return drawn._replace(**{name: change(getattr(drawn, name)) for name, change in parts.items()})
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "check"),
+    [
+        ("capacity", {"targets": lambda x: x.roll(1, 1)}, test_capacity_asks_for_the_last_value_of_a_key),
+        ("parity", {"labels": lambda x: x.roll(1, 1)}, test_parity_counts_ones_and_pads),
+        ("even_length", {"labels": lambda x: torch.where(x >= 0, 1 - x, x)}, test_even_length_knows_its_prefixes),
+        (
+            "mqar",
+            {"labels": lambda x: x.roll(1, 1)},
+            test_mqar_asks_every_key_once_and_close_by_when_the_power_is_small,
+        ),
+        ("needle", {"labels": lambda x: x.roll(1, 1)}, test_the_needle_stands_where_it_is_asked_for),
+        ("store_recall", {"position": lambda x: x - 1}, test_store_recall_shows_the_pattern_once),
+    ],
+)
+def test_a_wrong_task_is_noticed(name, wrong, check, monkeypatch):
+    monkeypatch.setattr(tasks, name, changed(getattr(tasks, name), **wrong))
+    with pytest.raises(AssertionError):
+        check()
+
+
+def test_products_in_the_wrong_order_are_noticed(monkeypatch):
+    table = tasks.compositions(3).T
+    monkeypatch.setattr(tasks, "compositions", lambda symbols: table)
+    with pytest.raises(AssertionError):
+        test_group_words_are_products_of_permutations(3)
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
