@@ -5,6 +5,7 @@ with few labels too much (huggingface/transformers issue 37766), so rows of diff
 """
 
 import numpy as np
+import pytest
 import torch
 from every_model import every_model
 from runs import logged, rows, trained, trainer
