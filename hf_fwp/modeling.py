@@ -301,7 +301,6 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-
     def _loss_without_logits(self, logits_to_keep: int | Tensor) -> bool:
         """Whether the chunked loss was asked for and is this model's loss; what adapters or shards changed is not."""
         if not (self.config.chunked_loss and self.training):
@@ -351,16 +350,10 @@ class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrain
         outputs = self.model(inputs_embeds=inputs_embeds, **kwargs)
         hidden_BTD = outputs.last_hidden_state
         logits = self.score(hidden_BTD[torch.arange(len(hidden_BTD)), last_real(attention_mask, hidden_BTD)])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        judged = {"logits": logits, "pooled_logits": logits, "labels": labels, "config": self.config}
+        loss = None if labels is None else self.loss_function(**judged)
+        rest = {name: outputs[name] for name in ("past_key_values", "hidden_states", "attentions") if name in outputs}
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **rest)
 
 
 class FwpForTokenClassification(GenericForTokenClassification, FwpPreTrainedModel):
