@@ -32,8 +32,9 @@ LARGEST_ROW = 4096  # numbers that one program of that kernel holds
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether Triton can serve these tensors."""
-    alike = all(x.device == tensors[0].device and x.dtype != torch.float64 for x in tensors)
-    return alike and linear_class.has_decode_kernel(tensors[0].device.type)
+    if not linear_class.has_decode_kernel(tensors[0].device.type):
+        return False
+    return all(x.device == tensors[0].device and x.dtype != torch.float64 for x in tensors)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -55,10 +56,14 @@ class ShortConvolution(nn.Conv1d):
         size = self.kernel_size[0]
         if has_kernels(x_BTC, self.weight):
             return self._by_kernel(x_BTC, window, history), window.last(x_BTC, size, history)
-        taps, kept = window.taps(x_BTC, size, history)
-        y_BTC = taps[0] * self.weight[:, 0, -1]
-        for j, tap_BTC in enumerate(taps[1:], start=1):
-            y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
+        if history is not None and x_BTC.shape[1] == 1 and window.mask_BT is None:
+            longer_BTC = torch.cat([history, x_BTC], dim=1)
+            y_BTC, kept = (longer_BTC * self.weight[:, 0].mT).sum(1, keepdim=True), longer_BTC[:, 1:]
+        else:
+            taps, kept = window.taps(x_BTC, size, history)
+            y_BTC = taps[0] * self.weight[:, 0, -1]
+            for j, tap_BTC in enumerate(taps[1:], start=1):
+                y_BTC = torch.addcmul(y_BTC, tap_BTC, self.weight[:, 0, -1 - j])
         return F.silu(y_BTC) if self.silu else y_BTC, kept
 
     def _by_kernel(self, x_BTC: Tensor, window: Window, history: Tensor | None) -> Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import MixerInputs
+from .companions import ShortConvolution
 from .options import MixerOptions
 from .rules import linear_class
 
@@ -28,6 +29,9 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "backend": (None, "step"),
 }
 GATES = {"low_rank_sigmoid": "sigmoid"}  # the same function of another projection
+# Modules whose weights the kernel reads itself, and the types it knows: an adapter around one would be passed over.
+READ = ("q_conv1d", "k_conv1d", "v_conv1d", "q_norm", "k_norm", "o_norm")
+READABLE = {ShortConvolution, nn.RMSNorm, type(None)}
 LARGEST = 1 << 15  # numbers of a state that fit the registers of one program
 MOST_STATES = 124  # whose rotation two integers tell
 
@@ -56,6 +60,7 @@ def can_decode(layer: FastWeightLayer, inputs: MixerInputs, states: Mapping[str,
         and state.is_contiguous()
         and linear_class.has_decode_kernel(x_BTD.device.type)
         and linear_class.computing_dtype(x_BTD, state) == torch.float32
+        and all(type(layer._modules.get(name)) in READABLE for name in READ)
         and all(x.stride()[1:] == (x.shape[2], 1) for name, x in states.items() if name != "state" and x.shape[1])
     )
 

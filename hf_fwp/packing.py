@@ -151,6 +151,8 @@ class Window:
     def taps(self, x_BTC: Tensor, size: int, history: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """[x_t, x_{t-1}, ..., x_{t-size+1}] and the last size - 1 real inputs, which continue it."""
         batch, length, channels = x_BTC.shape
+        if size == 1:
+            return [x_BTC], x_BTC.new_empty(batch, 0, channels)
         if history is None:
             history = x_BTC.new_zeros(batch, size - 1, channels)
         longer = torch.cat([history, x_BTC], dim=1)

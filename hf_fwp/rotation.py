@@ -25,18 +25,18 @@ def choose_heads(plain: Tensor | None, rotated: Tensor | None, turned: Sequence[
         x if x is None or x.shape[2] == per_scale else x.repeat_interleave(per_scale // x.shape[2], dim=2)
         for x in (plain, rotated)
     )
-    parts = []
-    for start in range(0, len(turned), per_scale):
-        of_scale = turned[start : start + per_scale]
-        if plain is None or rotated is None or len(set(of_scale)) == 1:
-            parts.append(rotated if of_scale[0] else plain)
-        else:
-            parts.append(torch.where(_flags(of_scale, plain.device)[:, None], rotated, plain))
-    return torch.cat(parts, dim=2) if scales > 1 else parts[0]
+    if plain is None or rotated is None or len(set(turned)) == 1:
+        chosen = rotated if turned[0] else plain
+        assert chosen is not None
+        return chosen.repeat(1, 1, scales, 1) if scales > 1 else chosen
+    flags_MH1 = _flags(turned, plain.device).view(scales, per_scale, 1)
+    return torch.where(flags_MH1, rotated.unsqueeze(2), plain.unsqueeze(2)).flatten(2, 3)
 
 
 def _flags(flags: Sequence[bool], device: torch.device) -> Tensor:
     """A bool tensor made on the device: a copy from the host could not be captured in a CUDA graph."""
+    if device.type == "cpu":
+        return torch.tensor(flags)
     words = [flags[start : start + 32] for start in range(0, len(flags), 32)]
     bits = [sum(flag << i for i, flag in enumerate(word)) for word in words]
     places = [torch.arange(len(word), device=device) for word in words]

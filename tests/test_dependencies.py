@@ -34,7 +34,7 @@ MAY_IMPORT = {
         "hf_fwp.cache",  # the name of its layer type
     },
     "hf_fwp.companions": {"hf_fwp.rules", "hf_fwp.packing"},
-    "hf_fwp.decoding": {"hf_fwp.rules", "hf_fwp.cache", "hf_fwp.options"},
+    "hf_fwp.decoding": {"hf_fwp.rules", "hf_fwp.cache", "hf_fwp.companions", "hf_fwp.options"},
     "hf_fwp.layer": {
         "hf_fwp.rules",
         "hf_fwp.companions",

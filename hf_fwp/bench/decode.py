@@ -2,6 +2,8 @@
 
 The floor is the time to read and write the states once. `ms` is the replay of a CUDA graph, as a server runs it;
 `eager_ms` is the same call from Python. Softmax attention reads a key-value cache of CONTEXT tokens instead of a state.
+The rows of a whole mixer go from hidden states to what o_proj reads, in one launch after the projections and in many;
+their floor reads the weights of the projections too.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cache import MixerInputs
+from ..decoding import can_decode, decode
+from ..layer import FastWeightLayer
+from ..options import MixerOptions
 from ..rules import RULES
 from . import device
 from .device import Ceilings, Row, Run, Work
@@ -25,6 +31,7 @@ from .kernels import NORMALIZED, OPERATORS, OURS, SAME, Operator, inputs
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((1, 16, 128), (64, 16, 128), (256, 16, 128), (256, 8, 64))
 CONTEXT = 4096
+MANY = "hf_fwp, many launches"
 RULE_OF = {"delta_rule": "delta_net", "gated_delta_rule": "gated_delta_net", "linear_attention": "linear_attention"}
 FLA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "delta_rule": ("fla.ops.delta_rule", "fused_recurrent_delta_rule", NORMALIZED),
@@ -69,7 +76,29 @@ def measured(
                 row = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": "one token"}
                 found = row | {"implementation": name} | measure(without_gradient(compute, tensors))
                 rows.append(device.judged(found, work_of(name, operator, shape, dtype), limits))
+            rows += mixer_rows(operator, shape, dtype, measure, limits, tensors["state"].device)
     return device.with_ratios(rows, OURS, SAME)
+
+
+def mixer_rows(
+    operator: str, shape: Shape, dtype: str, measure: Callable[[Run], Row], limits: Ceilings, place: str | torch.device
+) -> list[Row]:
+    """The rule's default mixer, values as wide as keys: in one launch where the kernel serves it, and in many."""
+    sequences, heads, size = shape
+    options = MixerOptions(rule=RULE_OF[operator], hidden_size=heads * size, num_attention_heads=heads)
+    layer = FastWeightLayer(options, 0).to(place, device.DTYPES[dtype]).requires_grad_(False)
+    x_BTD = torch.randn(sequences, 1, heads * size, device=place).to(device.DTYPES[dtype])
+    given = MixerInputs(x_BTD)
+    states = layer._mix(given, {})[1]
+    calls: dict[str, Operator] = {MANY: lambda states: layer._mix(given, states, in_place=True)[0]}
+    if can_decode(layer, given, states):
+        calls = {OURS: lambda states: decode(layer, given, states), **calls}
+    weights = sum(x.numel() * x.element_size() for n, x in layer.named_parameters() if "o_proj" not in n)
+    step = work_of(OURS, operator, shape, dtype)
+    work = Work(step.bytes + weights, step.flops)
+    alike = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": "whole mixer"}
+    measured_calls = {name: measure(without_gradient(run, states)) for name, run in calls.items()}
+    return [device.judged(alike | {"implementation": n} | found, work, limits) for n, found in measured_calls.items()]
 
 
 def token(shape: Shape, dtype: str, place: str) -> dict[str, Tensor]:

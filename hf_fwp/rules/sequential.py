@@ -146,10 +146,10 @@ def apply_form(
     compute = computing_dtype(*inputs.values())
     dtype = given["v" if "v" in given else next(iter(given))].dtype
     inputs = {name: x.to(compute) for name, x in inputs.items()}
-    if qk_l2norm:
-        inputs |= {name: l2_normalize(inputs[name]) for name in ("q", "k")}
     if mask is not None:
         inputs = {name: keep_valid(x, mask) for name, x in inputs.items()}
+    if qk_l2norm:
+        inputs |= {name: l2_normalize(inputs[name]) for name in ("q", "k")}
     first = next(iter(inputs.values()))
     call = LinearClassCall(form.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
     tensors = (*inputs.values(), *weights.values(), *states.values())

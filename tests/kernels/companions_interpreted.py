@@ -78,7 +78,7 @@ def convolved(row) -> None:
     length, channels, size = (row[name] for name in ("length", "channels", "size"))
     torch.manual_seed(0)
     leaves = {"x": rounded(row["dtype"], batch, length, channels), "weight": rounded(row["dtype"], channels, 1, size)}
-    if row["layout"] == "continued":
+    if row["layout"] == "continued" and size > 1:
         leaves["history"] = rounded(row["dtype"], batch, size - 1, channels)
     bounds = torch.tensor([0, length // 3, length // 3, length]) if row["layout"] == "packed" else None
     mask = None

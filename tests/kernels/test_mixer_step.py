@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from hf_fwp import MixerOptions, decoding
+from hf_fwp import FastWeightLayer, MixerOptions, decoding
+from hf_fwp.cache import MixerInputs
+from hf_fwp.rules import linear_class
 
 HERE = Path(__file__).parent
 
@@ -45,3 +49,19 @@ def test_left_to_the_path_of_many_operations(name):
     known = {"rule": "gated_delta_net", "hidden_size": 64, "num_attention_heads": 2}
     assert decoding.serves(MixerOptions(**known))
     assert not decoding.serves(MixerOptions(**(known | UNKNOWN[name])))
+
+
+def test_calls_that_are_left_to_it(monkeypatch):
+    layer = FastWeightLayer(MixerOptions(rule="gated_delta_net", hidden_size=64, num_attention_heads=2), 0)
+    token = MixerInputs(torch.zeros(2, 1, 64))
+    with torch.no_grad():
+        states = layer._mix(token, {})[1]
+    assert not decoding.can_decode(layer, token, states), "on a CPU"
+    monkeypatch.setattr(linear_class, "has_decode_kernel", lambda device_type: True)
+    assert decoding.can_decode(layer, token, states)
+    assert not decoding.can_decode(layer, token, {}), "without a state to overwrite"
+    assert not decoding.can_decode(layer, MixerInputs(token.hidden_BTD.double()), states)
+    assert not decoding.can_decode(layer, token, states | {"state": states["state"].mT})
+    assert not decoding.can_decode(layer, token, states | {"q_conv": states["q_conv"].mT.contiguous().mT})
+    layer.q_conv1d = nn.Sequential(layer.q_conv1d)
+    assert not decoding.can_decode(layer, token, states), "an adapter around a module whose weight it reads"

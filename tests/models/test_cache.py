@@ -162,3 +162,12 @@ def test_decoding_updates_the_state_in_place():
     before = cache.layers[0].states["state"].data_ptr()
     run(model, tokens(2, 1), cache)
     assert cache.layers[0].states["state"].data_ptr() == before
+
+
+def test_what_a_convolution_keeps_does_not_hold_the_prefill():
+    """A view of the last inputs would keep all of them in memory for as long as the cache lives."""
+    with torch.no_grad():
+        cache = tiny_model()(tokens(1, 13), use_cache=True).past_key_values
+    for layer in cache.layers:
+        for name, x in layer.states.items():
+            assert x.untyped_storage().nbytes() <= x.numel() * x.element_size(), name

@@ -150,6 +150,8 @@ def test_decode_rows(monkeypatch):
     rows = decode.measured([(2, 3, 16)], "float32", measure, LIMITS, place="cpu")
     assert {row["operator"] for row in rows} == set(kernels.OPERATORS)
     assert {"hf_fwp", "transformers", "SDPA"} <= {row["implementation"] for row in rows}
+    whole = [row for row in rows if row["what"] == "whole mixer"]
+    assert {row["implementation"] for row in whole} == {decode.MANY}  # the kernel of one launch needs a GPU
 
 
 def test_decode_implementations_compute_the_same():
