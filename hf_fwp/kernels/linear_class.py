@@ -186,8 +186,8 @@ def _kept(solve: Tensor, states: Tensor, transitions: Tensor, keep: bool) -> tup
 
 @linear_class_forward.register_fake
 def _(q, k, v, beta, g, a_log, dt_bias, state, mask, cu_seqlens, scale, beta_range, erase, l2norm, keep):
-    out, final, *kept = new_results(q, k, v, cu_seqlens, erase, keep)
-    return (out, final, *_kept(*kept, keep))
+    out, final, solve, states, transitions = new_results(q, k, v, cu_seqlens, erase, keep)
+    return (out, final, *_kept(solve, states, transitions, keep))
 
 
 @torch.library.custom_op("hf_fwp::linear_class_triton_backward", mutates_args=())

@@ -10,7 +10,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 # Shared memory in bytes that the hungriest kernel takes, by bytes per number and padded key size, as compiled for sm_90
-# (tests/kernels/test_compilation.py). All of it fits the 99 KiB of a small NVIDIA GPU.
+# (tests/kernels/test_compilation.py). All of it fits the 99 KiB of a small NVIDIA GPU; compiled
+# for gfx942, the 64 KiB of an AMD GPU.
 SHARED_MEMORY = {
     (2, 64): 66048,
     (2, 128): 78336,

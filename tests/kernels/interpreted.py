@@ -97,10 +97,9 @@ def test_kernels_agree_with_the_recurrence(problem, way, monkeypatch):
     agrees(problem, raw=way.raw)
 
 
-@pytest.mark.parametrize("segment", [0, 2])
-def test_large_heads_in_float32(segment, monkeypatch):
-    """As the table has them: chunks of 16 tokens."""
-    monkeypatch.setattr(table, "segment_chunks", lambda *_: segment)
+def test_large_heads_in_float32(monkeypatch):
+    """As the table has them: chunks of 16 tokens; two segments of two."""
+    monkeypatch.setattr(table, "segment_chunks", lambda *_: 2)
     agrees(Problem("gated_delta_net", torch.float32, 50, sizes=(130, 18), heads=(1, 1, 1), qk_l2norm=True))
 
 
@@ -197,15 +196,13 @@ def test_a_layer_leaves_its_gates_to_the_kernels(rule, monkeypatch):
 
 
 def test_compiles_without_graph_breaks():
-    q, k, v = (torch.randn(1, 20, 1, 4).requires_grad_() for _ in range(3))
-    beta, g = torch.rand(1, 20, 1).requires_grad_(), (-torch.rand(1, 20, 1)).requires_grad_()
-    leaves = (q, k, v, g, beta)
+    shapes = dict.fromkeys("qkv", (1, 20, 1, 4)) | {"beta": (1, 20, 1), "g": (1, 20, 1), "A_log": (1,), "dt_bias": (1,)}
+    given = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    leaves, apply = tuple(given.values()), problems.from_raw(RULES["gated_delta_net"].apply)
 
     def loss():
-        out, state = ops.gated_delta_rule(
-            *leaves, use_qk_l2norm_in_kernel=True, output_final_state=True, backend="triton"
-        )
-        return out.sum() + state.square().sum()
+        out, states = apply(**given, qk_l2norm=True, backend="triton")
+        return out.sum() + states["state"].square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
