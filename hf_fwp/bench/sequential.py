@@ -86,8 +86,8 @@ def problem(rule: str, shape: Shape, dtype: str, place: str) -> tuple[dict[str, 
     options = found.resolve_options(OPTIONS.get(rule))
     assert found.own is not None
     own = found.own(size, size, options)
-    widths = dict.fromkeys(("q", "k", "v"), size) if found.qkv else {}
-    widths |= own.projections | ({"x": size} if own.hidden else {})
+    names = ("q", "k", "v") if found.qkv else ("x",) if own.hidden else ()
+    widths = dict.fromkeys(names, size) | dict(own.projections)
     generator = torch.Generator(place).manual_seed(0)
     leaves = {
         name: torch.randn(batch, length, heads, width, generator=generator, device=place)

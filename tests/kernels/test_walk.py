@@ -32,7 +32,7 @@ def test_under_the_interpreter(which):
 COMPILED = [
     ("recurrent_delta_net", 0, 64, 0),
     *(pytest.param(rule, number, 64, allowed, marks=pytest.mark.slow) for rule, number, allowed in (
-        ("delta_rnn", 0, 0), ("delta_rnn", 1, 0), ("delta_lstm", 0, 0), ("delta_lstm", 1, 0), ("delta_lstm", 3, 0),
+        ("delta_rnn", 0, 50), ("delta_rnn", 1, 50), ("delta_lstm", 0, 0), ("delta_lstm", 1, 0), ("delta_lstm", 3, 0),
         ("srwm", 0, 0), ("self_modifying_delta", 0, 500), ("fwp_1991", 1, 0), ("fwp_1991", 2, 0),
         ("fwp_1993", 0, 0), ("fwp_1993", 2, 0), ("ba_fast_weights", 0, 0), ("ba_fast_weights", 1, 0),
     )),
