@@ -19,13 +19,13 @@ BANDS = {"<= 40": (2, 40), "41-128": (40, 128), "129-256": (128, 256), "40-256":
 
 
 def main(
-    seeds: int = 3,
-    steps: int = 400,
+    seeds: int = 1,
+    steps: int = 300,
     width: int = 32,
     heads: int = 2,
     batch: int = 64,
     learning_rate: float = 1e-2,
-    tests: int = 1000,
+    tests: int = 200,
     last_only: bool = False,
     device: str = "cpu",
 ) -> dict[tuple[str, str], list[float]]:
