@@ -1,4 +1,22 @@
-"""Capacity: how many pairs a fast weight matrix keeps apart, by the sum rule and by the delta rule."""
+"""Capacity: how many pairs a fast weight matrix keeps apart, by the sum rule and by the delta rule.
+
+The question is which value was last stored under a key, half the squared error of the answer is the loss (not knowing
+costs 1/2). Keys and values are drawn with replacement, 2·S pairs in training, S in the test. Shorter than published: S
+keys are asked of each of 8 sequences (one of 32), at most 200 steps (100k) at a rate of 5e-3 (1e-3).
+
+    python examples/capacity.py
+
+best test loss: one seed (published: Schlag et al. 2021, LOG)
+
+|                  | S=20            | S=40       | S=60            | S=80       |
+|------------------|-----------------|------------|-----------------|------------|
+| elu1, additive   | 0.1628 (-)      | 0.1785 (-) | 0.1945 (-)      | 0.2259 (-) |
+| dpfp:1, additive | 0.1634 (0.097)  | 0.1720 (-) | 0.1741 (0.103)  | 0.1818 (-) |
+| elu1, delta      | 0.0248 (0.0008) | 0.0089 (-) | 0.0300 (0.0005) | 0.0907 (-) |
+| dpfp:1, delta    | 0.0008 (0.0008) | 0.0004 (-) | 0.0001 (0.0049) | 0.0072 (-) |
+
+Took 55 s of one core (1105 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
+"""
 
 from collections import defaultdict
 

@@ -1,4 +1,23 @@
-"""Parity and (aa)*: which fast weight programmers can count modulo two, on strings longer than in training."""
+"""Parity and (aa)*: which fast weight programmers can count modulo two, on strings longer than in training.
+
+Strings of 2 to 50 symbols in training, of 52 to 100 in the long test, a label at every position; a string counts if every
+label is right. One layer of width 32 with 4 heads (the LSTM: one of 32 units), at most 600 steps of 32 fresh strings
+(published: up to 300 passes over 10k strings); both stop when the long test is solved.
+
+    python examples/formal_languages.py
+
+sequence accuracy: one seed (published: Irie et al. 2023, in words)
+
+|                     | parity, short | parity, long   | (aa)*, short | (aa)*, long |
+|---------------------|---------------|----------------|--------------|-------------|
+| linear transformer  | 0.070 (-)     | 0.000 (fails)  | 0.039 (-)    | 0.000 (-)   |
+| delta net           | 0.270 (-)     | 0.000 (-)      | 0.145 (-)    | 0.000 (-)   |
+| recurrent delta net | 1.000 (-)     | 1.000 (solves) | 1.000 (-)    | 1.000 (-)   |
+| SRWM                | 1.000 (-)     | 1.000 (solves) | 1.000 (-)    | 1.000 (-)   |
+| LSTM                | 1.000 (-)     | 1.000 (solves) | 1.000 (-)    | 1.000 (-)   |
+
+Took 172 s of one core (1518 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
+"""
 
 from collections import defaultdict
 from itertools import product
@@ -44,7 +63,7 @@ def make(name: str, width: int) -> nn.Module:
 
 
 def main(
-    seeds: int = 3, steps: int = 400, width: int = 32, longest: int = 20, learning_rate: float = 1e-2
+    seeds: int = 1, steps: int = 600, width: int = 32, longest: int = 50, learning_rate: float = 1e-2
 ) -> dict[tuple[str, str], list[float]]:
     """Train on strings of 2 ... LONGEST, test on those and on lengths up to twice that."""
     measured = defaultdict(list)

@@ -1,4 +1,32 @@
-"""Store and recall: a slow network programs a fast weight matrix to keep a pattern over a delay of distractors."""
+"""Store and recall: a slow network programs a fast weight matrix to keep a pattern over a delay of distractors.
+
+The slow network sees 4 signs and two flags, and gives key, value, query and a write gate; the fast weights are the sum
+rule. Only the answer at the recall flag is trained. The second table stores random pairs without training; how the
+published numbers drew theirs was not seen, unit keys of size 8 and Gaussian values of size 4 are this example's choice.
+
+    python examples/store_recall.py --trials 1000
+
+share of bits recalled: mean ± standard deviation over 3 seeds (published: schmidhuber-problems, CODE)
+
+|      | delay 5-30            | delay 1-60            |
+|------|-----------------------|-----------------------|
+| bits | 1.0000 ± 0.0000 (1.0) | 1.0000 ± 0.0000 (1.0) |
+
+cosine of read and stored value: mean ± standard deviation over 3 seeds (published: schmidhuber-problems, CODE)
+
+|     | additive            | delta               |
+|-----|---------------------|---------------------|
+| N=1 | 1.00 ± 0.00 (1.0)   | 1.00 ± 0.00 (1.0)   |
+| N=2 | 0.93 ± 0.00 (0.925) | 0.94 ± 0.00 (0.936) |
+| N=3 | 0.87 ± 0.01 (0.88)  | 0.90 ± 0.00 (0.887) |
+| N=4 | 0.83 ± 0.00 (0.821) | 0.85 ± 0.00 (0.836) |
+| N=5 | 0.79 ± 0.00 (0.778) | 0.79 ± 0.00 (0.785) |
+| N=6 | 0.75 ± 0.00 (0.761) | 0.74 ± 0.00 (0.812) |
+| N=7 | 0.72 ± 0.00 (0.692) | 0.70 ± 0.00 (0.708) |
+| N=8 | 0.69 ± 0.00 (0.661) | 0.65 ± 0.00 (0.669) |
+
+Took 25 s of one core (632 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
+"""
 
 from collections import defaultdict
 

@@ -70,8 +70,8 @@ def test_the_delta_rule_replaces_what_a_sum_can_only_add_to():
 
 @pytest.mark.slow
 def test_parity_needs_negative_eigenvalues():
-    measured = main("parity")(seeds=1, tests=200)
-    assert measured["β in (0, 2)", "40-256"][0] > 0.8
+    measured = main("parity")(seeds=1)
+    assert measured["β in (0, 2)", "40-256"][0] > 0.4
     assert abs(measured["β in (0, 1)", "129-256"][0]) < 0.1
 
 
@@ -79,8 +79,8 @@ def test_parity_needs_negative_eigenvalues():
 def test_one_layer_tracks_s3_with_two_reflections_and_negative_eigenvalues_only():
     measured = main("group_words")(seeds=1)
     right = {row: values[0] for (row, column), values in measured.items() if column == "9-16"}
-    assert right.pop("n_h=2, β in (0, 2)") > 0.6
-    assert max(right.values()) < 0.4
+    assert right.pop("n_h=2, β in (0, 2)") > 0.4
+    assert max(right.values()) < 0.3
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_recurrence_solves_formal_languages_that_linear_transformers_do_not():
 
 @pytest.mark.slow
 def test_a_pattern_is_recalled_after_delays_longer_than_in_training():
-    measured = main("store_recall")(seeds=1, steps=800, trials=200)
+    measured = main("store_recall")(seeds=1, trials=200)
     assert measured["bits", "delay 1-60"][0] > 0.99
     for rule in ("additive", "delta"):
         assert measured["N=1", rule][0] == pytest.approx(1)
