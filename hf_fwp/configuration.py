@@ -11,7 +11,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .cache import LAYER_TYPE
-from .loading import WithAutoMap
 from .options import (
     MIXER_DEFAULTS,
     RESOLVED,
@@ -25,11 +24,13 @@ from .presets import PRESETS
 from .rules import RULES
 
 if TYPE_CHECKING:
+    Config = PreTrainedConfig
     # resolved at construction, so whoever reads a config never meets None
     Size = int
     Name = str
     Heads = str | tuple[bool, ...]
 else:
+    Config = object
     Size = int | None
     Name = str | None
     Heads = str | list[bool] | None
@@ -74,6 +75,21 @@ TRANSFORMERS_KEYWORDS = frozenset(
         "torch_dtype",
     }
 )
+
+
+class WithAutoMap(Config):
+    """A config that always has an `auto_map`; an empty one is not saved.
+
+    trl reads it, without asking whether it is there, when it loads a reference whose class is not in transformers.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.auto_map: dict[str, str] = kwargs.get("auto_map") or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it."""
+        return {key: value for key, value in super().to_dict().items() if key != "auto_map" or value}
 
 
 @strict

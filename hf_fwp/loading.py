@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig as Config
     from transformers import PreTrainedModel as Model
 else:
-    Config = Model = object
+    Model = object
 
 ALIGNMENT = 64
 
@@ -28,21 +27,6 @@ RENAMED = {
     r"\.attn\.(o_)?norm\.": ".mixer.o_norm.",
     r"\.attn\.": ".mixer.",
 }
-
-
-class WithAutoMap(Config):
-    """A config that always has an `auto_map`; an empty one is not saved.
-
-    trl reads it, without asking whether it is there, when it loads a reference whose class is not in transformers.
-    """
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.auto_map: dict[str, str] = kwargs.get("auto_map") or {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers writes it."""
-        return {key: value for key, value in super().to_dict().items() if key != "auto_map" or value}
 
 
 def align_weights(model: nn.Module) -> None:

@@ -19,9 +19,10 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..cache import install_fast_weight_layers
+from ..configuration import WithAutoMap
 from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
-from ..loading import AlignedLoading, WithAutoMap
+from ..loading import AlignedLoading
 from ..options import MixerOptions
 from ..packing import packed_batch, packed_segments, positions_in_segments, valid_tokens
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out

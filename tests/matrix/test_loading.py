@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from every_model import every_model
+from every_model import CONVERTED, every_model
 from safetensors.torch import load_file, save_file
 from tiny_fwp import assert_close, tokens
 from transformers import (
@@ -218,7 +218,7 @@ def torchao_int8():
 WHOLE = ["lm_head", "a_proj", "b_proj", "gates"]
 QUANTISED = {  # library, its settings, how far from the same model with the weights that these stand for
     "int8 of torchao": ("torchao", torchao_int8, 1e-5),
-    "int8 of bitsandbytes": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),  # inputs are rounded too
+    "int8 of bitsandbytes": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),  # rounds inputs too
     "4 bits of bitsandbytes": (
         "bitsandbytes",
         lambda: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=WHOLE),
@@ -240,13 +240,14 @@ def plain_weight(weight):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["linear_attention", "delta_net", "gated_delta_net", "hybrid", *CONVERTED])
 @pytest.mark.parametrize("kind", QUANTISED)
 @torch.no_grad()
-def test_quantised_weights(name, kind, tmp_path):
+def test_quantised_weights(which, kind, tmp_path):
     library, settings, tolerance = QUANTISED[kind]
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is no dependency of hf_fwp: pip install {library} to run this test")
-    model = every_model(name, dtype=torch.float32, **BLOCKS)
+    model = every_model(which, dtype=torch.float32, **BLOCKS)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=settings(), dtype=torch.float32, device_map="cpu"
