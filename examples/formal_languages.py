@@ -1,8 +1,8 @@
 """Parity and (aa)*: which fast weight programmers can count modulo two, on strings longer than in training.
 
-Strings of 2 to 50 symbols in training, of 52 to 100 in the long test, a label at every position; a string counts if every
-label is right. One layer of width 32 with 4 heads (the LSTM: one of 32 units), at most 600 steps of 32 fresh strings
-(published: up to 300 passes over 10k strings); both stop when the long test is solved.
+Strings of 2 to 50 symbols in training, of 52 to 100 in the long test, a label at every position; a string counts if
+every label is right. One layer of width 32 with 4 heads (the LSTM: one of 32 units), at most 600 steps of 32 fresh
+strings (published: up to 300 passes over 10k strings); both stop when the long test is solved.
 
     python examples/formal_languages.py
 

@@ -1,7 +1,7 @@
 """Parity: a delta net counts modulo two on long strings if its transitions reach the eigenvalue -1.
 
-Smaller than published: 2 layers of width 32 with 2 heads (128 with 4), 300 steps of 64 strings (20k of 256) at a rate of
-1e-2 (1e-3), and in training every bit is asked, not the last one alone. On a GPU, as published:
+Smaller than published: 2 layers of width 32 with 2 heads (128 with 4), 300 steps of 64 strings (20k of 256) at a rate
+of 1e-2 (1e-3), and in training every bit is asked, not the last one alone. On a GPU, as published:
 `--width 128 --heads 4 --steps 20000 --batch 256 --learning-rate 1e-3 --last-only --device cuda` (not run here).
 
     python examples/parity.py

@@ -4,7 +4,7 @@ The slow network sees 4 signs and two flags, and gives key, value, query and a w
 rule. Only the answer at the recall flag is trained. The second table stores random pairs without training; how the
 published numbers drew theirs was not seen, unit keys of size 8 and Gaussian values of size 4 are this example's choice.
 
-    python examples/store_recall.py --trials 1000
+    python examples/store_recall.py
 
 share of bits recalled: mean ± standard deviation over 3 seeds (published: schmidhuber-problems, CODE)
 
@@ -75,7 +75,7 @@ def interference(rule: str, pairs: int, trials: int, draw: torch.Generator, key_
     return F.cosine_similarity(k.squeeze(2) @ state.squeeze(1), v.squeeze(2), dim=-1).mean().item()
 
 
-def main(seeds: int = 3, steps: int = 1500, trials: int = 2000) -> dict[tuple[str, str], list[float]]:
+def main(seeds: int = 3, steps: int = 1500, trials: int = 1000) -> dict[tuple[str, str], list[float]]:
     """Train on delays of 5 to 30, test on delays of 1 to 60; then count how pairs disturb each other."""
     bits, cosines = defaultdict(list), defaultdict(list)
     for seed in range(seeds):
