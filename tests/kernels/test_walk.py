@@ -8,7 +8,7 @@ from pathlib import Path
 import operators as problems
 import pytest
 import torch
-from kernels.test_compilation import H100, Recorded, compiled, spilled
+from kernels.test_compilation import Recorded, compiled, spilled
 from operators import Problem
 
 from hf_fwp.rules import RULES, sequential, triton_fit
@@ -52,7 +52,7 @@ def test_compiles_for_an_h100(rule, number, size, allowed, monkeypatch, tmp_path
         found = compiled(kernel, arguments, keywords)
         spill = spilled(found.asm["cubin"], tmp_path)
         said = f"{kernel.__name__}: {found.metadata.shared} bytes of shared memory, {spill} bytes spilled per thread"
-        assert found.metadata.shared <= 16 * 1024 <= H100, said
+        assert found.metadata.shared <= 16 * 1024, said
         assert spill <= allowed, said
 
 
