@@ -112,7 +112,6 @@ def test_every_memory_learns_classes_it_has_never_seen(rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "heads"), [("ba_fast_weights", 1), ("fast_weight_memory", 4), ("srwm", 4)])
-def test_retrieve_answers(rule, heads):
+def test_retrieve_answers():
     """Whoever names one of the two digits of the string at random is right half of the time."""
-    assert run("retrieve", rule=rule, pairs=2, heads=heads, steps=500) > 0.75
+    assert run("retrieve", rule="ba_fast_weights", pairs=2, steps=500) > 0.75
