@@ -12,13 +12,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..rules.chunked_op import new_gradients, new_outputs
 from .channel_decay_backward import gradients, scan_backward
 from .channel_decay_forward import prepare_chunks, scan_forward
-from .linear_class import WORD, contiguous, device_of, interpreted
+from .linear_class import INVERSE, WORD, contiguous, device_of, interpreted
 from .linear_class_launches import Launch, computing_word, padded, pieces
 
 
@@ -116,8 +115,7 @@ def prepare(
         "HAS_MASK": mask is not None,
         "PACKED": cu_seqlens is not None,
         "L2NORM": l2norm,
-        # numpy has no bf16
-        "DOT": tl.float32 if interpreted() and word == torch.bfloat16 else WORD[word],
+        "DOT": WORD[word],
         # tf32 alone has three correct digits
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
@@ -149,7 +147,7 @@ def new_results(
     word = word_of(q, k, v, erase)
     chunk = launches_of(word, k, v).chunk
     slots, square = slots_of(chunk, k, cu_seqlens), (chunk, chunk)
-    solve = v.new_empty(slots, v.shape[2], *square, dtype=word)
+    solve = v.new_empty(slots, v.shape[2], *square, dtype=INVERSE[word])
     reads = v.new_empty(slots, out.shape[2], *square, dtype=word)
     return out, final, solve, reads, v.new_empty(slots if keep else 0, *final.shape[1:], dtype=word)
 

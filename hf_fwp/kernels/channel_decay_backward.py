@@ -31,6 +31,7 @@ from .tiles import (
     load_rate,
     load_tile,
     sequence_span,
+    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -82,7 +83,7 @@ def scan_backward(
             dw += dot(tl.trans(p), do, DOT, PRECISION)
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
-        dw = tl.where(valid[:, None], dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
+        dw = tl.where(valid[:, None], solve_dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
         e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
@@ -181,7 +182,7 @@ def gradients(
                 q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
                 read += dot(q_tile * decay, s, DOT, PRECISION)
         t = load_matrix(solve, index, rows, others, C, C)
-        r = dot(t, rate[:, None] * (v_tile - before), DOT, PRECISION)
+        r = solve_dot(t, rate[:, None] * (v_tile - before), DOT, PRECISION)
         store_tile(written, at, reader, HV * R, V, rows, values, here, r)
         d_a -= dot(dw, tl.trans(r), DOT, PRECISION)
         d_p += dot(do, tl.trans(r), DOT, PRECISION)

@@ -23,6 +23,7 @@ from .tiles import (
     load_rate,
     load_tile,
     sequence_span,
+    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -121,7 +122,7 @@ def scan_forward(
         if HAS_BETA:
             written *= load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)[:, None]
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
-        written = dot(t, written, DOT, PRECISION)
+        written = solve_dot(t, written, DOT, PRECISION)
         if KEEP:
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
         if HAS_READS:

@@ -26,6 +26,8 @@ from .tiles import dot
 
 __all__ = ["TABLE", "Launch", "Launches", "chunked", "interpreted", "padded"]
 
+# What T is kept in. With unit keys and rates up to 2 its numbers are at most 2, of which fp16 keeps 11 bits, bf16 8.
+INVERSE = {torch.float32: torch.float32, torch.bfloat16: torch.float16, torch.float16: torch.float16}
 WORD = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 NARROW = 16  # value columns
 CARRIED = 32  # rows of a state that one product between segments takes
@@ -107,8 +109,7 @@ def prepare(
         "HAS_MASK": mask is not None,
         "PACKED": cu_seqlens is not None,
         "L2NORM": l2norm,
-        # numpy has no bf16
-        "DOT": tl.float32 if interpreted() else WORD[sizes.word],
+        "DOT": WORD[sizes.word],
         # tf32 alone has three correct digits
         "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
     }
@@ -174,7 +175,7 @@ def new_results(
     """Empty tensors for what the forward gives: T [slots, HV, 64, 64], S0 [slots, HV, K, V], M [slots, HV, K, K]."""
     out, final, _ = new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)
     sizes, (heads, key_size, value_size) = sizes_of(q, k, v, cu_seqlens), final.shape[1:]
-    solve = v.new_empty(sizes.inverses if erase else 0, heads, SOLVE, SOLVE, dtype=sizes.word)
+    solve = v.new_empty(sizes.inverses if erase else 0, heads, SOLVE, SOLVE, dtype=INVERSE[sizes.word])
     states = v.new_empty(sizes.chunks if keep else 0, heads, key_size, value_size, dtype=sizes.word)
     return out, final, solve, states, final.new_empty(sizes.segments, heads, key_size, key_size)
 

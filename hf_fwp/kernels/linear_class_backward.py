@@ -29,6 +29,7 @@ from .tiles import (
     load_step,
     load_tile,
     sequence_span,
+    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -88,7 +89,7 @@ def scan_backward(
             d_state += dot(tl.trans(q_tile), (q_norm * decay)[:, None] * do, DOT, PRECISION)
         if ERASE:
             t = load_solve(solve, n, first, length, i, hv, HV, C, PACKED)
-            dw = dot(tl.trans(t), dw, DOT, PRECISION)
+            dw = solve_dot(tl.trans(t), dw, DOT, PRECISION)
             rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE) * decay * k_norm
             d_state -= dot(tl.trans(k_tile), rate[:, None] * dw, DOT, PRECISION)
         if KEEP:
@@ -158,7 +159,7 @@ def gradients(
         if HAS_BETA:
             written *= rate[:, None]
         if ERASE:
-            written = dot(t, written, DOT, PRECISION)
+            written = solve_dot(t, written, DOT, PRECISION)
             erased += dot(dw, tl.trans(written), DOT, PRECISION)
             d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
         omega += dot(do, tl.trans(written), DOT, PRECISION)
@@ -172,18 +173,26 @@ def gradients(
     # loaded again: kept over the loop they would take registers from the sums
     k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
     q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
-    along_state = share * along_state * after + tl.sum(k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1), 0)
-    along_state += share * tl.sum(rate * along_key, 0)
     gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
     omega *= scale * gamma
+    earlier = rows[:, None] > tl.arange(0, C)[None, :]
+    along_end = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1) + share * rate * along_key
+    along_state = share * along_state * after + tl.sum(along_end, 0)
+    later = scale * q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - share * rate * along_key - along_end
+    if HAS_G and tl.float32 != DOT:
+        met = omega * dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * q_norm[:, None] * k_norm[None, :]
+        met = tl.where(earlier, met, 0.0)
+        later += tl.sum(met, 1) - tl.sum(met, 0)
     d_q = scale * d_q + dot(omega * k_norm[None, :], k_tile, DOT, PRECISION)
     d_k += dot(tl.trans(omega * q_norm[:, None]), q_tile, DOT, PRECISION)
     eta = -along_key
     if ERASE:
-        erased *= tl.where(rows[:, None] > tl.arange(0, C)[None, :], gamma, 0.0)
+        erased *= tl.where(earlier, gamma, 0.0)
         similar = dot(k_tile, tl.trans(k_tile), DOT, PRECISION) * k_norm[:, None] * k_norm[None, :]
         eta -= tl.sum(erased * similar, 1)
         erased *= (share * rate)[:, None]
+        if HAS_G and tl.float32 != DOT:
+            later += tl.sum(erased * similar, 0) - tl.sum(erased * similar, 1)
         d_k -= dot((erased + tl.trans(erased)) * k_norm[None, :], k_tile, DOT, PRECISION)
     along_q = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1)
     along_k = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
@@ -194,7 +203,10 @@ def gradients(
             found *= rate * (1.0 - rate / RANGE)
         tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
     if HAS_G:
-        later = along_q - along_k + 2.0 * share * rate * eta
+        # dG: in float32 by the identity Σ Q dQ - K dK + 2 ε; where operands are rounded, by what exp(G) multiplies, one
+        # after the other, since the identity would keep what rounding leaves of dQ and dK
+        if tl.float32 == DOT:
+            later = along_q - along_k + 2.0 * share * rate * eta
         found = tl.where(valid, tl.sum(later, 0) - tl.cumsum(later, 0) + later + along_state, 0.0)
         if RAW_G:
             at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * 2

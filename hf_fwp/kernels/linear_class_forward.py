@@ -28,6 +28,7 @@ from .tiles import (
     load_step,
     load_tile,
     sequence_span,
+    solve_dot,
     split_sum,
     store_matrix,
     store_tile,
@@ -194,7 +195,7 @@ def replace_in_chunk(
     if HAS_BETA:
         written *= rate[:, None]
     if ERASE:
-        written = dot(load_solve(solve, n, first, length, i, hv, HV, C, PACKED), written, DOT, PRECISION)
+        written = solve_dot(load_solve(solve, n, first, length, i, hv, HV, C, PACKED), written, DOT, PRECISION)
     return written
 
 

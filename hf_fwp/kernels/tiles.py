@@ -198,7 +198,28 @@ def decay_between(coarse_i, fine_i, coarse_j, fine_j, lower):
     return tl.exp(tl.where(lower, total, float("-inf")))
 
 
+# whether TRITON_INTERPRET was set when triton was imported
+INTERPRETED = tl.constexpr(not isinstance(sequence_span, triton.JITFunction))
+
+
 @triton.jit
 def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """a b with operands in the type DOT and the sum in float32."""
+    if INTERPRETED and tl.bfloat16 == DOT:  # numpy has no bf16
+        return tl.dot(rounded(a), rounded(b), input_precision=PRECISION, out_dtype=tl.float32)
     return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def solve_dot(t, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """T x or Tᵀ x. Operands of 8 bits would lose here what correlated keys leave of a value: they have 11 at least."""
+    how: tl.constexpr = "tf32" if tl.float32 != DOT and PRECISION == "tf32x3" else PRECISION
+    return tl.dot(t.to(tl.float32), x.to(tl.float32), input_precision=how, out_dtype=tl.float32)
+
+
+@triton.jit
+def rounded(x):
+    """x with the 8 bits of bf16, in float32; ties to even."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
