@@ -176,10 +176,11 @@ def gradients(
     gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
     omega *= scale * gamma
     earlier = rows[:, None] > tl.arange(0, C)[None, :]
-    along_end = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1) + share * rate * along_key
+    along_end = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
     along_state = share * along_state * after + tl.sum(along_end, 0)
-    later = scale * q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - share * rate * along_key - along_end
+    along_state += share * tl.sum(rate * along_key, 0)
     if HAS_G and tl.float32 != DOT:
+        later = scale * q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - along_end - 2.0 * share * rate * along_key
         met = omega * dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * q_norm[:, None] * k_norm[None, :]
         met = tl.where(earlier, met, 0.0)
         later += tl.sum(met, 1) - tl.sum(met, 0)
