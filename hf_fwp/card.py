@@ -146,7 +146,7 @@ def auto_class(config: Any, architecture: str | None) -> str:
 def completed(card: ModelCard, ours: ModelCard) -> str:
     """`card`, whose text and entries stay as they are, with the entries and tags that only `ours` has."""
     there = {key: value for key, value in card.data.to_dict().items() if value}
-    tags = [*there.get("tags", ()), *(ours.data.tags or ())]
+    tags = [*there.get("tags", ()), *ours.data["tags"]]
     front = ModelCardData(**{**ours.data.to_dict(), **there, "tags": list(dict.fromkeys(tags))})
     text = card.text if card.text.strip() else ours.text
     return f"---\n{front.to_yaml()}\n---\n{text}"

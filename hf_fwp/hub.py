@@ -28,7 +28,7 @@ from .weights import INDEX, SINGLE, check_weights, weights_files
 __all__ = ["Push", "bytes_shown", "push", "push_model"]
 
 CARD = "README.md"
-NETWORK = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever huggingface_hub speaks through
+NETWORK: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever huggingface_hub speaks through
 # Names of files and folders, anywhere in the folder, that belong to a training run or to this machine.
 LEFT_OUT = (
     ".*",
@@ -132,7 +132,7 @@ def push_model(
     address = made_repository(repo, private=private, token=token)
     report = getattr(model, "conversion_report", None)
     ours = ModelCard(new_card(model, report, address))
-    ours.data.tags = list(dict.fromkeys([*(ours.data.tags or ()), *(model.model_tags or ()), *(tags or ())]))
+    ours.data["tags"] = list(dict.fromkeys([*ours.data["tags"], *(model.model_tags or ()), *(tags or ())]))
     there = remote_card(address, token)
     card = str(ours) if there is None else completed(there, ours)
     with tempfile.TemporaryDirectory() as made:
@@ -169,7 +169,9 @@ def whole_model(folder: Path) -> PreTrainedModel:
     check_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, WithAutoMap):
-        raise ValueError(f"{folder} has a {config.model_type!r}, no model of this package; `hf upload` uploads any folder")
+        raise ValueError(
+            f"{folder} has a {config.model_type!r}, no model of this package; `hf upload` uploads any folder"
+        )
     auto = getattr(transformers, auto_class(config, (config.architectures or [None])[0]))
     model, found = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys"):

@@ -79,17 +79,13 @@ class AlignedLoading(Model):
         check_finite(model, source)
         return loaded
 
-    @property
-    def model_tags(self) -> list[str]:
-        """What the Hub finds the model by: this package and the update rules."""
-        rules = sorted({layer.options.rule for layer in self.hf_fwp_layers.values()})
-        return self.__dict__.setdefault("_model_tags", [*TAGS, *rules])
+    def post_init(self) -> None:
+        """Also what the Hub finds the model by: this package and the update rules."""
+        super().post_init()
+        layers: Any = self.hf_fwp_layers
+        self.model_tags = [*TAGS, *sorted({layer.options.rule for layer in layers.values()})]
 
-    @model_tags.setter
-    def model_tags(self, tags: list[str] | None) -> None:
-        self.__dict__["_model_tags"] = list(tags or ())
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] theirs is a wrapper
         """Upload the model with its card, as `hf_fwp.hub.push_model` says; returns what the Hub tells of the commit."""
         from .hub import push_model
 

@@ -26,8 +26,17 @@ from hf_fwp.conversion.report import measure, write_report
 from hf_fwp.modeling import FwpForSequenceClassification
 
 REPO = "you/tiny-delta"
-LEFT_BEHIND = ["optimizer.pt", "checkpoint-3/model.safetensors", "step-1/state.safetensors", "runs/events.out.1", ".git/x"]
-LEFT_BEHIND += ["training_args.bin", "model.safetensors.partial", "trainer_state.json", "model-00001-of-00002.safetensors"]
+LEFT_BEHIND = (
+    "optimizer.pt",
+    "checkpoint-3/model.safetensors",
+    "step-1/state.safetensors",
+    "runs/events.out.1",
+    ".git/x",
+    "training_args.bin",
+    "model.safetensors.partial",
+    "trainer_state.json",
+    "model-00001-of-00002.safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +58,9 @@ def converted():
     """A converted model, its teacher's tokenizer and what was measured of it."""
     teacher, tokenizer = tiny_llama(), byte_tokenizer()
     student = copy_teacher(teacher, layers=[1]).eval()
+    short = {"tokens": 64, "sequence_length": 32, "progress": False}
     parts = {"baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
-    report = measure(student, teacher, TEXTS, tokenizer=tokenizer, tokens=64, sequence_length=32, progress=False, **parts)
+    report = measure(student, teacher, TEXTS, tokenizer=tokenizer, **short, **parts)
     report |= {"rule": "gated_delta_net", "num_layers": 2, "kept_layers": [0], "data": "three sentences"}
     return student, tokenizer, report | {"teacher": "somebody/teacher", "license": "apache-2.0"}
 

@@ -93,10 +93,8 @@ def test_a_tokenizer_of_the_folder_is_refused_without_trust(folder, trap):
         tokenizer_class="Tokenizer",
         auto_map={"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]},
     )
-    try:
-        assert type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__module__.startswith("transformers")
-    except ValueError as refused:
-        assert "trust_remote_code" in str(refused)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert not trap.exists()
 
 
@@ -163,7 +161,7 @@ FILES = {
     "a header without offsets": safetensors(b'{"a": {"dtype": "F32", "shape": [2]}}', bytes(8)),
     "weights beyond the end": safetensors(json.dumps({"a": {**TENSOR, "data_offsets": [0, 1 << 40]}}).encode()),
     "weights that overlap": safetensors(json.dumps({"a": TENSOR, "b": TENSOR}).encode(), bytes(8)),
-    "a shape that is not in the file": safetensors(json.dumps({"a": {**TENSOR, "shape": [1 << 40]}}).encode(), bytes(8)),
+    "a shape of other size": safetensors(json.dumps({"a": {**TENSOR, "shape": [1 << 40]}}).encode(), bytes(8)),
     "bytes after the weights": safetensors(json.dumps({"a": TENSOR}).encode(), bytes(9)),
 }
 
@@ -211,9 +209,9 @@ def test_missing_unexpected_and_wrong_weights_are_told_by_name(folder):
     assert "elsewhere.weight" in told.out
     assert "model.norm.weight" in told.out
     rewritten(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)}))
-    with CaptureLogger(logging.get_logger("transformers.modeling_utils")) as told:
-        with pytest.raises(RuntimeError, match=r"(?i)mismatch"):
-            load(folder)
+    told = CaptureLogger(logging.get_logger("transformers.modeling_utils"))
+    with told, pytest.raises(RuntimeError, match=r"(?i)mismatch"):
+        load(folder)
     assert "model.norm.weight" in told.out
 
 
@@ -237,6 +235,6 @@ def test_a_repository_whose_index_leaves_it(tmp_path, monkeypatch):
     files = {"config.json": (tmp_path / "given" / "config.json").read_bytes(), INDEX: index}
     with serving() as hub, client_of(hub, tmp_path / "cache", monkeypatch):
         hub.put("evil/model", files | {"../../../../../outside.safetensors": b"x"})
-        with pytest.raises((ValueError, OSError)):
+        with pytest.raises(ValueError, match=r"Invalid (filename|pointer path)"):
             FwpForCausalLM.from_pretrained("evil/model")
     assert (tmp_path / "outside.safetensors").stat().st_size > 1
