@@ -190,7 +190,7 @@ def check_tokenizer(folder: Path) -> None:
         return
     try:
         AutoTokenizer.from_pretrained(folder)
-    except Exception as fault:  # the tokenizers library raises Exception itself
+    except (OSError, ValueError, LookupError, TypeError) as fault:
         raise ValueError(f"the tokenizer in {folder} does not load ({fault}); save it again, or remove it") from fault
 
 
@@ -214,9 +214,11 @@ def folder_card(folder: Path, model: PreTrainedModel, repo: str) -> str:
     ours = new_card(model, report, repo)
     if not (folder / CARD).is_file():
         return ours
+    from yaml import YAMLError  # what huggingface_hub reads cards with
+
     try:
         there = ModelCard.load(folder / CARD)
-    except Exception as fault:  # of YAML's own kind
+    except (ValueError, YAMLError) as fault:
         raise ValueError(f"{folder / CARD} does not begin with a valid block of metadata ({fault})") from fault
     for written in {(report or {}).get("name"), folder.resolve().name} - {None}:
         there.text = there.text.replace(f'from_pretrained("{written}")', f'from_pretrained("{repo}")')

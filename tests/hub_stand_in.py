@@ -240,4 +240,3 @@ def client_of(hub, cache, monkeypatch):
         settings.setattr(constants, "HF_HUB_OFFLINE", False)
         settings.setenv("HF_TOKEN", TOKEN)
         yield
-
