@@ -110,7 +110,14 @@ def test_the_card_of_a_converted_model(hub, folder, converted):
     assert results["accuracy"].dataset_name == "three sentences"
     assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in card.text
     assert "- commit: " in card.text
-    card.validate()
+    assert ("POST", "/api/validate-yaml") in hub.asked  # which found nothing wrong
+
+
+def test_metadata_that_the_hub_refuses_is_told(hub, folder):
+    (folder / "README.md").write_text("---\nlibrary_name: [3]\n---\n")
+    with pytest.raises(ValueError, match=r"(?s)Invalid metadata in README.md.*library_name"):
+        hf_fwp.push(folder, REPO)
+    assert hub.files(REPO) == {}
 
 
 @torch.no_grad()
