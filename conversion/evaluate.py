@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
+from hf_fwp.weights import check_weights
 
 from .align import hooked
 from .composite import text_config_of
 from .data import demo_corpus, read_data, token_blocks
-from .teacher import check_weights, find_config, load_teacher
+from .teacher import find_config, load_teacher
 
 Forward = Callable[[Tensor], Tensor]  # ids [1, T] -> logits [1, T, V]
 Model = PreTrainedModel | str | os.PathLike[str]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_fwp.card import TIMES, bytes_shown, number, quality_rows, teacher_name
+
 from .plots import draw
-from .report import TIMES, bytes_shown, number, quality_rows, teacher_name
 
 # up to which multiple of the teacher's perplexity a verdict holds
 VERDICTS = (

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .report import TIMES, number
+from hf_fwp.card import TIMES, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,9 +33,7 @@ import math
 import os
 import platform
 import re
-import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -44,22 +42,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from hf_fwp.card import commit, model_card
 
 from .baselines import baselines
 from .evaluate import PROMPTS, compare, decode_speed, forward_of, heldout_blocks, residuals, samples
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hf_fwp", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
-TIMES = "\u00d7"  # the multiplication sign
 PAGE_NEEDS = ("jinja2", "matplotlib")
-BASELINES = {  # as a reader sees them; keys as in baselines.py
-    "naive_copy": "naive copy (nothing solved or trained)",
-    "sliding_window": "teacher, sliding window 64 + 4 sinks",
-    "fast_weights_off": "this model, fast weights off",
-}
 
 
 def measure(
@@ -211,17 +204,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The commit of the checkout, marked where something is not committed; None when installed from a wheel."""
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        return None
-    described = subprocess.run(
-        [git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or None
-
-
 def device_name() -> str:
     """The GPU's name where there is one, else the processor's."""
     if torch.cuda.is_available():
@@ -243,119 +225,3 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
-
-
-def teacher_name(report: Mapping[str, Any]) -> str:
-    """The teacher's Hub id, or the name of its folder or file: not where it lies on the writer's machine."""
-    return report.get("base_model") or Path(str(report.get("teacher") or "")).name
-
-
-def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Teacher, this model and the baselines: name and measurements, for the tables of page and card."""
-    measured = report.get("evaluation", {})
-    rows = []
-    if measured.get("teacher_perplexity") is not None:
-        teacher = {"perplexity": measured["teacher_perplexity"], "ratio": 1.0, "kl": 0.0, "agreement": 1.0}
-        rows.append({"name": "teacher", "tokens": measured.get("tokens"), **teacher})
-    if measured:
-        rows.append({"key": "model", **measured, "name": "this model"})
-    for key, baseline in report.get("baselines", {}).items():
-        rows.append({"key": key, **baseline, "name": BASELINES.get(key, key)})
-    return rows
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """Three digits that count, no exponent below a million: 0.0123, 1.31, 47.6, 80597."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if value == 0 or abs(value) >= 1e6:
-        return "0" if value == 0 else f"{value:.{digits - 1}e}"
-    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def bytes_shown(value: float | None) -> str:
-    """Bytes in the unit that fits."""
-    if value is None:
-        return "-"
-    power = min(3, int(math.log(max(value, 1), 1024)))
-    return f"{number(value / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def model_card(report: Mapping[str, Any]) -> str:
-    """README.md of the converted model, with the front matter that the Hub reads."""
-    front = ModelCardData(
-        base_model=report.get("base_model"),
-        license=report.get("license"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf_fwp", "fast-weights", "linear-attention", *filter(None, [report.get("rule")])],
-    )
-    parts = [f"---\n{front.to_yaml()}\n---", f"# {report['name']}", _what(report), _loading(report["name"])]
-    table = _quality_table(quality_rows(report))
-    if table:
-        parts += ["## How good it is", table, _measured_on(report)]
-    return "\n\n".join([*parts, "## How it was made", _making(report)]) + "\n"
-
-
-def _what(report: Mapping[str, Any]) -> str:
-    teacher = teacher_name(report) or "a softmax Transformer"
-    layers = ""
-    if report.get("num_layers"):
-        kept = len(report.get("kept_layers", []))
-        layers = f" in {report['num_layers'] - kept} of {report['num_layers']} layers"
-    rule = f" (update rule `{report['rule']}`)" if report.get("rule") else ""
-    return f"{teacher} with fast weights in place of softmax attention{layers}{rule}, converted by hf_fwp."
-
-
-def _loading(name: str) -> str:
-    return f"""```python
-import hf_fwp  # registers the architecture
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")  # this folder, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
-
-
-def _quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    lines = ["| model | perplexity | of the teacher's | KL | same next token | tokens |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        share = "-" if row.get("agreement") is None else f"{row['agreement']:.0%}"
-        ratio = "-" if row.get("ratio") is None else f"{number(row['ratio'])} {TIMES}"
-        cells = (row["name"], number(row.get("perplexity")), ratio, number(row.get("kl")), share, row.get("tokens"))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def _measured_on(report: Mapping[str, Any]) -> str:
-    on = report["environment"]
-    data = f" Text: {report['data']}." if report.get("data") else ""
-    return (
-        f"Held-out tokens, KL in nats per token; baselines are compared with the teacher on the same tokens.{data} "
-        f"Measured {str(on.get('date'))[:10]} on {on.get('device')}, {on.get('threads')} threads. "
-        "Everything else is in report.html and report.json."
-    )
-
-
-def _making(report: Mapping[str, Any]) -> str:
-    on = report["environment"]
-    said = {
-        "teacher": teacher_name(report),
-        "rule": report.get("rule"),
-        "recipe": report.get("recipe"),
-        "layers kept as softmax": ", ".join(map(str, report["kept_layers"])) if report.get("kept_layers") else None,
-        "tokens": report.get("tokens"),
-        "stages": ", ".join(
-            f"{name} {stage['seconds']:.0f} s" if "seconds" in stage else name
-            for name, stage in report.get("stages", {}).items()
-        ),
-        "peak memory": bytes_shown(report.get("peak_memory_bytes")),
-        "commit": on.get("commit"),
-        "versions": ", ".join(f"{name} {version}" for name, version in on.get("versions", {}).items()),
-    }
-    notes = [f"- {note}" for note in report.get("notes", [])]
-    return "\n".join([*(f"- {name}: {value}" for name, value in said.items() if value), *notes])

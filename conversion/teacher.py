@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from transformers import (
 
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
+from hf_fwp.weights import check_finite, check_weights
 
 from .composite import language_part, text_config_of
 
@@ -63,6 +62,7 @@ def load_teacher(
     kind = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     model: Any = kind.from_pretrained(source, dtype=dtype or torch.float32)
     align_weights(model)
+    check_finite(model, source)
     if composite:
         model = language_part(model)
     if device is not None:
@@ -154,38 +154,6 @@ def _checked(source: str) -> str:
     if folder.is_dir():
         check_weights(folder)
     return source
-
-
-def check_weights(folder: Path) -> None:
-    """Refuse a folder in which a weights file is missing or cut short."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"] if (folder / "model.safetensors").is_file() else []
-    if not names and not list(folder.glob("*.bin")):
-        raise ValueError(f"{folder} has no weights (model.safetensors); copy or download it again")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no file {name}, which its index names; copy or download it again")
-        check_safetensors(folder / name)
-
-
-def check_safetensors(file: Path) -> None:
-    """Refuse a safetensors file whose size is not what its own header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        header_size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        header = stream.read(header_size) if header_size <= size else b""
-    expected = 8 + header_size
-    if 0 < header_size == len(header):
-        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-        expected += max((entry["data_offsets"][1] for entry in tensors), default=0)
-    if size != expected:
-        raise ValueError(
-            f"{file} is damaged: it has {size} bytes where its header asks for {expected}; copy or download it again"
-        )
 
 
 def _dequantised(file: Path) -> str:

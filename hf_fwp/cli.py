@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 the request was wrong (one line on stderr says why), 130 interrupted.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -203,6 +204,29 @@ def show_demo(report: dict[str, Any], output: Path) -> None:
     show(rows, as_json=False, title=f"{report['name']}: {report.get('rule')}, {report.get('recipe')}")
     for sample in report.get("samples", []):
         show(sample, as_json=False)
+
+
+@app.command()
+@reports_errors
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where it goes: you/name-of-the-model.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    token: Annotated[str | None, typer.Option(help="Default: the one that `hf auth login` keeps.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch instead of main.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, list the files and stop.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Check a model's folder, complete its card and upload it to the Hub."""
+    module = importlib.import_module("hf_fwp.hub")
+    pushed = module.push(folder, repo, private=private, token=token, revision=revision, dry_run=dry_run)
+    if json:
+        show(dataclasses.asdict(pushed), as_json=True)
+    elif dry_run:
+        sizes = {path: module.bytes_shown(size) for path, size in pushed.files.items()}
+        show(sizes, as_json=False, title=f"would go to {repo}")
+    else:
+        sys.stdout.write(f"{pushed.url}\n")
 
 
 def conversion(module: str, name: str | None = None) -> Any:

@@ -7,10 +7,13 @@ addresses that are not multiples of 64: measured on a CPU, the logits of a singl
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
+
+from .weights import check_finite, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
@@ -18,6 +21,7 @@ else:
     Model = object
 
 ALIGNMENT = 64
+TAGS = ("hf_fwp", "fast-weights")  # of every model on the Hub
 
 # Pattern in the names that flash-linear-attention saves -> ours. None of them occurs in a checkpoint of this package;
 # `norm` is what o_norm was called in old ones.
@@ -41,17 +45,35 @@ def align_weights(model: nn.Module) -> None:
 
 
 class AlignedLoading(Model):
-    """A model whose `from_pretrained` aligns what it loaded, and names a damaged folder."""
+    """A model whose `from_pretrained` aligns what it loaded and names a spoilt folder, and which describes itself on
+    the Hub. Safetensors files are the only weights it reads, unless it is given `use_safetensors=False`."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Any:
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        folder = Path(source or "", kwargs.get("subfolder") or "")
+        if use_safetensors and source is not None and folder.is_dir():
+            check_folder(folder)
         try:
-            loaded = super().from_pretrained(*args, **kwargs)
+            loaded = super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
         except SafetensorError as fault:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise ValueError(f"a weights file of {source} is damaged ({fault}); copy or download it again") from fault
-        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        align_weights(model)
+        check_finite(model, source)
         return loaded
+
+    def post_init(self) -> None:
+        """Also what the Hub finds the model by: this package and the update rules."""
+        super().post_init()
+        layers: Any = self.hf_fwp_layers
+        self.model_tags = [*TAGS, *sorted({layer.options.rule for layer in layers.values()})]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] theirs is a wrapper
+        """Upload the model with its card, as `hf_fwp.hub.push_model` says; returns what the Hub tells of the commit."""
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
 
 
 class RenamedLoading(AlignedLoading):

@@ -51,7 +51,7 @@ Masks = dict[str, Tensor | None]
 MASK_MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
-class FwpPreTrainedModel(RenamedLoading, PreTrainedModel):
+class FwpPreTrainedModel(RenamedLoading, PreTrainedModel):  # pyright: ignore[reportIncompatibleVariableOverride] as there
     """What every head shares with the base model."""
 
     config: FwpConfig

@@ -24,6 +24,7 @@ FUNCTIONS = {
     "convert": ("hf_fwp.conversion.convert", "convert"),
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
     "info": ("hf_fwp.cli", "info"),
+    "push": ("hf_fwp.hub", "push"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),

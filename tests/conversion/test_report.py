@@ -12,9 +12,10 @@ import torch
 from huggingface_hub import ModelCard
 from tiny import TEXTS, byte_tokenizer, tiny_llama
 
+from hf_fwp.card import bytes_shown, number
 from hf_fwp.conversion import report as reports
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.report import bytes_shown, license_of, measure, number, peak_memory, write_report
+from hf_fwp.conversion.report import license_of, measure, peak_memory, write_report
 
 HISTORY = [{"step": 1, "residual": 0.5}, {"step": 2, "residual": 0.3}]
 

@@ -99,7 +99,7 @@ def test_truncated_weights_are_refused(folder, kept):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: it has \d+ bytes"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(.*\); copy or download"):
         load_teacher(folder)
 
 
