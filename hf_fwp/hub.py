@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from . import __version__
 from .card import auto_class, bytes_shown, card_of, completed, model_card
-from .loading import WithAutoMap
+from .configuration import WithAutoMap
 from .weights import INDEX, SINGLE, check_weights, weights_files
 
 __all__ = ["Push", "bytes_shown", "push", "push_model"]

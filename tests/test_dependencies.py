@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "hf_fwp.rotation": set(),
     "hf_fwp.presets": set(),
     "hf_fwp.configuration": {
-        "hf_fwp.loading",
         "hf_fwp.rules",
         "hf_fwp.features",
         "hf_fwp.options",
