@@ -228,10 +228,13 @@ def serving():
 @contextmanager
 def client_of(hub, cache, monkeypatch):
     """The settings of huggingface_hub that HF_ENDPOINT, HF_HUB_CACHE, HF_TOKEN and HF_HUB_DISABLE_XET stand for."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     with monkeypatch.context() as settings:
         settings.setattr(constants, "ENDPOINT", hub.endpoint)
+        # made on import or at first use, with the endpoint of that moment
+        settings.setattr(hf_api.api, "endpoint", hub.endpoint)
+        settings.setattr("transformers.utils.hub._hf_api", None, raising=False)
         settings.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
