@@ -292,7 +292,7 @@ class FastWeightLayer(nn.Module):
         x_BTD = tokens.hidden_BTD
         if self.slow_net is not None:
             parts, kept = self.slow_net(x_BTD, states, mask_BT=tokens.mask_BT, cu_seqlens=cu_seqlens)
-            return dict(zip("qkvb", parts, strict=False)), kept
+            return dict(zip("qkvb"[: len(parts)], parts, strict=True)), kept
         return {name: getattr(self, f"{name}_proj")(x_BTD) for name in ("q", "k", "v") if self.rule.qkv}, {}
 
     def _queries_keys_values(
