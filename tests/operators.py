@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 BACKENDS = ["reference", "torch"]
 SERVED = ("linear_attention", "delta_net", "gated_delta_net")  # the rules that have Triton kernels
 SERVED_BY_CHANNEL = ("kimi_delta", "gated_delta_net_2", "comba", "precond_delta", "oja", "gated_oja")
+# the options with which a sequential rule has something to walk through, where it is not the first
+WALKS_WITH = {"fwp_1991": 1, "continuous_fwp": 2}
 unit = torch.nn.functional.normalize
 
 

@@ -20,7 +20,10 @@ from .kernels import OURS, SAME, Shape
 SHAPES: tuple[Shape, ...] = ((16, 256, 8, 64), (32, 256, 8, 64))
 BACKENDS = {OURS: None, "hf_fwp, backend torch": "torch", "PyTorch, token by token": "reference"}
 # Where the defaults leave nothing to walk through.
-OPTIONS: dict[str, dict[str, Any]] = {"fwp_1991": {"squashing": "tanh"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fwp_1991": {"squashing": "tanh"},
+    "continuous_fwp": {"learning_rule": "oja"},
+}
 SEQUENTIAL = (
     "recurrent_delta_net",
     "delta_rnn",
@@ -32,6 +35,7 @@ SEQUENTIAL = (
     "delta_delta",
     "delta_mlp",
     "ba_fast_weights",
+    "continuous_fwp",
 )
 
 

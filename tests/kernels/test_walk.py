@@ -9,7 +9,7 @@ import operators as problems
 import pytest
 import torch
 from kernels.test_compilation import Recorded, compiled, spilled
-from operators import Problem
+from operators import WALKS_WITH, Problem
 
 from hf_fwp.rules import RULES, sequential, triton_fit
 
@@ -35,10 +35,11 @@ COMPILED = [
         ("delta_rnn", 0, 50), ("delta_rnn", 1, 50), ("delta_lstm", 0, 0), ("delta_lstm", 1, 0), ("delta_lstm", 3, 0),
         ("srwm", 0, 0), ("self_modifying_delta", 0, 500), ("fwp_1991", 1, 0), ("fwp_1991", 2, 0),
         ("fwp_1993", 0, 0), ("fwp_1993", 2, 0), ("ba_fast_weights", 0, 0), ("ba_fast_weights", 1, 0),
+        ("continuous_fwp", 2, 0), ("continuous_fwp", 3, 0),
     )),
-    *(pytest.param(rule, 1, 128, allowed, marks=pytest.mark.slow) for rule, allowed in (
+    *(pytest.param(rule, WALKS_WITH.get(rule, 1), 128, allowed, marks=pytest.mark.slow) for rule, allowed in (
         ("recurrent_delta_net", 400), ("delta_rnn", 100), ("delta_lstm", 2500), ("srwm", 1500), ("fwp_1991", 0),
-        ("fwp_1993", 2500), ("self_modifying_delta", 3500), ("ba_fast_weights", 200),
+        ("fwp_1993", 2500), ("self_modifying_delta", 3500), ("ba_fast_weights", 200), ("continuous_fwp", 0),
     )),
 ]  # fmt: skip
 
