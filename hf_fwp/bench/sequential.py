@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fwp_1991": {"squashing": "tanh"},
     "continuous_fwp": {"learning_rule": "oja"},
 }
+# The keys' size where the kernel does not serve that of the shape: the published one.
+KEYS = {"fast_weight_memory": 32}
 SEQUENTIAL = (
     "recurrent_delta_net",
     "delta_rnn",
@@ -36,6 +38,7 @@ SEQUENTIAL = (
     "delta_mlp",
     "ba_fast_weights",
     "continuous_fwp",
+    "fast_weight_memory",
 )
 
 
@@ -89,7 +92,7 @@ def problem(rule: str, shape: Shape, dtype: str, place: str) -> tuple[dict[str, 
     (batch, length, heads, size), found = shape, RULES[rule]
     options = found.resolve_options(OPTIONS.get(rule))
     assert found.own is not None
-    own = found.own(size, size, options)
+    own = found.own(KEYS.get(rule, size), size, options)
     names = ("q", "k", "v") if found.qkv else ("x",) if own.hidden else ()
     widths = dict.fromkeys(names, size) | dict(own.projections)
     generator = torch.Generator(place).manual_seed(0)

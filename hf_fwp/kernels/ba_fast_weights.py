@@ -16,7 +16,18 @@ from torch import Tensor
 from ..rules.ba_fast_weights import LN_EPS
 from ..rules.base import States
 from . import walk as frame
-from .cells import load_tile, load_vector, outer, read, spread, store_tile, store_vector, tanh
+from .cells import (
+    load_tile,
+    load_vector,
+    normalized,
+    normalized_back,
+    outer,
+    read,
+    spread,
+    store_tile,
+    store_vector,
+    tanh,
+)
 
 EPS = tl.constexpr(LN_EPS)
 
@@ -50,26 +61,12 @@ def act_back(h, d_h, TANH: tl.constexpr):
 
 
 @triton.jit
-def normalized(x, size, B: tl.constexpr):
-    """x without its mean, over its deviation, and 1 / deviation."""
-    x = tl.where(tl.arange(0, B) < size, x - tl.sum(x, 0) / size, 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 0) / size + EPS)
-    return x * inverse, inverse
-
-
-@triton.jit
-def normalized_back(n, inverse, d_n, size, B: tl.constexpr):
-    d_x = inverse * (d_n - tl.sum(d_n, 0) / size - n * (tl.sum(d_n * n, 0) / size))
-    return tl.where(tl.arange(0, B) < size, d_x, 0.0)
-
-
-@triton.jit
 def settled(base, matrix, w, V, BV: tl.constexpr, STEPS: tl.constexpr, TANH: tl.constexpr):
     """h after some inner steps."""
     gain, bias = load_vector(w + V * V, V, BV), load_vector(w + V * V + V, V, BV)
     h = act(base, TANH)
     for _ in tl.static_range(STEPS):
-        n, _ = normalized(base + read(matrix, h), V, BV)
+        n, _ = normalized(base + read(matrix, h), V, EPS, BV)
         h = act(n * gain + bias, TANH)
     return h
 
@@ -99,7 +96,7 @@ def back(before, d_state, d_out, x, w, d_x, note, K, V, BK: tl.constexpr, BV: tl
     steps: tl.constexpr = OPT[2]
     for i in tl.static_range(steps):
         h = settled(base, matrix, w, V, BV, steps - 1 - i, OPT[3])
-        n, inverse = normalized(base + read(matrix, h), V, BV)
+        n, inverse = normalized(base + read(matrix, h), V, EPS, BV)
         d_a = act_back(act(n * gain + bias, OPT[3]), d_h, OPT[3])
         d_gain += d_a * n
         d_bias += d_a

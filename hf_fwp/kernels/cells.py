@@ -91,3 +91,17 @@ def softmax(x, size, B: tl.constexpr):
 @triton.jit
 def softmax_back(y, d_y):
     return y * (d_y - tl.sum(y * d_y, 0))
+
+
+@triton.jit
+def normalized(x, size, eps, B: tl.constexpr):
+    """x without its mean, over its deviation, and 1 / deviation."""
+    x = tl.where(tl.arange(0, B) < size, x - tl.sum(x, 0) / size, 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    return x * inverse, inverse
+
+
+@triton.jit
+def normalized_back(n, inverse, d_n, size, B: tl.constexpr):
+    d_x = inverse * (d_n - tl.sum(d_n, 0) / size - n * (tl.sum(d_n * n, 0) / size))
+    return tl.where(tl.arange(0, B) < size, d_x, 0.0)

@@ -238,6 +238,6 @@ def positive_features(x: Tensor) -> Tensor:
     return positive / (positive.sum(-1, keepdim=True) + SUM_EPS)
 
 
-def through(weight_HIO: Tensor, x_BHI: Tensor) -> Tensor:
-    """Wᵀ x, with a matrix for each head."""
-    return torch.einsum("hio,bhi->bho", weight_HIO, x_BHI)
+def through(weight_HIO: Tensor, x_xHI: Tensor) -> Tensor:
+    """Wᵀ x, with a matrix for each head, for one token or all of a sequence."""
+    return torch.einsum("hio,...hi->...ho", weight_HIO, x_xHI)

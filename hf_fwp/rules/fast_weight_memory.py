@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import delta_net
-from .base import Own, Rule, States, Weight, read, through
-from .sequential import Form, apply_form
+from .base import WITH_KERNELS, Own, Rule, States, Weight, read, through
+from .sequential import LARGEST, Form, Inputs, Run, apply_form
 
 LN_EPS = 1e-5
+LARGEST_KEY = 32  # K³ numbers are on the chip: these fill half of a multiprocessor's registers
 
 
 def uniform(bound: float) -> Callable[..., Tensor]:
@@ -53,11 +54,25 @@ def own(key_size: int, value_size: int, options: Mapping[str, Any]) -> Own:
     )
 
 
-def lstm(states: States, gates: Tensor) -> States:
-    """One step of an LSTM whose gate sums are given."""
-    i, f, g, o = gates.chunk(4, dim=-1)
+def lstm(states: States, *, gates: Tensor, W_h: Tensor, b_h: Tensor, **memory: Any) -> tuple[States, Tensor]:
+    """One step of the LSTM: gates [B,H,4V], the input's part of the gates' sums."""
+    i, f, g, o = (gates + through(W_h, states["h"]) + b_h).chunk(4, dim=-1)
     c_BHV = (f + 1).sigmoid() * states["c"] + i.sigmoid() * g.tanh()
-    return {"h": o.sigmoid() * c_BHV.tanh(), "c": c_BHV}
+    h_BHV = o.sigmoid() * c_BHV.tanh()
+    return {"h": h_BHV, "c": c_BHV}, h_BHV
+
+
+def programmed(
+    z: Tensor, weights: Mapping[str, Tensor], *, write_scale: float | None, tanh_query: bool, **memory: Any
+) -> Inputs:
+    """What z [..., H, V] writes, s, r, t and their rate, and what it asks, q and all r_i in a row."""
+    written, asked = through(weights["W_w"], z) + weights["b_w"], through(weights["W_r"], z) + weights["b_r"]
+    key_size = written.shape[-1] // 3
+    s, r, t = written[..., :-1].tanh().chunk(3, dim=-1)
+    scale = 1 / key_size if write_scale is None else write_scale
+    q, r_i = asked[..., :key_size], asked[..., key_size:].tanh()
+    beta = scale * (written[..., -1:] + 1).sigmoid()
+    return {"s": s, "r": r, "t": t, "beta": beta, "q": q.tanh() if tanh_query else q, "r_i": r_i}
 
 
 def pair(a: Tensor, b: Tensor) -> Tensor:
@@ -65,54 +80,60 @@ def pair(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
-def write(memory: Tensor, written: Tensor, *, key_size: int, write_scale: float | None, clip: bool) -> Tensor:
-    """The memory after one association, [s; r; t; b] = written."""
-    s, r, t, b = written.split((key_size, key_size, key_size, 1), dim=-1)
-    scale = 1 / key_size if write_scale is None else write_scale
-    beta = scale * (b[..., 0] + 1).sigmoid()
-    key = pair(s.tanh(), r.tanh())
-    memory = delta_net.step({"state": memory}, q=key, k=key, v=t.tanh(), beta=beta)[0]["state"]
-    if not clip:
-        return memory
-    # the root of a square is not differentiable at 0, where nothing is clipped
-    square = memory.square().sum((-2, -1), keepdim=True)
-    return memory * torch.where(square > 1, square.clamp_min(1).rsqrt(), 1)
+def remember(
+    states: States,
+    *,
+    s: Tensor,
+    r: Tensor,
+    t: Tensor,
+    beta: Tensor,
+    q: Tensor,
+    r_i: Tensor,
+    clip: bool,
+    n_reads: int,
+    **programs: Any,
+) -> tuple[States, Tensor]:
+    """One association written, then the reads: s, r, t, q [B,H,K], beta [B,H,1], r_i [B,H,nK]."""
+    key = pair(s, r)
+    memory = delta_net.step({"state": states["state"]}, q=key, k=key, v=t, beta=beta[..., 0])[0]["state"]
+    if clip:
+        # the root of a square is not differentiable at 0, where nothing is clipped
+        square = memory.square().sum((-2, -1), keepdim=True)
+        memory = memory * torch.where(square > 1, square.clamp_min(1).rsqrt(), 1)
+    for second in r_i.unflatten(-1, (n_reads, -1)).unbind(-2):
+        q = F.layer_norm(read(memory, pair(q, second)), q.shape[-1:], eps=LN_EPS)
+    return {"state": memory}, q
 
 
-def look_up(memory: Tensor, asked: Tensor, *, key_size: int, tanh_query: bool) -> Tensor:
-    """What the memory answers after several steps, [q; r_1; ...; r_n] = asked."""
-    q, *keys = asked.split(key_size, dim=-1)
-    q = q.tanh() if tanh_query else q
-    for r in keys:
-        q = F.layer_norm(read(memory, pair(q, r.tanh())), (key_size,), eps=LN_EPS)
-    return q
+def output(q: Tensor, z: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """o, from the last q and the LSTM's h."""
+    return through(weights["W_o"], q) + weights["b_o"] + z
 
 
 def step(
     states: States,
     *,
     gates: Tensor,
-    W_h: Tensor,
-    b_h: Tensor,
-    W_w: Tensor,
-    b_w: Tensor,
-    W_r: Tensor,
-    b_r: Tensor,
-    W_o: Tensor,
-    b_o: Tensor,
     n_reads: int = 3,
     write_scale: float | None = None,
     tanh_query: bool = False,
     clip: bool = True,
+    **weights: Tensor,
 ) -> tuple[States, Tensor]:
-    """One token: gates [B,H,4V], the input's part of the LSTM's gates."""
-    key_size = states["state"].shape[-1]
-    cell = lstm(states, gates + through(W_h, states["h"]) + b_h)
-    z_BHV = cell["h"]
-    written = through(W_w, z_BHV) + b_w
-    memory = write(states["state"], written, key_size=key_size, write_scale=write_scale, clip=clip)
-    q_BHK = look_up(memory, through(W_r, z_BHV) + b_r, key_size=key_size, tanh_query=tanh_query)
-    return {"state": memory, **cell}, through(W_o, q_BHK) + b_o + z_BHV
+    """One token: gates [B,H,4V], the input's part of the LSTM's gates, and the weights of `own`."""
+    cell, z_BHV = lstm(states, gates=gates, **weights)
+    given = programmed(z_BHV, weights, write_scale=write_scale, tanh_query=tanh_query)
+    memory, q_BHK = remember(states, **given, clip=clip, n_reads=n_reads)
+    return {**memory, **cell}, output(q_BHK, z_BHV, weights)
+
+
+def fast(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
+    """The LSTM, which does not look into the memory, step after step; then the memory."""
+    weights = {name: run.weights[name] for name in ("W_h", "b_h")}
+    z, cell = run.walk(inputs, {name: states[name] for name in ("h", "c")}, step=lstm, weights=weights, kernel="lstm")
+    given = programmed(z, run.weights, **run.options)
+    q, memory = run.walk(given, {"state": states["state"]}, step=remember, weights={})
+    return output(q, z, run.weights), {**memory, **cell}
 
 
 RULE = Rule(
@@ -131,9 +152,13 @@ RULE = Rule(
             step=step,
             own=own,
             resolve=lambda options: RULE.resolve_options(options),
+            fast=fast,
             sizes=lambda inputs, weights: (weights["W_o"].shape[-2], inputs["gates"].shape[-1] // 4),
+            kernel="fast_weight_memory",
+            largest=(LARGEST_KEY, LARGEST),
         ),
     ),
+    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"n_reads": 3, "write_scale": None, "tanh_query": False, "clip": True},
     qkv=False,

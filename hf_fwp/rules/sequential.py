@@ -49,13 +49,14 @@ class Run:
         *,
         step: Callable[..., Any] | None = None,
         weights: Inputs | None = None,
+        kernel: str | None = None,
     ) -> tuple[Tensor, States]:
-        """One step after the other."""
+        """One step after the other; `kernel` names the twin of `step` where it is not the rule's."""
         weights = self.weights if weights is None else weights
         if self.kernel is not None:
             from ..kernels.twins import WALKS
 
-            return WALKS[self.kernel](inputs, states, weights=weights, mask=self.mask, **self.options)
+            return WALKS[kernel or self.kernel](inputs, states, weights=weights, mask=self.mask, **self.options)
         return walk(step or self.step, inputs, states, weights=weights, mask=self.mask, **self.options)
 
     def delta(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,12 +117,16 @@ class Form:
     kernel: str | None = None
     """The name in hf_fwp.kernels.twins that walks on a GPU, "linear_class" where nothing has to be walked through."""
 
-    def why_not_triton(self, size: int, *tensors: Tensor | None, asked: bool = False) -> str | None:
+    largest: tuple[int, int] = (LARGEST, LARGEST)
+    """K and V that the kernel can keep on the chip."""
+
+    def why_not_triton(self, sizes: tuple[int, int], *tensors: Tensor | None, asked: bool = False) -> str | None:
         """The reason why this rule cannot run on these tensors by kernels, or None."""
         if self.kernel is None:
             return f"{self.name} has no kernel"
-        if size > LARGEST:
-            return f"heads have size {size}, and the kernel goes up to {LARGEST}"
+        for name, size, largest in zip(("keys", "values"), sizes, self.largest, strict=True):
+            if size > largest:
+                return f"heads have {name} of size {size}, and the kernel goes up to {largest}"
         return why_no_kernel(*(x for x in tensors if x is not None), asked=asked)
 
 
@@ -153,7 +158,7 @@ def apply_form(
     first = next(iter(inputs.values()))
     call = LinearClassCall(form.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
     tensors = (*inputs.values(), *weights.values(), *states.values())
-    why_not = partial(form.why_not_triton, max(form.sizes(inputs, weights)))
+    why_not = partial(form.why_not_triton, form.sizes(inputs, weights))
     backend = choose_backend(call, first, *tensors, why_not=why_not)
     weights = {name: x.to(compute) for name, x in weights.items()}
     run = Run(form.step, weights, options, mask, form.kernel if backend == "triton" else None)

@@ -14,7 +14,7 @@ from operators import WALKS_WITH, Problem
 from hf_fwp.rules import RULES, sequential, triton_fit
 
 ROOT = Path(__file__).parent.parent.parent
-KERNELS = {name: rule.apply.args[0].kernel for name, rule in RULES.items() if rule.own}
+OWN = [name for name, rule in RULES.items() if rule.own]
 
 
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -35,11 +35,13 @@ COMPILED = [
         ("delta_rnn", 0, 50), ("delta_rnn", 1, 50), ("delta_lstm", 0, 0), ("delta_lstm", 1, 0), ("delta_lstm", 3, 0),
         ("srwm", 0, 0), ("self_modifying_delta", 0, 500), ("fwp_1991", 1, 0), ("fwp_1991", 2, 0),
         ("fwp_1993", 0, 0), ("fwp_1993", 2, 0), ("ba_fast_weights", 0, 0), ("ba_fast_weights", 1, 0),
-        ("continuous_fwp", 2, 0), ("continuous_fwp", 3, 0),
+        ("continuous_fwp", 2, 0), ("continuous_fwp", 3, 0), ("fast_weight_memory", 0, 1000),
+        ("fast_weight_memory", 1, 1600),
     )),
     *(pytest.param(rule, WALKS_WITH.get(rule, 1), 128, allowed, marks=pytest.mark.slow) for rule, allowed in (
         ("recurrent_delta_net", 400), ("delta_rnn", 100), ("delta_lstm", 2500), ("srwm", 1500), ("fwp_1991", 0),
         ("fwp_1993", 2500), ("self_modifying_delta", 3500), ("ba_fast_weights", 200), ("continuous_fwp", 0),
+        ("fast_weight_memory", 1600),
     )),
 ]  # fmt: skip
 
@@ -65,30 +67,34 @@ def launches(rule, number, size, monkeypatch):
     for name in ("walk_forward", "walk_backward"):
         monkeypatch.setattr(walk, name, Recorded(getattr(walk, name), found))
     monkeypatch.setattr(triton_fit, "_interpreted", lambda: True)
-    settings = {"dtype": torch.float32, "length": 20, "layout": "padded", "heads": (1, 1, 1), "sizes": (size, size)}
+    sizes = tuple(min(size, largest) for largest in RULES[rule].apply.args[0].largest)
+    settings = {"dtype": torch.float32, "length": 20, "layout": "padded", "heads": (1, 1, 1), "sizes": sizes}
     given = problems.tensors(Problem(rule, option=number, **settings)).copy(torch.float32)
     monkeypatch.setattr(sequential, "why_not_triton", lambda *tensors, asked: "the walk alone is compiled")
     out, _ = RULES[rule].apply(**given.leaves, states=given.states, backend="triton", **given.keywords)
     torch.nan_to_num(out).sum().backward()
-    assert [kernel.__name__ for kernel, *_ in found] == ["walk_forward", "walk_backward"]
+    names = [kernel.__name__ for kernel, *_ in found]
+    assert names == ["walk_forward"] * (len(names) // 2) + ["walk_backward"] * (len(names) // 2)
+    assert names
     return found
 
 
-@pytest.mark.parametrize("rule", KERNELS)
+@pytest.mark.parametrize("rule", OWN)
 def test_asking_for_kernels_on_a_processor_is_refused(rule):
     given = problems.tensors(Problem(rule, length=2, heads=(1, 1, 1), sizes=(4, 4))).copy(torch.float32)
-    reason = "on cpu, and Triton needs one of cuda, xpu" if KERNELS[rule] else f"{rule} has no kernel"
-    with pytest.raises(ValueError, match=f"backend 'triton' cannot run this: .*{reason}; use 'torch'"):
+    with pytest.raises(ValueError, match=r"'triton' cannot run this: .*on cpu, and Triton needs one of cuda"):
         RULES[rule].apply(**given.leaves, backend="triton", **given.keywords)
 
 
-@pytest.mark.parametrize("rule", KERNELS)
+@pytest.mark.parametrize("rule", OWN)
 def test_on_a_gpu_the_kernels_are_chosen_where_they_fit(rule, monkeypatch):
     monkeypatch.setattr(triton_fit, "DEVICES", ("cpu",))
     form = RULES[rule].apply.args[0]
     x, double = torch.zeros(1), torch.zeros(1).double()
-    assert (form.why_not_triton(128, x) is None) == (KERNELS[rule] is not None)
-    assert form.why_not_triton(129, x)
-    assert form.why_not_triton(64, x, double)
+    keys, values = form.largest
+    assert form.why_not_triton((keys, values), x) is None
+    assert form.why_not_triton((keys + 1, values), x)
+    assert form.why_not_triton((keys, values + 1), x)
+    assert form.why_not_triton((16, 16), x, double)
     monkeypatch.setattr(triton_fit, "HAS_TRITON", False)
-    assert form.why_not_triton(64, x)
+    assert form.why_not_triton((16, 16), x)

@@ -22,8 +22,7 @@ from hf_fwp.kernels import walk as frame
 from hf_fwp.rules import RULES, sequential, walk
 
 FOLDER = Path(frame.__file__).parent
-KERNELS = {name: rule.apply.args[0].kernel for name, rule in RULES.items() if rule.own}
-SERVED = [name for name, kernel in KERNELS.items() if kernel is not None]
+SERVED = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel is not None]
 # delta_mlp has a number for every depth: two show what there is to see
 VARIANTS = [
     (rule, number) for rule in SERVED for number in range(2 if rule == "delta_mlp" else problems.variants(RULES[rule]))
@@ -142,18 +141,22 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rule", [name for name, kernel in KERNELS.items() if kernel is None])
-def test_a_rule_without_a_kernel_says_so(rule):
-    given = problems.tensors(problem(rule)).copy(torch.float32)
-    with pytest.raises(ValueError, match=f"'triton' cannot run this: {rule} has no kernel; use 'torch'"):
-        RULES[rule].apply(**given.leaves, backend="triton", **given.keywords)
+def test_a_rule_without_a_kernel_says_so():
+    form = dataclasses.replace(RULES["srwm"].apply.args[0], kernel=None)
+    given = problems.tensors(problem("srwm")).copy(torch.float32)
+    with pytest.raises(ValueError, match="'triton' cannot run this: srwm has no kernel; use 'torch'"):
+        sequential.apply_form(form, **given.leaves, backend="triton", **given.keywords)
 
 
 def test_heads_that_are_too_large_are_refused():
-    x = torch.zeros(1, 1, 1, 200)
-    weights = {name: torch.zeros(1, 200, width) for name, width in (("W_y", 3), ("W_q", 200), ("W_k", 200), ("W_b", 4))}
-    with pytest.raises(ValueError, match="heads have size 200, and the kernel goes up to 128; use 'torch'"):
-        RULES["srwm"].apply(x=x, weights=weights, backend="triton")
+    for rule, what, sizes in (
+        ("srwm", "keys of size 129, and the kernel goes up to 128", (129, 3)),
+        ("srwm", "values of size 129, and the kernel goes up to 128", (3, 129)),
+        ("fast_weight_memory", "keys of size 33, and the kernel goes up to 32", (33, 33)),
+    ):
+        given = problems.tensors(problem(rule, length=1, sizes=sizes))
+        with pytest.raises(ValueError, match=f"heads have {what}; use 'torch'"):
+            RULES[rule].apply(**given.leaves, backend="triton", **given.keywords)
 
 
 # What a kernel does, and what a broken one would do instead.
@@ -187,6 +190,16 @@ MUTATIONS = [
     ("continuous_fwp", "d_matrix -= outer(d_k, v)", "d_matrix += outer(d_k, v)"),
     ("continuous_fwp", "d_key - spread(matrix, d_v)", "d_key"),
     ("continuous_fwp", "(1.0 - value * value)", "value"),
+    ("lstm", "V, BV) + 1.0)", "V, BV))"),
+    ("lstm", "return d_before, d_c * f", "return d_before, d_c"),
+    ("lstm", "d_before += back_through(d_c * c", "d_before = back_through(d_c * c"),
+    ("lstm", "store_vector(note, h, V, BV)", "store_vector(note, c, V, BV)"),
+    ("fast_weight_memory", "(a * K + b) * K", "(b * K + a) * K"),
+    ("fast_weight_memory", "memory *= shrinking(memory, OPT[0])", ""),
+    ("fast_weight_memory", "factor * (d_memory - along * memory)", "factor * d_memory"),
+    ("fast_weight_memory", "where(factor < 1.0, ", "where(True, "),
+    ("fast_weight_memory", "d_memory += outer(pair(q, r_i, BK), d_read)", ""),
+    ("fast_weight_memory", "spread(d_outer, b), read(d_outer, a)", "read(d_outer, a), spread(d_outer, b)"),
     ("cells", "-spread(s, d_v)", "spread(s, d_v)"),
     ("cells", "d_s - outer(e, d_v)", "d_s"),
     ("cells", "outer(k, beta * (v - read(s, e)))", "outer(k, beta * v - read(s, e))"),
@@ -227,8 +240,9 @@ def test_a_broken_kernel_is_noticed(module, right, wrong, tmp_path, monkeypatch)
         name = "delta_rnn"
         user = (FOLDER / f"{name}.py").read_text().replace("from .cells", "from .broken_cells")
     load(name, user, tmp_path, monkeypatch)
+    rule = "fast_weight_memory" if name == "lstm" else name
     with pytest.raises(AssertionError, match="relative error"):
-        agrees(problem(name, NOTICED_WITH.get(right, WALKS_WITH.get(name, 0)), seed=3))
+        agrees(problem(rule, NOTICED_WITH.get(right, WALKS_WITH.get(rule, 0)), seed=3))
 
 
 class Changed:
