@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rules.checks import check_length
+
 
 def valid_tokens(attention_mask: Any, *, batch: int, length: int, past: int | Tensor = 0) -> Tensor | None:
     """mask_BT of the current `length` tokens (True = real), or None when all are known to be real.
 
     Reads a 2-D mask (its last `length` columns) or the diagonal of a 4-D mask: a token is real if it may see itself.
+    Raises ValueError for no tokens at all, and for a mask of another form.
     """
+    check_length(length)
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor):

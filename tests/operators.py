@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,6 +175,11 @@ def variants(rule: Rule) -> int:
     """How many numbers `chosen` needs to reach every choice."""
     booleans = [2 for x in rule.options.values() if isinstance(x, bool)]
     return max([1, *booleans, *(len(choices) for choices in rule.choices.values())])
+
+
+def every_variant(names: Iterable[str] = tuple(RULES)) -> list[tuple[str, int]]:
+    """Every rule with every number that `chosen` needs for it."""
+    return [(rule, number) for rule in names for number in range(variants(RULES[rule]))]
 
 
 def of_head(keywords: dict[str, Any], heads: slice) -> dict[str, Any]:

@@ -44,6 +44,12 @@ def check_arguments(
     _check_states(q, k, v, states, cu_seqlens)
 
 
+def check_length(length: int) -> None:
+    """Raise ValueError for a sequence without a token."""
+    if length == 0:
+        raise ValueError("the sequence is empty (T = 0); pass at least one token")
+
+
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -52,8 +58,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"[B, T] differ: q {list(q.shape[:2])}, k {list(k.shape[:2])}, v {list(v.shape[:2])}; expected {SHAPES}"
         )
-    if q.shape[1] == 0:
-        raise ValueError("the sequence is empty (T = 0); pass at least one token")
+    check_length(q.shape[1])
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q has size {q.shape[3]} per head and k {k.shape[3]}; both must have the key size K")
     query_heads, heads, value_heads = q.shape[2], k.shape[2], v.shape[2]
@@ -122,8 +127,7 @@ def check_own_arguments(
     _check_names(f"weight of {rule}", weights, tuple(own.weights))
     first = next(iter(inputs.values()))
     batch, length, heads = first.shape[:3]
-    if length == 0:
-        raise ValueError("the sequence is empty (T = 0); pass at least one token")
+    check_length(length)
     for name, x in inputs.items():
         width = (widths[name],) if name in widths else tuple(x.shape[3:])
         _check_shape(name, x, (batch, length, heads, *width))

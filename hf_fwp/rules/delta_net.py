@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, keep_valid, read
-from .checks import sequence_bounds
+from .checks import check_arguments, sequence_bounds
 from .gating import Rate, value_of
 from .linear_attention import NORMALIZER_EPS, normalizer
 from .linear_class import LinearClassCall, apply_linear_class, computing_dtype, l2_normalize
@@ -120,11 +120,12 @@ def _normalized(
 ) -> tuple[Tensor, States]:
     compute, dtype = computing_dtype(q, k, v), v.dtype
     z = states.get("norm_state")
+    plain = {"state": states["state"]} if "state" in states else {}
+    check_arguments(q, k, v, beta=beta, g=None, states=plain, mask=call.mask, cu_seqlens=call.cu_seqlens)
     # where, before any product: a NaN under the mask would reach the gradients
     q, k, v, beta = (x.to(compute) for x in (q, k, v, beta))
     if call.mask is not None:
         q, k, v, beta = (keep_valid(x, call.mask) for x in (q, k, v, beta))
-    plain = {"state": states["state"]} if "state" in states else None
     written, rate = v, beta
     if normalize == "full":
         kappa_BTH = _overlaps(call, l2_normalize(k) if call.qk_l2norm else k, z, eps)

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # fwp_1993 is chaotic with these weights: after 200 tokens float32 has no correct digit, on the processor neither.
 LENGTHS = {"fwp_1993": 20}
 SEQUENTIAL = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel]
-VARIANTS = [(rule, number) for rule in SEQUENTIAL for number in range(problems.variants(RULES[rule]))]
+VARIANTS = problems.every_variant(SEQUENTIAL)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -157,6 +157,17 @@ def test_eager_attention_equals_sdpa():
     assert_close(model(tokens()).logits, sdpa, 1e-6)
 
 
+def test_an_empty_sequence_is_refused(model):
+    nothing, cache = tokens()[:, :0], model(tokens()[:, :3], use_cache=True).past_key_values
+    for given in ({"input_ids": nothing}, {"inputs_embeds": torch.zeros(2, 0, 32).double()}):
+        for beside in ({}, {"past_key_values": cache}, {"attention_mask": nothing}):
+            with pytest.raises(ValueError, match="T = 0"):
+                model(**given, **beside)
+    for layer in hf_fwp.layers_of(model).values():
+        with pytest.raises(ValueError, match="T = 0"):
+            layer(torch.zeros(2, 0, 32).double())
+
+
 def test_two_inputs_or_none_are_refused():
     with pytest.raises(ValueError, match="exactly one of"):
         tiny_model()()

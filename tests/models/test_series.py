@@ -267,6 +267,12 @@ WRONG_CONFIGS = {
 }
 
 
+@pytest.mark.parametrize("options", [{"control": "cde"}, {"solver": "rk4"}])
+def test_an_empty_series_is_refused(options):
+    with pytest.raises(ValueError, match="T = 0"):
+        series_model(**options)(inputs_embeds=torch.zeros(2, 0, 3).double())
+
+
 @pytest.mark.parametrize("message", WRONG_CONFIGS)
 def test_a_wrong_option_is_named(message):
     with pytest.raises(ValueError, match=message):

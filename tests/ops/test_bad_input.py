@@ -1,9 +1,12 @@
 """What the operators refuse, and that they say what was given and what is allowed."""
 
+import operators as problems
 import pytest
 import torch
+from operators import Problem
 
 from hf_fwp import ops
+from hf_fwp.rules import RULES
 
 T = 5
 GOOD = {
@@ -35,6 +38,18 @@ BAD = {
     "packed order": (PACKED | {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never decrease"),
     "empty": ({name: x[:, :0] for name, x in GOOD.items()}, "T = 0"),
 }
+
+
+@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(("rule", "number"), problems.every_variant())
+def test_every_rule_refuses_an_empty_sequence(rule, number, layout):
+    given = problems.tensors(Problem(rule, length=3, layout=layout, heads=(2, 2, 2), option=number))
+    nothing = {name: x[:, :0] for name, x in given.leaves.items()}
+    if layout != "plain":
+        given.keywords |= {"padded": {"mask": torch.ones(2, 0)}, "packed": {"cu_seqlens": torch.tensor([0, 0])}}[layout]
+    for backend in (None, "torch", "reference", "step"):
+        with pytest.raises(ValueError, match="T = 0"):
+            RULES[rule].apply(**nothing, backend=backend, **given.keywords)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -10,7 +10,7 @@ from hf_fwp.rules import RULES
 from hf_fwp.rules.walk import segment_length, walk
 
 OWN = [rule for rule in RULES if RULES[rule].own]
-VARIANTS = [(rule, number) for rule in OWN for number in range(problems.variants(RULES[rule]))]
+VARIANTS = problems.every_variant(OWN)
 
 
 def brute_force(rule):
