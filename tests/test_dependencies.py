@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "hf_fwp.rules": set(),
     "hf_fwp.features": {"hf_fwp.rules"},
-    "hf_fwp.packing": set(),
+    "hf_fwp.packing": {"hf_fwp.rules"},
     "hf_fwp.inputs": set(),
     "hf_fwp.cross_entropy": set(),
     "hf_fwp.weights": set(),
