@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rules.base import States
-from ..rules.continuous_fwp import rate
+from ..rules.continuous_fwp import WALKED, rate
 from . import walk as frame
 from .cells import load_tile, load_vector, outer, read, softmax, softmax_back, spread, store_tile, store_vector, tanh
 
@@ -98,7 +98,7 @@ def walk(
     solver: str,
 ) -> tuple[Tensor, States]:
     """The whole sequence: as rules/walk.py with the rule's step."""
-    q, k, v, oja = inputs["q"].softmax(-1), inputs["k"], inputs["v"], learning_rule == "oja"
+    q, k, v, oja = inputs["q"].softmax(-1), inputs["k"], inputs["v"], WALKED.index(learning_rule)
     k, v = (k, v.tanh()) if oja else (k.softmax(-1), v)
     lasting = inputs["dt"][..., 0] if "dt" in inputs else time_step
     beta = rate(inputs["b"], k, lasting, solver=solver, learning_rule=learning_rule)

@@ -31,6 +31,7 @@ from .sequential import Form, Inputs, Run, apply_form
 
 SOLVERS = ("euler", "exact_hold", "rk4", "rk4_adjoint")
 CONTROLS = ("ode", "cde", "dx_only")
+WALKED = ("delta_post_tanh", "oja")  # not linear in the state
 HELD = ("learning_rule", "time_step", "solver")  # the options that say what one held input does
 
 
@@ -122,7 +123,7 @@ def step(
 def fast(run: Run, inputs: Inputs, states: States) -> tuple[Tensor, States]:
     """Hebb's rule and the delta rule chunk by chunk; the others step after step."""
     learning_rule = run.options["learning_rule"]
-    if learning_rule in ("oja", "delta_post_tanh"):
+    if learning_rule in WALKED:
         return run.walk(inputs, states)
     q, k, v = inputs["q"].softmax(-1), inputs["k"].softmax(-1), inputs["v"].tanh()
     lasting = inputs["dt"][..., 0] if "dt" in inputs else run.options["time_step"]
