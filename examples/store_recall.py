@@ -1,8 +1,9 @@
 """Store and recall: a slow network programs a fast weight matrix to keep a pattern over a delay of distractors.
 
 The slow network sees 4 signs and two flags, and gives key, value, query and a write gate; the fast weights are the sum
-rule. Only the answer at the recall flag is trained. The second table stores random pairs without training; how the
-published numbers drew theirs was not seen, unit keys of size 8 and Gaussian values of size 4 are this example's choice.
+rule. Only the answer at the recall flag is trained. The second table stores random pairs without training. How the
+published numbers drew theirs was not seen: unit keys of size 8 and Gaussian values of size 4 were chosen because they
+fit the published additive row. Its agreement is therefore no evidence; the delta row, on the same draw, may be.
 
     python examples/store_recall.py
 
