@@ -136,7 +136,7 @@ def info_command(json: AsJson = False) -> None:
 def info() -> dict[str, Any]:
     """The rules, presets, families, recipes, backends and devices found on this machine, and the versions that
     matter."""
-    from hf_fwp.rules.linear_class import BACKENDS
+    from hf_fwp.rules.base import BACKENDS
 
     return {
         "rules": rule_table(),

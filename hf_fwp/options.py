@@ -14,11 +14,10 @@ from typing import Any
 
 from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_name, feature_size
 from .rules import RULES, Rule
-from .rules.base import Own
+from .rules.base import BACKENDS, Own
 
 OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid", "low_rank_sigmoid")
 STATE_HEADS = ("query", "grouped")
-BACKENDS = ("reference", "torch", "step", "triton")
 
 # Left at this, an option is resolved at construction, so whoever reads options never meets None.
 RESOLVED: Any = None

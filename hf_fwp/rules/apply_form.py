@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Rule, States, keep_valid, recurrence
+from .base import BACKENDS, Rule, States, keep_valid, recurrence
 from .checks import check_arguments, sequence_bounds
 from .general import Form, run_form, run_kernels, run_token
-from .linear_class import BACKENDS, LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
+from .linear_class import LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
 
 MakeForm = Callable[..., Form]
 Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import WITH_KERNELS, Own, Rule, States, Weight, read, through
+from .base import Own, Rule, States, Weight, read, through
 from .sequential import Form, apply_form
 
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
@@ -76,15 +76,11 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="ba_fast_weights",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             sizes=lambda inputs, weights: (inputs["c"].shape[-1], inputs["c"].shape[-1]),
             kernel="ba_fast_weights",
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"decay": 0.95, "eta": 0.5, "n_steps": 1, "activation": "relu"},
     choices={"activation": ("relu", "tanh")},

@@ -36,9 +36,7 @@ INPUT_SHAPES: dict[str, tuple[str, ...]] = {
 }
 STATE_SHAPES: dict[str, tuple[str, ...]] = {"state": ("HV", "K", "V"), "norm_state": ("H", "K")}
 
-# What `backend` may be. Kernels are Triton's.
-WITHOUT_KERNELS = ("reference", "torch", "step")
-WITH_KERNELS = ("reference", "torch", "triton", "step")
+BACKENDS = ("reference", "torch", "triton", "step")
 
 # The layer around most rules since Yang et al. 2024: convolution and SiLU, unit keys, normalised and gated reads.
 MODERN_SHELL: dict[str, Any] = {
@@ -125,8 +123,8 @@ class Rule:
     parallel: str = "chunked"
     """How a sequence is computed when every option has its default: "chunked" (all tokens of a chunk at once), "mixed"
     (what is linear in its state chunked, the rest token after token), "sequential" (token after token)."""
-    backends: tuple[str, ...] = WITHOUT_KERNELS
-    """WITH_KERNELS where kernels serve the rule."""
+    backends: tuple[str, ...] = BACKENDS
+    """What `backend` may be: without "triton" where no kernel serves the rule."""
     own: Callable[[int, int, Mapping[str, Any]], Own] | None = None
     """own(K, V, options): what the rule has beside q, k, v, beta and g. Such a rule reads one query per state."""
     looks_ahead: Callable[[Mapping[str, Any]], bool] | None = None

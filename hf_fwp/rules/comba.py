@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply_form import apply_form, check_inputs
-from .base import MODERN_SHELL, WITH_KERNELS, Gates, Rule, States, keep_valid, read
+from .base import MODERN_SHELL, Gates, Rule, States, keep_valid, read
 from .general import Form
 from .linear_class import computing_dtype, split_queries
 
@@ -110,7 +110,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults=MODERN_SHELL,
     options={"correction_start": 1.0},
     shapes={"closeness": ("HV",), "correction": ("HV",)},

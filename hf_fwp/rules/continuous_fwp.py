@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import WITH_KERNELS, Own, Rule, States, read
+from .base import Own, Rule, States, read
 from .sequential import Form, Inputs, Run, apply_form
 
 SOLVERS = ("euler", "exact_hold", "rk4", "rk4_adjoint")
@@ -143,19 +143,7 @@ RULE = Rule(
     inputs=(),
     states=("state",),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="continuous_fwp",
-            step=step,
-            own=own,
-            resolve=held,
-            inputs=("q", "k", "v"),
-            fast=fast,
-            kernel="continuous_fwp",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, resolve=held, fast=fast, kernel="continuous_fwp")),
     defaults={"scale": 1.0},
     options={"learning_rule": "delta", "time_step": 1.0, "solver": "euler", "control": "ode", "substeps": 1},
     choices={"learning_rule": ("delta", "hebb", "oja", "delta_post_tanh")},

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States, Weight, positive_features
+from .base import Own, Rule, States, Weight, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 
@@ -89,19 +89,7 @@ RULE = Rule(
     inputs=(),
     states=("state", "first_state"),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="delta_delta",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
-            fast=fast,
-            sizes=sizes,
-            kernel="linear_class",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, fast=fast, sizes=sizes, kernel="linear_class")),
     defaults={"scale": 1.0},
     options={"learned_base": False},
     qkv=False,

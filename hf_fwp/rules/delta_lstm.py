@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States, positive_features
+from .base import Own, Rule, States, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 GATES = 3
@@ -125,16 +125,12 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="delta_lstm",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             fast=fast,
             sizes=lambda inputs, weights: (inputs["q"].shape[-1] // GATES, inputs["v"].shape[-1] // GATES),
             kernel="delta_lstm",
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"variant": "v4"},
     choices={"variant": ("v4", "v1", "v2", "v3")},

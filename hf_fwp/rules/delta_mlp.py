@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States, Weight, positive_features
+from .base import Own, Rule, States, Weight, positive_features
 from .sequential import Form, Inputs, Run, apply_form
 
 WIDER = 4
@@ -105,16 +105,12 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="delta_mlp",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             fast=fast,
             sizes=lambda inputs, weights: (inputs["q"].shape[-1], inputs["q"].shape[-1]),
             kernel="linear_class",
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"depth": 1},
     choices={"depth": (1, 2, 3, 4)},

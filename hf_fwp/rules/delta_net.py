@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, keep_valid, read
+from .base import MODERN_SHELL, Rule, States, keep_valid, read
 from .checks import check_arguments, sequence_bounds
 from .gating import Rate, value_of
 from .linear_attention import NORMALIZER_EPS, normalizer
@@ -70,16 +70,11 @@ def apply(
     beta: Tensor | Rate | None = None,
     g: Tensor | None = None,
     states: States | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
-    backend: str | None = None,
     options: Mapping[str, Any] | None = None,
-    qk_l2norm: bool = False,
-    in_place: bool = False,
-    ran: list[str] | None = None,
+    **call: Any,
 ) -> tuple[Tensor, States]:
-    """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
+    """Run the rule over [B, T, heads, size] tensors; `call` holds the fields of `LinearClassCall`."""
     if g is not None:
         raise ValueError("delta_net has no decay g; leave it out, or use the rule gated_delta_net")
     chosen = RULE.resolve_options(options)
@@ -88,22 +83,13 @@ def apply(
         said = "needs beta [B, T, value heads]; none was" if beta is None else "has use_beta=False, but beta was"
         raise ValueError(f"delta_net {said} given")
     beta = v.new_ones(v.shape[:3]) if beta is None else beta
-    call = LinearClassCall(
-        step,
-        erase=True,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-        qk_l2norm=qk_l2norm,
-        in_place=in_place,
-        ran=ran,
-    )
+    linear = LinearClassCall(step, erase=True, **call)
     if chosen["normalize"] is None:
-        return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=scale)
+        return apply_linear_class(linear, q, k, v, beta=beta, states=states, scale=scale)
     factor: float = k.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference":
-        return apply_linear_class(call, q, k, v, beta=beta, states=states, scale=factor, **chosen)
-    return _normalized(call, q, k, v, value_of(beta), states or {}, scale=factor, **chosen)
+    if linear.backend == "reference":
+        return apply_linear_class(linear, q, k, v, beta=beta, states=states, scale=factor, **chosen)
+    return _normalized(linear, q, k, v, value_of(beta), states or {}, scale=factor, **chosen)
 
 
 def _normalized(
@@ -161,7 +147,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     raw_gates=True,
     defaults={**MODERN_SHELL, "output_gate": "none"},
     options={"normalize": None, "eps": NORMALIZER_EPS, "slow_net": "linear", "use_beta": True},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import delta_net, gated_delta_net
 from .apply_form import apply_form, check_inputs
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .linear_class import LinearClassCall, choose_backend
 
 
@@ -133,7 +133,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "allow_neg_eigval": True},
     options={"num_householder": 2, "forget_gate": True},
     shapes={

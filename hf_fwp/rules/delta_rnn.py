@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States
+from .base import Own, Rule, States
 from .sequential import Form, Inputs, Run, apply_form
 
 RECURRENT = ("recurrent_state", "y")
@@ -87,19 +87,7 @@ RULE = Rule(
     inputs=("beta",),
     states=("state", *RECURRENT),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="delta_rnn",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
-            inputs=("q", "k", "v", "beta"),
-            fast=fast,
-            kernel="delta_rnn",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, fast=fast, kernel="delta_rnn")),
     defaults={"feature_map": "elu1", "qk_norm": "sum", "scale": 1.0},
     options={"variant": "v2"},
     choices={"variant": ("v2", "v1")},

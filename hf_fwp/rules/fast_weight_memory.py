@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States, Weight, read, through
+from .base import Own, Rule, States, Weight, read, through
 from .sequential import LARGEST, Form, Inputs, Run, apply_form
 
 LN_EPS = 1e-5
@@ -148,17 +148,13 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="fast_weight_memory",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             fast=fast,
             sizes=lambda inputs, weights: (weights["W_o"].shape[-2], inputs["gates"].shape[-1] // 4),
             kernel="fast_weight_memory",
             largest=(LARGEST_KEY, LARGEST),
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"n_reads": 3, "write_scale": None, "tanh_query": False, "clip": True},
     qkv=False,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import WITH_KERNELS, Own, Rule, States, read
+from .base import Own, Rule, States, read
 from .sequential import Form, Inputs, Run, apply_form
 
 ACTIVATIONS = {"identity": lambda x: x, "tanh": torch.tanh, "logistic": torch.sigmoid}
@@ -89,19 +89,7 @@ RULE = Rule(
     inputs=(),
     states=("state",),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="fwp_1991",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
-            fast=fast,
-            sizes=sizes,
-            kernel="fwp_1991",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, fast=fast, sizes=sizes, kernel="fwp_1991")),
     defaults={"scale": 1.0},
     options={"interface": "from_to", "activation": "tanh", "squashing": "identity", "eta": None, "tau": 10.0},
     choices={

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import WITH_KERNELS, Own, Rule, States, Weight, normal, read, through
+from .base import Own, Rule, States, Weight, normal, read, through
 from .fwp_1991 import STARTS, squash
 from .sequential import Form, apply_form
 
@@ -73,15 +73,11 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="fwp_1993",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             sizes=lambda inputs, weights: (inputs["x"].shape[-1], weights["W_y"].shape[-1]),
             kernel="fwp_1993",
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"squashing": "identity", "eta": 0.5, "tau": 10.0},
     choices={"squashing": ("identity", "tanh", "logistic")},

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import Decay, Rate
 from .linear_class import LinearClassCall, apply_linear_class
 
@@ -35,31 +35,17 @@ def apply(
     beta: Tensor | Rate | None = None,
     g: Tensor | Decay | None = None,
     states: States | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
-    backend: str | None = None,
     options: Mapping[str, Any] | None = None,
-    qk_l2norm: bool = False,
-    in_place: bool = False,
-    ran: list[str] | None = None,
+    **call: Any,
 ) -> tuple[Tensor, States]:
-    """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
+    """Run the rule over [B, T, heads, size] tensors; `call` holds the fields of `LinearClassCall`."""
     if beta is None or g is None:
         missing = "beta" if beta is None else "g"
         raise ValueError(f"gated_delta_net needs g and beta [B, T, value heads]; {missing} was not given")
     RULE.resolve_options(options)
-    call = LinearClassCall(
-        step,
-        erase=True,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-        qk_l2norm=qk_l2norm,
-        in_place=in_place,
-        ran=ran,
-    )
-    return apply_linear_class(call, q, k, v, beta=beta, g=g, states=states, scale=scale)
+    linear = LinearClassCall(step, erase=True, **call)
+    return apply_linear_class(linear, q, k, v, beta=beta, g=g, states=states, scale=scale)
 
 
 RULE = Rule(
@@ -71,7 +57,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     raw_gates=True,
     defaults={**MODERN_SHELL, "expand_v": 2.0},
 )

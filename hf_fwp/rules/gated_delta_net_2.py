@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply_form import apply_form
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 
@@ -83,7 +83,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "output_gate": "low_rank_sigmoid"},
     options={"lower_bound": None},
     shapes={"g": ("HV", "K"), "erase": ("HV", "K"), "write": ("HV", "V")},

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .apply_form import apply_form
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 
@@ -48,7 +48,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults={**MODERN_SHELL, "output_gate": "low_rank_sigmoid"},
     options={"lower_bound": None},
     shapes={"g": ("HV", "K")},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import WITH_KERNELS, Rule, States, keep_valid, read
+from .base import Rule, States, keep_valid, read
 from .linear_class import LinearClassCall, apply_linear_class
 
 NORMALIZER_EPS = 1e-5
@@ -52,39 +52,25 @@ def apply(
     beta: Tensor | None = None,
     g: Tensor | None = None,
     states: States | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
-    backend: str | None = None,
     options: Mapping[str, Any] | None = None,
-    qk_l2norm: bool = False,
-    in_place: bool = False,
-    ran: list[str] | None = None,
+    **call: Any,
 ) -> tuple[Tensor, States]:
-    """Run the rule over [B, T, heads, size] tensors with the chosen backend."""
+    """Run the rule over [B, T, heads, size] tensors; `call` holds the fields of `LinearClassCall`."""
     if beta is not None:
         raise ValueError("linear_attention has no beta; leave it out, or use the rule delta_net")
     options = RULE.resolve_options(options)
-    call = LinearClassCall(
-        step,
-        erase=False,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-        qk_l2norm=qk_l2norm,
-        in_place=in_place,
-        ran=ran,
-    )
+    linear = LinearClassCall(step, erase=False, **call)
     if not options["normalize"]:
-        return apply_linear_class(call, q, k, v, g=g, states=states, scale=scale)
+        return apply_linear_class(linear, q, k, v, g=g, states=states, scale=scale)
     if g is not None:
         raise ValueError(
             "linear_attention was given g and normalize=True; the normaliser has no decay: leave one of them out"
         )
     scale = 1.0 if scale is None else scale
-    if backend == "reference":
-        return apply_linear_class(call, q, k, v, states=states, scale=scale, **options)
-    return _normalized(call, q, k, v, states=states or {}, scale=scale, eps=options["eps"])
+    if linear.backend == "reference":
+        return apply_linear_class(linear, q, k, v, states=states, scale=scale, **options)
+    return _normalized(linear, q, k, v, states=states or {}, scale=scale, eps=options["eps"])
 
 
 def _normalized(
@@ -124,7 +110,6 @@ RULE = Rule(
     states=("state", "norm_state"),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults={
         "feature_map": "elu1",
         "qk_norm": "none",

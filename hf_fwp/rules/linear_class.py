@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import States, keep_valid, recurrence
+from .base import BACKENDS, States, keep_valid, recurrence
 from .blocks import L2NORM_EPS
 from .checks import check_arguments, sequence_bounds
 from .chunked_op import chunked
 from .gating import Decay, Rate, tensors_of, value_of
 from .triton_fit import DEVICES, HAS_TRITON, say_once, why_not_triton
-
-BACKENDS = ("reference", "torch", "triton", "step")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .apply_form import apply_form
-from .base import MODERN_SHELL, WITH_KERNELS, Rule, States, read
+from .base import MODERN_SHELL, Rule, States, read
 from .gating import ChannelDecay, check_lower_bound
 from .general import Form
 from .linear_class import l2_normalize
@@ -92,7 +92,6 @@ RULE = Rule(
     states=("state",),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults=MODERN_SHELL,
     options={"v_norm": "l2"},
     check=check,
@@ -106,7 +105,6 @@ GATED = Rule(
     states=("state",),
     step=step,
     apply=apply_gated,
-    backends=WITH_KERNELS,
     defaults=MODERN_SHELL,
     options={"v_norm": "l2", "lower_bound": None},
     shapes={"g": ("HV", "V")},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .apply_form import apply_form
-from .base import MODERN_SHELL, WITH_KERNELS, Gates, Rule, States, read
+from .base import MODERN_SHELL, Gates, Rule, States, read
 from .gating import start_rates, start_steps
 from .general import Form, decayed_sums
 
@@ -132,7 +132,6 @@ RULE = Rule(
     states=("state", "moment"),
     step=step,
     apply=apply,
-    backends=WITH_KERNELS,
     defaults=MODERN_SHELL,
     options={"range": 1.5, "center": -0.2, "forget_gate": False},
     shapes={"moment_g": ("HV",), "moment_beta": ("HV",), "moment": ("HV", "K")},

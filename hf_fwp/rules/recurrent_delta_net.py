@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net
-from .base import WITH_KERNELS, Own, Rule, States, Weight, normal, through
+from .base import Own, Rule, States, Weight, normal, through
 from .sequential import Form, apply_form
 
 
@@ -71,18 +71,7 @@ RULE = Rule(
     inputs=(),
     states=("state", "y"),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="recurrent_delta_net",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
-            inputs=("q", "k", "v"),
-            kernel="recurrent_delta_net",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, kernel="recurrent_delta_net")),
     defaults={"scale": 1.0},
     parallel="sequential",
     own=own,

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from . import delta_net, srwm
-from .base import WITH_KERNELS, Own, Rule, States
+from .base import Own, Rule, States
 from .sequential import Form, Inputs, Run, apply_form
 
 
@@ -69,19 +69,7 @@ RULE = Rule(
     inputs=(),
     states=("state", "shift"),
     step=step,
-    apply=partial(
-        apply_form,
-        Form(
-            name="self_modifying_delta",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
-            fast=fast,
-            sizes=sizes,
-            kernel="srwm",
-        ),
-    ),
-    backends=WITH_KERNELS,
+    apply=partial(apply_form, Form(rule=lambda: RULE, fast=fast, sizes=sizes, kernel="srwm")),
     defaults={"scale": 1.0},
     options={"input_softmax": True, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,

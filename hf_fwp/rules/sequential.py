@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import delta_net, linear_attention
-from .base import Own, States, keep_valid, recurrence
+from .base import Own, Rule, States, keep_valid, recurrence
 from .checks import check_arguments, check_own_arguments, sequence_bounds
 from .linear_class import LinearClassCall, apply_linear_class, choose_backend, computing_dtype, l2_normalize
 from .triton_fit import why_no_kernel, why_not_triton
@@ -103,14 +103,11 @@ def sizes_of_qkv(inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) ->
 class Form:
     """How a rule of this kind computes."""
 
-    name: str
-    step: Callable[..., tuple[States, Tensor]]
-    """step(states, *, q, k, ..., weights..., options...): one token of every row, [B, HV, size]."""
-    own: Callable[[int, int, Mapping[str, Any]], Own]
-    resolve: Callable[[Mapping[str, Any] | None], dict[str, Any]]
-    """The rule's options with their defaults."""
-    inputs: tuple[str, ...] = ()
-    """Names of the inputs that are not in `own`: q, k, v, beta."""
+    rule: Callable[[], Rule]
+    """The rule itself, which is not made yet where this is written; it has an `own`, and its step is
+    step(states, *, q, k, ..., weights..., options...): one token of every row, [B, HV, size]."""
+    resolve: Callable[[Mapping[str, Any] | None], dict[str, Any]] | None = None
+    """The options of the step, with their defaults; None where they are the rule's."""
     fast: Callable[[Run, Inputs, States], tuple[Tensor, States]] = field(default=walked)
     sizes: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], tuple[int, int]] = field(default=sizes_of_qkv)
     """sizes(inputs, weights): K and V, read off the arguments."""
@@ -123,7 +120,7 @@ class Form:
     def why_not_triton(self, sizes: tuple[int, int], *tensors: Tensor | None, asked: bool = False) -> str | None:
         """The reason why this rule cannot run on these tensors by kernels, or None."""
         if self.kernel is None:
-            return f"{self.name} has no kernel"
+            return f"{self.rule().name} has no kernel"
         for name, size, largest in zip(("keys", "values"), sizes, self.largest, strict=True):
             if size > largest:
                 return f"heads have {name} of size {size}, and the kernel goes up to {largest}"
@@ -146,7 +143,8 @@ def apply_form(
     **given: Tensor,
 ) -> tuple[Tensor, States]:
     """Check the arguments, choose the backend and run it. `scale` (1 when left out) multiplies what is returned."""
-    options, states, weights = form.resolve(options), states or {}, dict(weights or {})
+    rule, states, weights = form.rule(), states or {}, dict(weights or {})
+    options = (form.resolve or rule.resolve_options)(options)
     own, inputs = _checked(form, given, weights, states, options, mask=mask, cu_seqlens=cu_seqlens)
     compute = computing_dtype(*inputs.values())
     dtype = given["v" if "v" in given else next(iter(given))].dtype
@@ -156,12 +154,12 @@ def apply_form(
     if qk_l2norm:
         inputs |= {name: l2_normalize(inputs[name]) for name in ("q", "k")}
     first = next(iter(inputs.values()))
-    call = LinearClassCall(form.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
+    call = LinearClassCall(rule.step, erase=True, backend=backend, cu_seqlens=cu_seqlens)
     tensors = (*inputs.values(), *weights.values(), *states.values())
     why_not = partial(form.why_not_triton, form.sizes(inputs, weights))
     backend = choose_backend(call, first, *tensors, why_not=why_not)
     weights = {name: x.to(compute) for name, x in weights.items()}
-    run = Run(form.step, weights, options, mask, form.kernel if backend == "triton" else None)
+    run = Run(rule.step, weights, options, mask, form.kernel if backend == "triton" else None)
     if ran is not None:
         ran.append(backend)
     started = _started(own, states, first, cu_seqlens)
@@ -184,27 +182,29 @@ def _checked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Own, Inputs]:
     """What the rule has at these sizes, and the inputs with one query, key and value per state."""
-    inputs = {name: x for name, x in given.items() if x is not None}
-    missing = [name for name in form.inputs if name not in inputs]
+    rule, inputs = form.rule(), {name: x for name, x in given.items() if x is not None}
+    common = (*(("q", "k", "v") if rule.qkv else ()), *rule.inputs)
+    missing = [name for name in common if name not in inputs]
     if missing:
-        raise ValueError(f"missing argument of {form.name}: {missing[0]!r}")
+        raise ValueError(f"missing argument of {rule.name}: {missing[0]!r}")
     try:
         sizes = form.sizes(inputs, weights)
     except KeyError as absent:
-        raise ValueError(f"missing argument of {form.name}: {absent}") from absent
-    own = form.own(*sizes, options)
-    if "q" in form.inputs:
+        raise ValueError(f"missing argument of {rule.name}: {absent}") from absent
+    assert rule.own is not None
+    own = rule.own(*sizes, options)
+    if rule.qkv:
         q, k, v = (inputs[name] for name in ("q", "k", "v"))
         check_arguments(q, k, v, beta=inputs.get("beta"), g=None, states={}, mask=mask, cu_seqlens=cu_seqlens)
         heads = v.shape[2]
         if q.shape[2] > heads:
             raise ValueError(
-                f"q has {q.shape[2]} heads and v {heads}; in {form.name} the reads are part of the recurrence, so "
+                f"q has {q.shape[2]} heads and v {heads}; in {rule.name} the reads are part of the recurrence, so "
                 "every state has one query: repeat the values, or use fewer queries"
             )
         inputs |= {name: x.repeat_interleave(heads // x.shape[2], dim=2) for name, x in (("q", q), ("k", k))}
     check_own_arguments(
-        form.name, form.inputs, own, inputs=inputs, weights=weights, states=states, mask=mask, cu_seqlens=cu_seqlens
+        rule.name, common, own, inputs=inputs, weights=weights, states=states, mask=mask, cu_seqlens=cu_seqlens
     )
     return own, inputs
 
@@ -222,7 +222,7 @@ def _run(
 ) -> tuple[Tensor, States]:
     if backend == "step":
         now = {name: x[:, 0] for name, x in inputs.items()}
-        new, out = form.step(states, **now, **run.weights, **run.options)
+        new, out = run.step(states, **now, **run.weights, **run.options)
         if run.mask is not None:
             new = {name: keep_valid(x, run.mask[:, 0], states[name]) for name, x in new.items()}
         return out[:, None], new
@@ -243,7 +243,7 @@ def _whole(form: Form, run: Run, inputs: Inputs, states: States, backend: str) -
     names = set(inputs)
 
     def step(carried: States, **now: Any) -> tuple[States, Tensor]:
-        return form.step(carried, **{n: x for n, x in now.items() if n in names}, **run.weights, **run.options)
+        return run.step(carried, **{n: x for n, x in now.items() if n in names}, **run.weights, **run.options)
 
     return _recurrence(step, inputs, states, run.mask)
 

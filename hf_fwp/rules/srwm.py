@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import WITH_KERNELS, Own, Rule, States, Weight, normal, read, through
+from .base import Own, Rule, States, Weight, normal, read, through
 from .sequential import Form, Inputs, Run, apply_form
 
 RATES = 4
@@ -85,16 +85,12 @@ RULE = Rule(
     apply=partial(
         apply_form,
         Form(
-            name="srwm",
-            step=step,
-            own=own,
-            resolve=lambda options: RULE.resolve_options(options),
+            rule=lambda: RULE,
             fast=fast,
             sizes=lambda inputs, weights: (inputs["x"].shape[-1], weights["W_y"].shape[-1]),
             kernel="srwm",
         ),
     ),
-    backends=WITH_KERNELS,
     defaults={"scale": 1.0},
     options={"input_softmax": False, "query_init": 1.0, "beta_init": 0.0},
     qkv=False,

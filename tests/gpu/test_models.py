@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticCache
 from hf_fwp import FastWeightLayer, MixerOptions, decoding, ops
 from hf_fwp.cache import MixerInputs
 from hf_fwp.rules import RULES
-from hf_fwp.rules.linear_class import BACKENDS
+from hf_fwp.rules.base import BACKENDS
 
 DEVICE = "cuda"
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128}

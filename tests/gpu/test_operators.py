@@ -13,7 +13,7 @@ from operators import Problem
 
 from hf_fwp import ops
 from hf_fwp.rules import RULES
-from hf_fwp.rules.linear_class import BACKENDS
+from hf_fwp.rules.base import BACKENDS
 
 linear_class_launches = pytest.importorskip("hf_fwp.kernels.linear_class_launches")
 DEVICE = "cuda"

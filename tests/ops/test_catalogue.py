@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_fwp import catalogue
 from hf_fwp.rules import RULES
-from hf_fwp.rules.linear_class import BACKENDS
+from hf_fwp.rules.base import BACKENDS
 
 
 class Counted(TorchDispatchMode):
