@@ -133,6 +133,24 @@ def test_the_loop_keeps_few_states(length):
     assert backward / (-(-length // segment)) <= 1.5 * plain / length * segment
 
 
+@pytest.mark.parametrize("rule", OWN)
+def test_a_rule_keeps_few_states(rule):
+    """A state in every 11 of 128 steps, beside vectors for every token; the recurrence keeps each state, and more."""
+    length, size, number = 128, 16 if rule == "fast_weight_memory" else 32, problems.WALKS_WITH.get(rule, 0)
+    given = problems.tensors(Problem(rule, length=length, sizes=(size, size), heads=(1, 1, 1), option=number))
+    given = given.copy(torch.float32)
+    leaves = sum(x.nbytes for x in (*given.leaves.values(), *given.weights.values()))
+
+    def kept_bytes(backend):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+            RULES[rule].apply(**given.leaves, states=given.states, backend=backend, **given.keywords)
+        return sum(x.untyped_storage().nbytes() for x in kept.values()) - leaves
+
+    half = length * sum(x.nbytes for x in given.states.values()) / 2
+    assert kept_bytes("torch") < half < kept_bytes("reference")
+
+
 def plain_loop(step, inputs, states, *, weights):
     outs = []
     for t in range(inputs["x"].shape[1]):
