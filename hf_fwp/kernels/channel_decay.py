@@ -1,35 +1,27 @@
-"""The general linear rule with a decay for every key channel on a GPU: four Triton kernels as operators of PyTorch.
+"""The general linear rule with a decay for every key channel on a GPU: its Triton kernels as operators of PyTorch.
 
     S̃_t = Diag(exp(g_t)) S_{t-1};   r_t = β_t (v_t - S̃_tᵀ e_t);   S_t = S̃_t + k_t ⊗ r_t;   o_t = scale · S_tᵀ q_t
 
-Forward: the inverse of every chunk's triangle and its products with the queries, then one scan. Backward: one scan in
-reverse, then all chunks at once. Of every chunk the forward leaves both squares and the state at its start, in
-the type of the inputs.
+Forward: the inverse of every chunk's triangle, then one scan. Backward: one scan in reverse, then all chunks at once.
+Of every chunk the forward leaves the inverse and the state at its start, in the type of the inputs.
+
+Read `across` (Oja's rule), o_t = scale · S_t q_t: q has the size of v, and o that of k. o · y = q · (Sᵀ y): with the
+gradient y of o as the query of the form above, its output is the gradient of q, and its backward with q as the gradient
+of the output gives all the others. So only the forward has a scan of its own.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rules.chunked_op import new_gradients, new_outputs
+from ..rules.chunked_op import new_gradients
 from .channel_decay_backward import gradients, scan_backward
-from .channel_decay_forward import prepare_chunks, scan_forward
-from .linear_class import INVERSE, WORD, contiguous, device_of, interpreted
-from .linear_class_launches import Launch, computing_word, padded, pieces
-
-
-class Launches(NamedTuple):
-    """One row of the table."""
-
-    chunk: int
-    prepare: Launch
-    forward: Launch
-    backward: Launch
-    gradients: Launch
-
+from .channel_decay_forward import invert_chunks, scan_across, scan_forward
+from .linear_class import INVERSE, call_of, contiguous, device_of
+from .linear_class_launches import Call, Launch, Launches, Sizes, padded, readers_of, sizes_of
 
 # By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
 # yet measured on a device. Shorter chunks take less of both, but leave more states to the backward.
@@ -41,43 +33,10 @@ TABLE = {
     (4, 128): Launches(32, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
     (4, 256): Launches(16, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1)),
 }
-PROGRAMS = 128  # about the multiprocessors of a large GPU: with fewer programs a scan's value columns are split further
-NARROW = 16  # value columns
 
 
-class Call(NamedTuple):
-    """The arguments of all four kernels that do not depend on the kernel."""
-
-    launches: Launches
-    slots: int
-    pairs: int
-    readers: int
-    constants: dict[str, Any]
-    dynamic: dict[str, int]
-
-    def run(
-        self, kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any
-    ) -> None:
-        """Launch it with those of the constants that it has."""
-        known = self.constants | constants
-        chosen = {name: known[name] for name in kernel.arg_names if name in known}
-        kernel[(programs,)](*arguments, **chosen, num_warps=launch.num_warps, num_stages=launch.num_stages)
-
-    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        """One program for every sequence, value head and tile of value columns."""
-        width = self.width(launch)
-        while width > NARROW and self.pairs * pieces(self.constants["V"], width) < PROGRAMS:
-            width //= 2
-        programs = self.pairs * pieces(self.constants["V"], width)
-        self.run(kernel, programs, launch, *arguments, self.dynamic["length"], BV=width, **flags)
-
-    def every_chunk(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        """One program for every chunk and query head."""
-        widths = {"KB": min(launch.columns, self.constants["BK"]), "BV": self.width(launch)}
-        self.run(kernel, self.slots * self.readers, launch, *arguments, *self.dynamic.values(), **widths, **flags)
-
-    def width(self, launch: Launch) -> int:
-        return min(launch.columns, padded(self.constants["V"]))
+def channel_sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
+    return sizes_of(q, k, v, cu_seqlens, TABLE)._replace(span=0, segments=0)
 
 
 def prepare(
@@ -90,72 +49,36 @@ def prepare(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     l2norm: bool,
+    across: bool,
 ) -> Call:
-    """What the kernels must know about the sizes and which inputs there are."""
-    batch, length, heads, _ = k.shape
-    value_heads = v.shape[2]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    word = word_of(q, k, v, erase)
-    launches = launches_of(word, k, v)
-    share = q.shape[2] == heads
-    queries = 1 if share else q.shape[2] // value_heads
-    constants = {
-        "H": heads,
-        "HV": value_heads,
-        "R": queries,
-        "SHARE": share,
-        "K": k.shape[3],
-        "V": v.shape[3],
-        "BK": padded(k.shape[3]),
-        "C": launches.chunk,
-        "LEVELS": launches.chunk.bit_length() - 1,
+    sizes = channel_sizes(q, k, v, cu_seqlens)
+    own = {
+        "KB": min(sizes.launches.invert.columns, padded(k.shape[3])),
+        "LEVELS": sizes.launches.chunk.bit_length() - 1,
         "GK": 0 if g is None else g.shape[-1],
         "HAS_ERASE": erase is not None,
         "HAS_BETA": beta is not None,
-        "HAS_MASK": mask is not None,
-        "PACKED": cu_seqlens is not None,
-        "L2NORM": l2norm,
-        "DOT": WORD[word],
-        # tf32 alone has three correct digits
-        "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
+        "ACROSS": across,
     }
-    dynamic = {"length": length, "sequences": sequences, "halvings": sequences.bit_length()}
-    slots = slots_of(launches.chunk, k, cu_seqlens)
-    return Call(launches, slots, sequences * value_heads, value_heads * queries, constants, dynamic)
-
-
-def word_of(*tensors: Tensor | None) -> torch.dtype:
-    """The type of the operands of products, and of what is kept of every chunk."""
-    return computing_word(*(x for x in tensors if x is not None))
-
-
-def launches_of(word: torch.dtype, k: Tensor, v: Tensor) -> Launches:
-    return TABLE[word.itemsize, max(64, padded(k.shape[3]), padded(v.shape[3]))]
-
-
-def slots_of(chunk: int, k: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many slots (tiles.py) the chunks have."""
-    batch, length = k.shape[:2]
-    return batch * pieces(length, chunk) if cu_seqlens is None else length // chunk + cu_seqlens.shape[0] - 1
+    return call_of(sizes, q, k, v, mask, cu_seqlens, l2norm, **own)
 
 
 def new_results(
-    q: Tensor, k: Tensor, v: Tensor, erase: Tensor | None, cu_seqlens: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors: outputs, final state, T [slots, HV, C, C], P [slots, HV·R, C, C] and S0 [slots, HV, K, V]."""
-    out, final, _ = new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)
-    word = word_of(q, k, v, erase)
-    chunk = launches_of(word, k, v).chunk
-    slots, square = slots_of(chunk, k, cu_seqlens), (chunk, chunk)
-    solve = v.new_empty(slots, v.shape[2], *square, dtype=INVERSE[word])
-    reads = v.new_empty(slots, out.shape[2], *square, dtype=word)
-    return out, final, solve, reads, v.new_empty(slots if keep else 0, *final.shape[1:], dtype=word)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, across: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors: outputs, final state, T [slots, HV, C, C] and S0 [slots, HV, K, V]."""
+    sizes, heads, state = channel_sizes(q, k, v, cu_seqlens), v.shape[2], (k.shape[3], v.shape[3])
+    chunk, slots = sizes.launches.chunk, sizes.chunks
+    out = v.new_empty(*v.shape[:2], max(q.shape[2], heads), state[0] if across else state[1])
+    final = v.new_empty(sizes.sequences, heads, *(state[::-1] if across else state), dtype=torch.float32)
+    solve = v.new_empty(slots, heads, chunk, chunk, dtype=INVERSE[sizes.word])
+    return out, final, solve, v.new_empty(slots if keep else 0, heads, *state, dtype=sizes.word)
 
 
-def kept(results: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The results, without T and P when no backward will ask for them."""
-    out, final, solve, reads, states = results
-    return (out, final, solve, reads, states) if keep else (out, final, out.new_empty(0), out.new_empty(0), states)
+def without_solve(results: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results, without T when no backward will ask for it."""
+    out, final, solve, states = results
+    return out, final, solve if keep else solve.new_empty(0), states
 
 
 @torch.library.custom_op("hf_fwp::channel_decay_triton_forward", mutates_args=())
@@ -171,33 +94,36 @@ def channel_decay_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     l2norm: bool,
+    across: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, final state; and of every chunk T, P and the state at its start)."""
-    call = prepare(q, k, v, erase, beta, g, mask, cu_seqlens, l2norm)
-    results = out, final, solve, reads, states = new_results(q, k, v, erase, cu_seqlens, keep)
-    q, k, v, erase, beta, g, state, mask, cu_seqlens = contiguous(q, k, v, erase, beta, g, state, mask, cu_seqlens)  # type: ignore[assignment]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, final state; and of every chunk T and the state at its start)."""
+    call = prepare(q, k, v, erase, beta, g, mask, cu_seqlens, l2norm, across)
+    results = out, final, solve, states = new_results(q, k, v, cu_seqlens, across, keep)
+    q, k, v, state, *gates = contiguous(q, k, v, state, erase, beta, g, mask, cu_seqlens)
+    erase, launches = gates.pop(0), call.sizes.launches
+    flags = {"HAS_STATE": state is not None, "KEEP": keep}
     with device_of(v):
-        call.every_chunk(
-            prepare_chunks, call.launches.prepare, q, k, erase, beta, g, mask, cu_seqlens, solve, reads, scale,
-            HAS_READS=True,
-        )  # fmt: skip
-        call.scan(
-            scan_forward, call.launches.forward, q, k, erase, v, beta, g, mask, cu_seqlens, state, solve, reads, out,
-            final, states, scale, HAS_STATE=state is not None, HAS_READS=True, KEEP=keep,
-        )  # fmt: skip
-    return kept(results, keep)
+        call.run(invert_chunks, call.sizes.chunks * v.shape[2], launches.invert, k, erase, *gates, solve)
+        given = (q, k, erase, v, *gates, state, solve, out, final, states, scale)
+        if across:
+            width = call.width(launches.forward)
+            call.run(scan_across, call.walks, launches.forward, *given, BV=width, SEGMENTED=False, **flags)
+        else:
+            call.scan(scan_forward, launches.forward, *given, **flags)
+    return without_solve(results, keep)
 
 
 @channel_decay_forward.register_fake
-def _(q, k, v, erase, beta, g, state, mask, cu_seqlens, scale, l2norm, keep):
-    return kept(new_results(q, k, v, erase, cu_seqlens, keep), keep)
+def _(q, k, v, erase, beta, g, state, mask, cu_seqlens, scale, l2norm, across, keep):
+    return without_solve(new_results(q, k, v, cu_seqlens, across, keep), keep)
 
 
 @torch.library.custom_op("hf_fwp::channel_decay_triton_backward", mutates_args=())
 def channel_decay_backward(
     d_out: Tensor,
     d_final: Tensor | None,
+    out: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -207,33 +133,38 @@ def channel_decay_backward(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     solve: Tensor,
-    reads: Tensor,
     states: Tensor,
     scale: float,
     l2norm: bool,
+    across: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, erase, beta, g and the initial state; empty for what is absent."""
-    call = prepare(q, k, v, erase, beta, g, mask, cu_seqlens, l2norm)
-    dq, dk, dv, d_erase, d_beta, d_g, d_initial = new_results_backward(q, k, v, erase, beta, g, cu_seqlens)
-    shares = [share_of_readers(x, call.readers) for x in (dq, dk, d_erase, d_g)]
-    d_states, written = torch.empty_like(states), torch.empty_like(d_out, memory_format=torch.contiguous_format)
-    q, k, v, erase, beta, g, mask, cu_seqlens = contiguous(q, k, v, erase, beta, g, mask, cu_seqlens)  # type: ignore[assignment]
-    d_out, d_final = contiguous(d_out, d_final)  # type: ignore[assignment]
+    """Gradients of q, k, v, erase, beta, g and the initial state; empty for what is absent. `out` is needed with
+    l2norm only."""
+    call = prepare(q, k, v, erase, beta, g, mask, cu_seqlens, l2norm, across)
+    results = dq, dk, dv, d_erase, d_beta, d_g, d_initial = new_results_backward(
+        q, k, v, erase, beta, g, cu_seqlens, across
+    )
+    shares = [readers_of(call, x) for x in (dq, dk, d_erase, d_g)]
+    q, k, v, d_out, d_final, out, *gates = contiguous(q, k, v, d_out, d_final, out, erase, beta, g, mask, cu_seqlens)
+    query, d_read = (d_out, q) if across else (q, d_out)
+    erase, launches = gates.pop(0), call.sizes.launches
+    d_states, written = torch.empty_like(states), torch.empty_like(d_read)
     # without β the gradient of what was written is that of v
     d_written = dv if beta is None else torch.empty_like(v)
     with device_of(v):
         call.scan(
-            scan_backward, call.launches.backward, q, k, erase, beta, g, mask, cu_seqlens, solve, reads, d_out, d_final,
-            d_initial, d_states, d_written, scale, HAS_FINAL=d_final is not None,
+            scan_backward, launches.backward, query, k, erase, *gates, solve, d_read, d_final, d_initial, d_states,
+            d_written, scale, HAS_FINAL=d_final is not None, KEEP=True,
         )  # fmt: skip
-        call.every_chunk(
-            gradients, call.launches.gradients, q, k, erase, v, beta, g, mask, cu_seqlens, solve, reads, states,
-            d_states, d_written, d_out, written, shares[0], shares[1], shares[2], dv, d_beta, shares[3], scale,
+        call.run(
+            gradients, call.sizes.chunks * call.readers, launches.gradients, query, k, erase, v, *gates, solve, states,
+            d_states, d_written, out, d_read, written, shares[0], shares[1], shares[2], dv, d_beta, shares[3], scale,
+            BV=call.width(launches.gradients),
         )  # fmt: skip
     for total, parts in zip((dq, dk, d_erase, d_g), shares, strict=True):
         if parts is not total:
             total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
-    return dq, dk, dv, d_erase, d_beta, d_g, d_initial
+    return results
 
 
 def new_results_backward(
@@ -244,41 +175,36 @@ def new_results_backward(
     beta: Tensor | None,
     g: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:
+    across: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors for the gradients."""
     (dq, dk, dv, d_beta, d_g), d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
     d_erase = v.new_empty(0) if erase is None else erase.new_empty(erase.shape)
-    return dq, dk, dv, d_erase, d_beta, d_g, d_initial
-
-
-def share_of_readers(gradient: Tensor, readers: int) -> Tensor:
-    """Room for every query head's share in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
-    if gradient.ndim < 3 or gradient.shape[2] == readers:
-        return gradient
-    return gradient.new_empty(*gradient.shape[:2], readers, *gradient.shape[3:], dtype=torch.float32)
+    return dq, dk, dv, d_erase, d_beta, d_g, d_initial.new_empty(d_initial.mT.shape) if across else d_initial
 
 
 @channel_decay_backward.register_fake
-def _(d_out, d_final, q, k, v, erase, beta, g, mask, cu_seqlens, solve, reads, states, scale, l2norm):
-    return new_results_backward(q, k, v, erase, beta, g, cu_seqlens)
+def _(
+    d_out, d_final, out, q, k, v, erase, beta, g, mask, cu_seqlens, solve, states, scale, l2norm, across
+):  # fmt: skip
+    return new_results_backward(q, k, v, erase, beta, g, cu_seqlens, across)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, erase, beta, g, state, mask, cu_seqlens, ctx.scale, ctx.l2norm, _ = inputs
-    ctx.has_state = state is not None
-    ctx.save_for_backward(q, k, v, erase, beta, g, mask, cu_seqlens, *output[2:])
+    *tensors, state, mask, cu_seqlens, scale, l2norm, across, _ = inputs
+    out, _, *kept = output
+    ctx.settings, ctx.has_state, ctx.shape = (scale, l2norm, across), state is not None, out.shape
+    ctx.save_for_backward(out if l2norm else None, *tensors, mask, cu_seqlens, *kept)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, erase, beta, g, mask, cu_seqlens, solve, reads, states = ctx.saved_tensors
+    _, _, _, v, *gates = ctx.saved_tensors[:7]
     if d_out is None:
-        d_out = v.new_zeros(new_outputs(q, k, v, cu_seqlens, erase=False, keep=False)[0].shape)
-    dq, dk, dv, *optional, d_state = channel_decay_backward(
-        d_out, d_final, q, k, v, erase, beta, g, mask, cu_seqlens, solve, reads, states, ctx.scale, ctx.l2norm
-    )
-    given = (None if x is None else dx for x, dx in zip((erase, beta, g), optional, strict=True))
-    return dq, dk, dv, *given, d_state if ctx.has_state else None, None, None, None, None, None
+        d_out = v.new_zeros(ctx.shape)
+    dq, dk, dv, *optional, d_state = channel_decay_backward(d_out, d_final, *ctx.saved_tensors, *ctx.settings)
+    given = (None if x is None else dx for x, dx in zip(gates, optional, strict=True))
+    return dq, dk, dv, *given, d_state if ctx.has_state else None, *[None] * 6
 
 
 channel_decay_forward.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -297,14 +223,16 @@ def chunked(
     cu_seqlens: Tensor | None,
     scale: float,
     l2norm: bool,
+    across: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state. k [B,T,H,K] is written to, e = `erase` [B,T,HV,K] (k without it) erased along, at the
     rate beta [B,T,HV]; g is [B,T,HV,K], or [B,T,HV,1] for one decay per head.
 
-    With `l2norm` q and k have length 1; this needs e = k and one query per state.
+    With `l2norm` q and k have length 1; this needs e = k and one query per state. `across` needs one query per state or
+    more, [B,T,HQ,V], and states are turned, [N,HV,V,K].
     The backward's share is kept only when a gradient will be asked for.
     """
     tensors = (q, k, v, erase, beta, g, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    out, final, *_ = channel_decay_forward(q, k, v, erase, beta, g, state, mask, cu_seqlens, scale, l2norm, keep)
+    out, final, *_ = channel_decay_forward(*tensors, mask, cu_seqlens, scale, l2norm, across, keep)
     return out, final

@@ -20,10 +20,25 @@ The projections that the gradient of a unit vector needs are sums over the value
 import triton
 import triton.language as tl
 
-from .channel_decay_tiles import chunk_decay, level_decay, lies_between, load_erase, load_steps, meets
+from .channel_decay_tiles import (
+    chunk_decay,
+    inverse_lengths,
+    level_decay,
+    lies_between,
+    load_erase,
+    load_keys,
+    load_steps,
+    load_turned,
+    meets,
+    next_level,
+    pair_products,
+    store_turned,
+    with_diagonal,
+)
+from .linear_class_forward import UNSPECIALIZED
 from .tiles import (
-    EPS,
     chunk_in_slot,
+    chunks_to_walk,
     dot,
     first_slot,
     inverse_length,
@@ -38,37 +53,40 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_backward(
-    q, k, erase, beta, g, mask, cu, solve, reads, d_out, d_final, d_initial, d_states, d_written, scale, length,
+    q, k, erase, beta, g, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale,
+    length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GK: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, ACROSS: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns."""
+    """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns. With
+    SEGMENTED, of one segment: first dS at its start alone, then with KEEP the rest. With ACROSS, states of whole
+    sequences are turned, [V, K]."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    n, hv = pair // HV, pair % HV
+    hv = pair % HV
     h = hv // (HV // H)
+    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
     rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     d_state = tl.zeros([BK, BV], tl.float32)
     if HAS_FINAL:
-        d_state = load_matrix(d_final, pair.to(tl.int64), keys, values, K, V)
+        d_state = load_turned(d_final, pair.to(tl.int64), keys, values, K, V, ACROSS and not SEGMENTED)
 
-    chunks = tl.cdiv(count, C)
-    for back in range(0, chunks):
-        i = chunks - 1 - back
+    for back in range(start, end):
+        i = end - 1 - (back - start)
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
-        decay, remaining, left = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
-        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        k_tile *= inverse_length(k_tile, L2NORM)[:, None]
-        store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
+        k_tile, k_norm, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
+        if KEEP:
+            store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
         dw = dot(k_tile * remaining, d_state, DOT, PRECISION)
         d_state = left[:, None] * d_state
         for r in range(R):
@@ -76,10 +94,13 @@ def scan_backward(
                 hq, heads = h, H
             else:
                 hq, heads = hv * R + r, HV * R
+            p, same = pair_products(
+                q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+            )  # fmt: skip
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
             q_norm = scale * inverse_length(q_tile, L2NORM)
+            p = with_diagonal(p, same) * q_norm[:, None] * k_norm[None, :]
             do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
-            p = load_matrix(reads, (slot + i) * (HV * R) + hv * R + r, rows, others, C, C)
             dw += dot(tl.trans(p), do, DOT, PRECISION)
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
@@ -87,21 +108,11 @@ def scan_backward(
         e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
-        store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
-    store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
-
-
-@triton.jit
-def _inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.constexpr, L2NORM: tl.constexpr):
-    """1 / length of the rows of x, or 1."""
-    found = tl.full([rows.shape[0]], 1.0, tl.float32)
-    if L2NORM:
-        total = tl.zeros([rows.shape[0]], tl.float32)
-        for part in range(0, K, KB):
-            tile = load_tile(x, at, head, heads, K, rows, part + tl.arange(0, KB), valid).to(tl.float32)
-            total += tl.sum(tile * tile, 1)
-        found = tl.rsqrt(total + EPS)
-    return found
+        if KEEP:
+            store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
+    if not (SEGMENTED and KEEP):
+        turned: tl.constexpr = ACROSS and not SEGMENTED
+        store_turned(d_initial, pair.to(tl.int64), keys, values, K, V, d_state, turned)
 
 
 @triton.jit
@@ -110,8 +121,9 @@ def _add_pairs(
     LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q̂, ê, k and g with the sums over pairs of tokens added, level by level."""
+    before, after = step, step * 0.0
     for level in range(LEVELS):
-        decay, met = level_decay(step, level, DOT, PRECISION), meets(level, C)
+        decay, met = level_decay(before, after, level), meets(level, C)
         a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
         earlier = k_tile * decay
         more_q = decay * dot(p, earlier, DOT, PRECISION)
@@ -123,21 +135,23 @@ def _add_pairs(
         d_q += more_q
         d_e += more_e
         d_k += more_k
+        before, after = next_level(before, after, level)
     return d_q, d_e, d_k, d_g
 
 
-@triton.jit(do_not_specialize=["length", "sequences", "halvings"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
-    q, k, erase, v, beta, g, mask, cu, solve, reads, states, d_states, d_written, d_out, written,
-    dq, dk, d_erase, dv, d_beta, d_g, scale, length, sequences, halvings,
+    q, k, erase, v, beta, g, mask, cu, solve, states, d_states, d_written, out, d_out, written,
+    dq, dk, d_erase, dv, d_beta, d_g, scale, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, ACROSS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later.
 
-    What does not depend on the query is added by the first reader of a state. `written` is room for R.
+    What does not depend on the query is added by the first reader of a state. `written` is room for R. With ACROSS,
+    `q` is the gradient of the outputs and `d_out` the query, and `dq` gets the outputs for that.
     """
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
@@ -147,15 +161,15 @@ def gradients(
         hq, heads = h, H
     else:
         hq, heads = reader, HV * R
-    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
     here = rows < left
     valid = valid_rows(mask, at, rows, here, HAS_MASK)
     rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
-    k_norm = _inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
-    q_norm = _inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
+    k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
+    q_norm = inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
@@ -164,6 +178,9 @@ def gradients(
     along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ U
     along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
     along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
+    if ACROSS:
+        p, same = pair_products(q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION)
+        p = scale * with_diagonal(p, same)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
         v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
@@ -178,17 +195,20 @@ def gradients(
             k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
             e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
             before += dot(e_tile * decay, s, DOT, PRECISION)
-            if L2NORM:
-                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
-                read += dot(q_tile * decay, s, DOT, PRECISION)
+            if ACROSS:
+                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+                read += scale * dot(q_tile * decay, s, DOT, PRECISION)
         t = load_matrix(solve, index, rows, others, C, C)
         r = solve_dot(t, rate[:, None] * (v_tile - before), DOT, PRECISION)
         store_tile(written, at, reader, HV * R, V, rows, values, here, r)
+        if ACROSS:
+            store_tile(dq, at, reader, HV * R, V, rows, values, here, read + dot(p, r, DOT, PRECISION))
         d_a -= dot(dw, tl.trans(r), DOT, PRECISION)
         d_p += dot(do, tl.trans(r), DOT, PRECISION)
         along_value += tl.sum(dw * v_tile, 1)
         along_written += tl.sum(dw * r, 1)
-        along_read += scale * tl.sum(do * read, 1)
+        if L2NORM:
+            along_read += tl.sum(do * load_tile(out, at, reader, HV * R, V, rows, values, valid).to(tl.float32), 1)
         if HAS_BETA:
             store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
     tl.debug_barrier()  # `written` is read by other threads than wrote it
@@ -196,9 +216,6 @@ def gradients(
     d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
     d_p = tl.where(rows[:, None] >= others[None, :], d_p, 0.0)
     met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
-    if L2NORM:
-        p = load_matrix(reads, slot.to(tl.int64) * (HV * R) + reader, rows, others, C, C).to(tl.float32)
-        along_read += tl.sum(d_p * p, 1)
     d_p *= scale
     eta = along_value
     d_steps = tl.zeros([C], tl.float32)
@@ -250,7 +267,8 @@ def gradients(
         if L2NORM:
             d_q -= q_tile * along_read[:, None]
             d_k -= k_tile * (2.0 * along_written - rate * along_value)[:, None]
-        store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
+        if not ACROSS:
+            store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
         store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])
     at_row = at * (HV * R) + reader + rows * (HV * R)
     if GK == 1:

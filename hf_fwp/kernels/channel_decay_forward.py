@@ -1,9 +1,12 @@
 """Forward kernels of the channel decay; the letters are those of rules/general.py, with a rate β for e and u.
 
-    prepare_chunks   parallel over chunks: T = (I + A)⁻¹ and P
-    scan_forward     from chunk to chunk:  R = T (β (U - (E ⊙ exp(G)) S0)),  O,  S1;  S0 is kept for the backward only
+    invert_chunks   parallel over chunks: T = (I + A)⁻¹
+    scan_forward    from chunk to chunk:  R = T (β (U - (E ⊙ exp(G)) S0)),  P,  O,  S1;  S0 kept for the backward only
+    scan_across     the same, but read along the values:
+                    o_i = exp(G_i) ⊙ (S0 q_i) + Σ_{j≤i} (q_i · r_j) exp(G_i - G_j) ⊙ k_j
 
-P goes to memory beside T: every program of the scan serves a few value columns only and would compute it again.
+A and P are sums of log2 C products of C x C x K each. P stays on the chip: every program of the scan computes it, which
+for C = 64 costs 6 C² K multiplications beside the 3 C K BV + 2 C² BV of its other products.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -12,10 +15,24 @@ P goes to memory beside T: every program of the scan serves a few value columns 
 import triton
 import triton.language as tl
 
-from .channel_decay_tiles import chunk_decay, inverse, level_decay, load_erase, load_steps, meets
+from .channel_decay_tiles import (
+    inverse,
+    inverse_lengths,
+    level_decay,
+    load_erase,
+    load_keys,
+    load_steps,
+    load_turned,
+    meets,
+    next_level,
+    pair_products,
+    store_turned,
+    with_diagonal,
+)
+from .linear_class_forward import UNSPECIALIZED
 from .tiles import (
-    EPS,
     chunk_in_slot,
+    chunks_to_walk,
     dot,
     first_slot,
     inverse_length,
@@ -30,77 +47,49 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["length", "sequences", "halvings"])
-def prepare_chunks(
-    q, k, erase, beta, g, mask, cu, solve, reads, scale, length, sequences, halvings,
-    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
-    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_READS: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def invert_chunks(
+    k, erase, beta, g, mask, cu, solve, length, span, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr,
+    GK: tl.constexpr, HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T and, with HAS_READS, P of one chunk and query head; T is stored by the first reader of a state."""
-    slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
-    hv = reader // R
+    """T of one chunk and value head."""
+    slot, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h = hv // (HV // H)
-    if SHARE:
-        hq, heads = h, H
-    else:
-        hq, heads = reader, HV * R
-    _n, _i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
+    _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
-    rows, others = tl.arange(0, C), tl.arange(0, C)
+    rows = tl.arange(0, C)
     valid = valid_rows(mask, at, rows, rows < left, HAS_MASK)
+    if HAS_ERASE:
+        a, _ = pair_products(
+            erase, k, g, at, hv, HV, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+        )  # fmt: skip
+    else:
+        a, _ = pair_products(k, k, g, at, h, H, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION)
+    k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
     rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
-    a = tl.zeros([C, C], tl.float32)
-    p = tl.zeros([C, C], tl.float32)
-    same = tl.zeros([C], tl.float32)
-    k_square = tl.zeros([C], tl.float32)
-    q_square = tl.zeros([C], tl.float32)
-    for part in range(0, K, KB):
-        keys = part + tl.arange(0, KB)
-        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        if HAS_READS:
-            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-            same += tl.sum(q_tile * k_tile, 1)
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
-        step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
-        if L2NORM:
-            k_square += tl.sum(k_tile * k_tile, 1)
-            q_square += tl.sum(q_tile * q_tile, 1)
-        for level in range(LEVELS):
-            decay = level_decay(step, level, DOT, PRECISION)
-            earlier, met = tl.trans(k_tile * decay), meets(level, C)
-            a += tl.where(met, dot(e_tile * decay, earlier, DOT, PRECISION), 0.0)
-            if HAS_READS:
-                p += tl.where(met, dot(q_tile * decay, earlier, DOT, PRECISION), 0.0)
-    p = tl.where(rows[:, None] == others[None, :], same[:, None], p) * scale
-    a *= rate[:, None]
-    if L2NORM:
-        k_norm = tl.rsqrt(k_square + EPS)
-        p *= tl.rsqrt(q_square + EPS)[:, None] * k_norm[None, :]
-        a *= k_norm[:, None] * k_norm[None, :]
-    if HAS_READS:
-        store_matrix(reads, slot.to(tl.int64) * (HV * R) + reader, rows, others, C, C, p)
-    if reader % R == 0:
-        store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, others, C, C, inverse(a, LEVELS, PRECISION))
+    a *= (rate * k_norm)[:, None] * k_norm[None, :]
+    store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, tl.arange(0, C), C, C, inverse(a, LEVELS, PRECISION))
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_forward(
-    q, k, erase, v, beta, g, mask, cu, initial, solve, reads, out, final, states, scale, length,
+    q, k, erase, v, beta, g, mask, cu, initial, solve, out, final, states, scale, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GK: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
     HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_READS: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr,
+    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state of one sequence, one value head and BV of its value columns; without HAS_READS the
-    outputs are R."""
+    """Outputs and final state of one sequence, one value head and BV of its value columns. With SEGMENTED, outputs of
+    one segment, whose `initial` state `carry` has left."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    n, hv = pair // HV, pair % HV
+    hv = pair % HV
     h = hv // (HV // H)
+    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
     rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
@@ -109,13 +98,11 @@ def scan_forward(
     if HAS_STATE:
         state = load_matrix(initial, pair.to(tl.int64), keys, values, K, V)
 
-    for i in range(0, tl.cdiv(count, C)):
+    for i in range(start, end):
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
-        decay, remaining, left = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
-        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        k_tile *= inverse_length(k_tile, L2NORM)[:, None]
+        k_tile, k_norm, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
         e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
         written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
         written -= dot(e_tile * decay, state, DOT, PRECISION)
@@ -125,20 +112,88 @@ def scan_forward(
         written = solve_dot(t, written, DOT, PRECISION)
         if KEEP:
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
-        if HAS_READS:
-            for r in range(R):
-                if SHARE:
-                    hq, heads = h, H
-                else:
-                    hq, heads = hv * R + r, HV * R
-                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-                q_norm = scale * inverse_length(q_tile, L2NORM)
-                o = q_norm[:, None] * dot(q_tile * decay, state, DOT, PRECISION)
-                p = load_matrix(reads, (slot + i) * (HV * R) + hv * R + r, rows, others, C, C)
-                o += dot(p, written, DOT, PRECISION)
-                store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
-        else:
-            store_tile(out, at, hv, HV, V, rows, values, here, written)
+        for r in range(R):
+            if SHARE:
+                hq, heads = h, H
+            else:
+                hq, heads = hv * R + r, HV * R
+            p, same = pair_products(
+                q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+            )  # fmt: skip
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+            q_norm = scale * inverse_length(q_tile, L2NORM)
+            p = with_diagonal(p, same) * q_norm[:, None] * k_norm[None, :]
+            o = q_norm[:, None] * dot(q_tile * decay, state, DOT, PRECISION)
+            o += dot(p, written, DOT, PRECISION)
+            store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
         state = left[:, None] * state
         state += dot(tl.trans(k_tile * remaining), written, DOT, PRECISION)
-    store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)
+    if not SEGMENTED:
+        store_matrix(final, pair.to(tl.int64), keys, values, K, V, state)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def scan_across(
+    q, k, erase, v, beta, g, mask, cu, initial, solve, out, room, states, scale, length, span, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
+    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and final state of one sequence or segment and one value head. An output takes all columns of the state,
+    which need not fit the chip together: it lies in `room`, where the final state will be, and is walked through by BV
+    columns in every chunk. States of whole sequences are turned, [V, K]."""
+    pair = tl.program_id(0)
+    hv = pair % HV
+    h = hv // (HV // H)
+    index = pair.to(tl.int64)
+    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
+    first, count = sequence_span(n, cu, length, PACKED)
+    slot = first_slot(n, first, length, C, PACKED)
+    rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
+    if not SEGMENTED:
+        for part in range(0, V, BV):
+            values = part + tl.arange(0, BV)
+            state = tl.zeros([BK, BV], tl.float32)
+            if HAS_STATE:
+                state = load_turned(initial, index, keys, values, K, V, True)
+            store_turned(room, index, keys, values, K, V, state, True)
+        tl.debug_barrier()  # the state is read by other threads than wrote it
+
+    for i in range(start, end):
+        at = first + i * C
+        here = rows < count - i * C
+        valid = valid_rows(mask, at, rows, here, HAS_MASK)
+        k_tile, _, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+        t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
+        for r in range(R):
+            o = tl.zeros([C, BK], tl.float32)
+            similar = tl.zeros([C, C], tl.float32)
+            for part in range(0, V, BV):
+                values = part + tl.arange(0, BV)
+                state = load_turned(room, index, keys, values, K, V, not SEGMENTED)
+                written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+                written = rate[:, None] * (written - dot(e_tile * decay, state, DOT, PRECISION))
+                written = solve_dot(t, written, DOT, PRECISION)
+                q_tile = load_tile(q, at, hv * R + r, HV * R, V, rows, values, valid)
+                o += dot(q_tile, tl.trans(state), DOT, PRECISION)
+                similar += dot(q_tile, tl.trans(written), DOT, PRECISION)
+                if r == R - 1:  # every query has met the state
+                    if KEEP:
+                        store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
+                    state = left[:, None] * state
+                    state += dot(tl.trans(k_tile * remaining), written, DOT, PRECISION)
+                    store_turned(room, index, keys, values, K, V, state, not SEGMENTED)
+            itself = tl.sum(tl.where(rows[:, None] == others[None, :], similar, 0.0), 1)
+            o = o * decay + itself[:, None] * k_tile
+            before = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+            after = before * 0.0
+            for level in range(LEVELS):
+                between = level_decay(before, after, level)
+                o += between * dot(tl.where(meets(level, C), similar, 0.0), k_tile * between, DOT, PRECISION)
+                before, after = next_level(before, after, level)
+            store_tile(out, at, hv * R + r, HV * R, K, rows, keys, here, scale * o)
+        tl.debug_barrier()

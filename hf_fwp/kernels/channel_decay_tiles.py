@@ -12,7 +12,7 @@ The exponents are sums of g over a part of a block, so nothing cancels.
 import triton
 import triton.language as tl
 
-from .tiles import dot, load_column, load_tile, split_sum
+from .tiles import EPS, dot, inverse_length, load_column, load_matrix, load_tile, split_sum, store_matrix
 
 LOWEST = tl.constexpr(-104.0)  # exp is 0 in float32 from here on; -inf would make NaN of a sum
 
@@ -27,6 +27,25 @@ def load_steps(g, first, head, heads, rows, columns, valid, K: tl.constexpr, GK:
     else:
         step = load_tile(g, first, head, heads, K, rows, columns, valid).to(tl.float32)
     return tl.maximum(step, LOWEST)
+
+
+@triton.jit
+def load_turned(x, index, rows, columns, n_rows, n_columns, TURNED: tl.constexpr):
+    """x[index] of [.., rows, columns], or where TURNED of [.., columns, rows]."""
+    if TURNED:
+        found = tl.trans(load_matrix(x, index, columns, rows, n_columns, n_rows))
+    else:
+        found = load_matrix(x, index, rows, columns, n_rows, n_columns)
+    return found
+
+
+@triton.jit
+def store_turned(x, index, rows, columns, n_rows, n_columns, matrix, TURNED: tl.constexpr):
+    """The inverse of `load_turned`."""
+    if TURNED:
+        store_matrix(x, index, columns, rows, n_columns, n_rows, tl.trans(matrix))
+    else:
+        store_matrix(x, index, rows, columns, n_rows, n_columns, matrix)
 
 
 @triton.jit
@@ -49,6 +68,35 @@ def chunk_decay(step):
 
 
 @triton.jit
+def load_keys(
+    k, g, first, h, H, hv, HV, rows, columns, valid, K: tl.constexpr, GK: tl.constexpr, L2NORM: tl.constexpr
+):  # fmt: skip
+    """k, of length 1 with L2NORM, and by what it was divided for that; and exp(G), exp(G_C - G), exp(G_C)."""
+    decay, remaining, left = chunk_decay(load_steps(g, first, hv, HV, rows, columns, valid, K, GK))
+    k_tile = load_tile(k, first, h, H, K, rows, columns, valid).to(tl.float32)
+    k_norm = inverse_length(k_tile, L2NORM)
+    return k_tile * k_norm[:, None], k_norm, decay, remaining, left
+
+
+@triton.jit
+def level_decay(before, after, level):
+    """The factors of one level: exp(G - G_m) in the later blocks, exp(G_m - G) in the earlier ones."""
+    i = tl.arange(0, before.shape[0])[:, None]
+    return tl.exp(tl.where(((i >> level) & 1) == 1, before, after))
+
+
+@triton.jit
+def next_level(before, after, level):
+    """Sums of g over a block up to a token, and behind it, from those of the level below: every second block gets the
+    whole sum of its neighbour, which every token of that knows."""
+    i = tl.arange(0, before.shape[0])[:, None]
+    neighbour = (i ^ (1 << level)) + tl.zeros([1, before.shape[1]], tl.int32)
+    total = tl.gather(before + after, neighbour, 0)
+    later = ((i >> level) & 1) == 1
+    return tl.where(later, before + total, before), tl.where(later, after, after + total)
+
+
+@triton.jit
 def lies_between(level, C: tl.constexpr):
     """Whether the decay of token t lies between token i and the last token m of an earlier block: [i, t]."""
     i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
@@ -57,21 +105,55 @@ def lies_between(level, C: tl.constexpr):
 
 
 @triton.jit
-def level_decay(step, level, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The factors of one level: exp(G - G_m) in the later blocks, exp(G_m - G) in the earlier ones."""
-    between = lies_between(level, step.shape[0])
-    total = dot(between, step, DOT, PRECISION)
-    if tl.float32 != DOT:
-        # in two parts: 8 bits of bf16 would leave exp with two digits
-        total += dot(between, step - step.to(DOT).to(tl.float32), DOT, PRECISION)
-    return tl.exp(total)
-
-
-@triton.jit
 def meets(level, C: tl.constexpr):
     """Which pairs i > j meet at this level."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return (i > j) & (((i ^ j) >> level) == 1)
+
+
+@triton.jit
+def pair_products(
+    x, k, g, at, hx, x_heads, h, H, hv, HV, rows, valid,
+    K: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Σ_d x_i k_j exp(G_i - G_j) for the tokens i > j of a chunk, else 0; and for i = j, a column. LEVELS products of
+    C x C x K."""
+    found = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
+    same = tl.zeros([rows.shape[0]], tl.float32)
+    for part in range(0, K, KB):
+        keys = part + tl.arange(0, KB)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
+        x_tile = load_tile(x, at, hx, x_heads, K, rows, keys, valid).to(tl.float32)
+        same += tl.sum(x_tile * k_tile, 1)
+        before = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+        after = before * 0.0
+        for level in range(LEVELS):
+            decay = level_decay(before, after, level)
+            met = dot(x_tile * decay, tl.trans(k_tile * decay), DOT, PRECISION)
+            found += tl.where(meets(level, rows.shape[0]), met, 0.0)
+            before, after = next_level(before, after, level)
+    return found, same
+
+
+@triton.jit
+def with_diagonal(found, same):
+    """The square with a column on its diagonal."""
+    i = tl.arange(0, found.shape[0])
+    return tl.where(i[:, None] == i[None, :], same[:, None], found)
+
+
+@triton.jit
+def inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.constexpr, L2NORM: tl.constexpr):
+    """1 / length of the rows of x, or 1."""
+    found = tl.full([rows.shape[0]], 1.0, tl.float32)
+    if L2NORM:
+        total = tl.zeros([rows.shape[0]], tl.float32)
+        for part in range(0, K, KB):
+            tile = load_tile(x, at, head, heads, K, rows, part + tl.arange(0, KB), valid).to(tl.float32)
+            total += tl.sum(tile * tile, 1)
+        found = tl.rsqrt(total + EPS)
+    return found
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from ..rules.chunked_op import new_gradients, new_outputs
 from ..rules.gating import Decay, Rate
 from .linear_class_backward import gradients, scan_backward
 from .linear_class_forward import invert_chunks, scan_forward
-from .linear_class_launches import CARRY, SOLVE, TABLE, Launch, Launches, Sizes, padded, pieces, sizes_of
+from .linear_class_launches import SOLVE, TABLE, Call, Launch, Launches, Sizes, padded, readers_of, sizes_of
 from .linear_class_segments import carry, map_segments
 from .tiles import dot
 
@@ -29,8 +29,6 @@ __all__ = ["TABLE", "Launch", "Launches", "chunked", "interpreted", "padded"]
 # What T is kept in. With unit keys and rates up to 2 its numbers are at most 2, of which fp16 keeps 11 bits, bf16 8.
 INVERSE = {torch.float32: torch.float32, torch.bfloat16: torch.float16, torch.float16: torch.float16}
 WORD = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-NARROW = 16  # value columns
-CARRIED = 32  # rows of a state that one product between segments takes
 
 
 def interpreted() -> bool:
@@ -38,45 +36,37 @@ def interpreted() -> bool:
     return not isinstance(dot, triton.JITFunction)
 
 
-class Call(NamedTuple):
-    """The arguments of all kernels that do not depend on the kernel."""
-
-    sizes: Sizes
-    constants: dict[str, Any]
-    dynamic: dict[str, int]
-
-    def run(
-        self, kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any
-    ) -> None:
-        """Launch it with those of the constants that it has."""
-        known = self.constants | constants
-        chosen = {name: known[name] for name in kernel.arg_names if name in known}
-        warps = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        kernel[(programs,)](*arguments, *self.dynamic.values(), **chosen, **warps)
-
-    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        """One program for every sequence or segment, value head and tile of value columns."""
-        width, values = self.width(launch), self.constants["V"]
-        walks = (self.sizes.segments or self.sizes.sequences) * self.constants["HV"]
-        while width > NARROW and walks * pieces(values, width) < self.sizes.at_once:
-            width //= 2
-        segmented = self.sizes.segments > 0
-        self.run(kernel, walks * pieces(values, width), launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
-
-    def map_segments(self, *arguments: Tensor | None) -> None:
-        launch = self.sizes.launches.forward
-        width = self.width(launch)
-        parts = pieces(self.constants["V"], width) + pieces(self.constants["K"], width)
-        programs = self.sizes.segments * self.constants["HV"] * parts
-        self.run(map_segments, programs, launch, *arguments, BV=width)
-
-    def carry(self, *arguments: Tensor | None, **flags: bool) -> None:
-        width = self.width(CARRY)
-        programs = self.sizes.sequences * self.constants["HV"] * pieces(self.constants["V"], width)
-        self.run(carry, programs, CARRY, *arguments, BV=width, KB=CARRIED, **flags)
-
-    def width(self, launch: Launch) -> int:
-        return min(launch.columns, padded(self.constants["V"]))
+def call_of(
+    sizes: Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    l2norm: bool,
+    **constants: Any,
+) -> Call:
+    """What the kernels must know about the sizes and which inputs there are; `constants` are a family's own."""
+    heads, value_heads, count = k.shape[2], v.shape[2], sizes.sequences
+    share = q.shape[2] == heads
+    common = {
+        "H": heads,
+        "HV": value_heads,
+        "R": 1 if share else q.shape[2] // value_heads,
+        "SHARE": share,
+        "K": k.shape[3],
+        "V": v.shape[3],
+        "BK": padded(k.shape[3]),
+        "C": sizes.launches.chunk,
+        "HAS_MASK": mask is not None,
+        "PACKED": cu_seqlens is not None,
+        "L2NORM": l2norm,
+        "DOT": WORD[sizes.word],
+        # tf32 alone has three correct digits
+        "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
+    }
+    dynamic = {"length": k.shape[1], "span": sizes.span, "sequences": count, "halvings": count.bit_length()}
+    return Call(sizes, common | constants, dynamic)
 
 
 def prepare(
@@ -88,34 +78,10 @@ def prepare(
     erase: bool,
     l2norm: bool,
 ) -> Call:
-    """What the kernels must know about the sizes and which inputs there are."""
     beta, g, a_log, _, mask, cu_seqlens = gates
-    sizes, heads = sizes_of(q, k, v, cu_seqlens), k.shape[2]
-    share = q.shape[2] == heads
-    constants = {
-        "H": heads,
-        "HV": v.shape[2],
-        "R": 1 if share else q.shape[2] // v.shape[2],
-        "SHARE": share,
-        "K": k.shape[3],
-        "V": v.shape[3],
-        "BK": padded(k.shape[3]),
-        "C": sizes.launches.chunk,
-        "ERASE": erase,
-        "HAS_BETA": beta is not None,
-        "RANGE": beta_range,
-        "HAS_G": g is not None,
-        "RAW_G": a_log is not None,
-        "HAS_MASK": mask is not None,
-        "PACKED": cu_seqlens is not None,
-        "L2NORM": l2norm,
-        "DOT": WORD[sizes.word],
-        # tf32 alone has three correct digits
-        "PRECISION": "tf32x3" if torch.version.cuda and not interpreted() else "ieee",
-    }
-    count = sizes.sequences
-    dynamic = {"length": k.shape[1], "span": sizes.span, "sequences": count, "halvings": count.bit_length()}
-    return Call(sizes, constants, dynamic)
+    flags = {"HAS_BETA": beta is not None, "RANGE": beta_range, "HAS_G": g is not None, "RAW_G": a_log is not None}
+    sizes = sizes_of(q, k, v, cu_seqlens)
+    return call_of(sizes, q, k, v, mask, cu_seqlens, l2norm, ERASE=erase, **flags)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -160,8 +126,10 @@ def linear_class_forward(
         if sizes.segments:
             added = transitions.new_empty(sizes.segments, *final.shape[1:])
             start = torch.empty_like(added)
-            call.map_segments(k, v, *gates, solve, added, transitions)
-            call.carry(gates[-1], state, added, transitions, start, final, HAS_START=state is not None, BACKWARDS=False)
+            call.map_segments(map_segments, k, v, *gates, solve, added, transitions)
+            call.carry(
+                carry, gates[-1], state, added, transitions, start, final, HAS_START=state is not None, BACKWARDS=False
+            )
         call.scan(
             scan_forward, launches.forward, q, k, v, *gates, start, solve, out, final, states, scale,
             HAS_STATE=start is not None, KEEP=keep,
@@ -217,7 +185,7 @@ def linear_class_backward(
     call = prepare(q, k, v, gates, beta_range, erase, l2norm)
     (dq, dk, dv, d_beta, d_g), d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
     per_reader = {name: readers_of(call, x) for name, x in (("q", dq), ("k", dk), ("g", d_g))}
-    readers, launches, sizes = v.shape[2] * call.constants["R"], call.sizes.launches, call.sizes
+    readers, launches, sizes = call.readers, call.sizes.launches, call.sizes
     # zeros: some slots may stay empty
     d_rates = torch.zeros(sizes.chunks if a_log is not None else 0, readers, 2, dtype=torch.float32, device=v.device)
     d_states = torch.empty_like(states)
@@ -233,8 +201,9 @@ def linear_class_backward(
                 HAS_FINAL=False, KEEP=False,
             )  # fmt: skip
             call.carry(
-                gates[-1], d_final, added, transitions, end, d_initial, HAS_START=d_final is not None, BACKWARDS=True
-            )
+                carry, gates[-1], d_final, added, transitions, end, d_initial, HAS_START=d_final is not None,
+                BACKWARDS=True,
+            )  # fmt: skip
         call.scan(
             scan_backward, launches.backward, *inputs, end, d_initial, d_states, d_written, scale,
             HAS_FINAL=end is not None, KEEP=True,
@@ -248,14 +217,6 @@ def linear_class_backward(
         if parts is not total:
             total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
     return dq, dk, dv, d_beta, d_g, *rate_gradients(d_rates, a_log, dt_bias), d_initial
-
-
-def readers_of(call: Call, gradient: Tensor) -> Tensor:
-    """Room for every query head's share in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
-    readers = call.constants["HV"] * call.constants["R"]
-    if gradient.ndim < 3 or gradient.shape[2] == readers:
-        return gradient
-    return gradient.new_empty(*gradient.shape[:2], readers, *gradient.shape[3:], dtype=torch.float32)
 
 
 def rate_gradients(d_rates: Tensor, a_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ TABLE = {
 }
 CARRY = Launch(16, 4, 1)
 PROGRAMS = 128  # about the multiprocessors of a large GPU, where the device does not say
+NARROW = 16  # value columns
+CARRIED = 32  # rows of a state that one product between segments takes
 SEGMENTS = 4  # every segment is walked twice: with fewer of them than this, walking in one go takes as long
 SEGMENT_CHUNKS = 4  # fewer would cost more in transitions than they save
 
@@ -88,12 +91,18 @@ class Sizes(NamedTuple):
     segments: int
 
 
-def sizes_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Sizes:
-    """Everything that follows from shapes, types and device alone; no tensor is read."""
+def sizes_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    table: Mapping[tuple[int, int], Launches] | None = None,
+) -> Sizes:
+    """Everything that follows from shapes, types and device alone; no tensor is read. `table` is TABLE by itself."""
     batch, length, _, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     word = computing_word(q, k, v)
-    launches = TABLE[word.itemsize, max(64, padded(key_size), padded(value_size))]
+    launches = (TABLE if table is None else table)[word.itemsize, max(64, padded(key_size), padded(value_size))]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
     def slots(tokens: int) -> int:
@@ -104,3 +113,62 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Size
     span = launches.chunk * segment_chunks(programs, pieces(length, launches.chunk), at_once)
     chunks, segments = slots(launches.chunk), slots(span) if span else 0
     return Sizes(word, launches, at_once, sequences, chunks, slots(SOLVE), span, segments)
+
+
+class Call(NamedTuple):
+    """The arguments of all kernels that do not depend on the kernel."""
+
+    sizes: Sizes
+    constants: dict[str, Any]
+    dynamic: dict[str, int]
+
+    def run(
+        self, kernel: Any, programs: int, launch: Launch, *arguments: Tensor | float | None, **constants: Any
+    ) -> None:
+        """Launch it with those of the constants that it has."""
+        known = self.constants | constants
+        chosen = {name: known[name] for name in kernel.arg_names if name in known}
+        warps = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        kernel[(programs,)](*arguments, *self.dynamic.values(), **chosen, **warps)
+
+    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
+        """One program for every sequence or segment, value head and tile of value columns."""
+        width, values = self.width(launch), self.constants["V"]
+        walks = self.walks
+        while width > NARROW and walks * pieces(values, width) < self.sizes.at_once:
+            width //= 2
+        segmented = self.sizes.segments > 0
+        self.run(kernel, walks * pieces(values, width), launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
+
+    def map_segments(self, kernel: Any, *arguments: Tensor | None) -> None:
+        """One program for every segment, value head and tile of columns of B and M."""
+        launch = self.sizes.launches.forward
+        width = self.width(launch)
+        parts = pieces(self.constants["V"], width) + pieces(self.constants["K"], width)
+        self.run(kernel, self.walks * parts, launch, *arguments, BV=width)
+
+    def carry(self, kernel: Any, *arguments: Tensor | None, **flags: bool) -> None:
+        """One program for every sequence, value head and tile of value columns."""
+        width = self.width(CARRY)
+        programs = self.sizes.sequences * self.constants["HV"] * pieces(self.constants["V"], width)
+        self.run(kernel, programs, CARRY, *arguments, BV=width, KB=CARRIED, **flags)
+
+    def width(self, launch: Launch) -> int:
+        return min(launch.columns, padded(self.constants["V"]))
+
+    @property
+    def walks(self) -> int:
+        """Sequences or segments, each with its value heads."""
+        return (self.sizes.segments or self.sizes.sequences) * self.constants["HV"]
+
+    @property
+    def readers(self) -> int:
+        """Query heads, as those of the outputs are counted."""
+        return self.constants["HV"] * self.constants["R"]
+
+
+def readers_of(call: Call, gradient: Tensor) -> Tensor:
+    """Room for every query head's share in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
+    if gradient.ndim < 3 or gradient.shape[2] == call.readers:
+        return gradient
+    return gradient.new_empty(*gradient.shape[:2], call.readers, *gradient.shape[3:], dtype=torch.float32)

@@ -109,15 +109,10 @@ def run_kernels(
     tensors = (q.to(word), form.w.to(word), form.u.to(word))
     erase = None if form.e is form.w else form.e.to(word)
     rates = {"erase": erase, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
-    if form.transposed:
-        from ..kernels.channel_decay_transposed import chunked as chunked_across
-
-        state = None if state_BHKV is None else state_BHKV.mT
-        out, state = chunked_across(*tensors, **rates, state=state)
-        return out, state.mT
+    call = {"state": state_BHKV, "mask": mask, "scale": scale, "l2norm": l2norm, "across": form.transposed}
     from ..kernels.channel_decay import chunked
 
-    return chunked(*tensors, **rates, state=state_BHKV, mask=mask, scale=scale, l2norm=l2norm)
+    return chunked(*tensors, **rates, **call)
 
 
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from interpreted import Changed, agrees, not_at_all, one_program_less, without
 from operators import Problem
 
 from hf_fwp import ops
-from hf_fwp.kernels import channel_decay, channel_decay_tiles, channel_decay_transposed
+from hf_fwp.kernels import channel_decay, channel_decay_tiles
 from hf_fwp.rules import RULES
 
 CHOICES = problems.CHOICES | {
@@ -106,7 +106,8 @@ def test_the_inverse_keeps_its_digits_with_correlated_keys(monkeypatch):
     k, rate = (64 * k).round() / 64, 122 / 64
     monkeypatch.setitem(channel_decay.TABLE, (4, 64), channel_decay.TABLE[4, 64]._replace(chunk=64))
     beta = torch.full((1, 64, 1), rate)
-    _, _, solve, *_ = channel_decay.channel_decay_forward(k, k, k, None, beta, *[None] * 4, 1.0, False, True)
+    settings = (1.0, False, False, True)
+    _, _, solve, *_ = channel_decay.channel_decay_forward(k, k, k, None, beta, *[None] * 4, *settings)
     size = solve.shape[-1]
     for chunk, keys in zip(solve[:, 0], k[0, :, 0].double().split(size), strict=True):
         exact = torch.linalg.inv(torch.eye(size).double() + (rate * keys @ keys.mT).tril(-1))
@@ -122,10 +123,9 @@ def test_opcheck(packed):
     bounds = torch.tensor([0, 9, 20]) if packed else None
     torch.use_deterministic_algorithms(False)  # NaN where nothing is written differs from itself
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    given = (q, k, v, None, beta, g, state)
-    padded = (*given, torch.ones(1, 20).bool(), bounds, 0.5, True, True)
-    torch.library.opcheck(channel_decay.channel_decay_forward, padded, **checks)
-    torch.library.opcheck(channel_decay_transposed.transposed_forward, (*given, bounds), **checks)
+    given = (q, k, v, None, beta, g, state, torch.ones(1, 20).bool(), bounds, 0.5)
+    for across in (False, True):
+        torch.library.opcheck(channel_decay.channel_decay_forward, (*given, not across, across, True), **checks)
 
 
 @pytest.mark.parametrize("rule", ["kimi_delta", "gated_oja"])
@@ -145,11 +145,11 @@ def test_compiles_without_graph_breaks(rule):
 def test_without_a_gradient_nothing_is_kept():
     q = torch.randn(1, 65, 1, 4)
     for keep in (False, True):
-        arguments = (q, q, q, None, torch.rand(1, 65, 1), -torch.rand(1, 65, 1, 4), None, None, None, 1.0, True, keep)
-        _, _, *kept = channel_decay.channel_decay_forward(*arguments)
+        gates, settings = (torch.rand(1, 65, 1), -torch.rand(1, 65, 1, 4)), (1.0, True, False, keep)
+        _, _, *kept = channel_decay.channel_decay_forward(q, q, q, None, *gates, None, None, None, *settings)
         chunk = channel_decay.TABLE[4, 64].chunk
         count = keep * -(-65 // chunk)
-        assert [x.numel() for x in kept] == [count * n for n in (chunk * chunk, chunk * chunk, 4 * 4)]
+        assert [x.numel() for x in kept] == [count * n for n in (chunk * chunk, 4 * 4)]
 
 
 REFUSED = {
@@ -174,27 +174,40 @@ def other(**constants):
     return change
 
 
-ANY = (not_at_all, one_program_less, other(GK=0), *map(without, ("HAS_MASK", "L2NORM", "HAS_BETA")))
+PLAIN = (not_at_all, one_program_less, other(GK=0))
+ANY = (*PLAIN, *map(without, ("HAS_MASK", "L2NORM", "HAS_BETA")))
 MUTATIONS = [
-    *(("prepare_chunks", change) for change in (*ANY, other(LEVELS=4))),
+    *(("invert_chunks", change) for change in (*ANY, other(LEVELS=4))),
     *(("scan_forward", change) for change in (*ANY, without("HAS_STATE"))),
     *(("scan_backward", change) for change in (*ANY, without("HAS_FINAL"))),
     *(("gradients", change) for change in (*ANY, other(LEVELS=4))),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
-def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch):
+def is_noticed(kernel, change, monkeypatch, problem):
+    """With keys whose length matters."""
+    drawn = problems.draw
+    monkeypatch.setattr(problems, "draw", lambda name, shape: (1 + (name == "k")) * drawn(name, shape))
     monkeypatch.setattr(channel_decay, kernel, Changed(getattr(channel_decay, kernel), change))
     with pytest.raises(AssertionError, match="relative error"):
-        agrees(dataclasses.replace(KIMI, sizes=(4, 4), length=22))
+        agrees(problem)
 
 
-@pytest.mark.parametrize("change", [not_at_all, one_program_less, other(GK=0), other(LEVELS=4)])
-def test_a_broken_read_across_is_noticed(change, monkeypatch):
-    monkeypatch.setattr(channel_decay_transposed, "read_across", Changed(channel_decay_transposed.read_across, change))
-    with pytest.raises(AssertionError, match="relative error"):
-        agrees(dataclasses.replace(KIMI, rule="gated_oja", sizes=(4, 4), length=22))
+@pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch):
+    is_noticed(kernel, change, monkeypatch, dataclasses.replace(KIMI, sizes=(4, 4), length=22))
+
+
+ACROSS = [
+    *(("scan_across", change) for change in (*PLAIN, other(LEVELS=4), *map(without, ("HAS_STATE", "HAS_BETA")))),
+    *(("scan_backward", change) for change in (other(LEVELS=4), without("ACROSS"))),
+    *(("gradients", change) for change in (other(LEVELS=4), without("ACROSS"))),
+]
+
+
+@pytest.mark.parametrize(("kernel", "change"), ACROSS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_kernel_that_reads_across_is_noticed(kernel, change, monkeypatch):
+    is_noticed(kernel, change, monkeypatch, dataclasses.replace(KIMI, rule="gated_oja", sizes=(4, 4), length=22))
 
 
 def test_the_levels_of_a_chunk_are_its_lower_triangle():

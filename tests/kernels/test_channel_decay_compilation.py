@@ -2,38 +2,36 @@
 
 import pytest
 import torch
-from test_compilation import Recorded, compiled, module, spilled  # noqa: F401 (module is a fixture)
+from test_compilation import Recorded, compiled, linear_class_launches, module, spilled  # noqa: F401 (module is a fixture)
 
 SHARED = 64 * 1024  # bytes of shared memory: an AMD GPU has no more, NVIDIA's have 99 KiB or more
-KERNELS = ("prepare_chunks", "scan_forward", "scan_backward", "gradients", "read_across")
+KERNELS = ("invert_chunks", "scan_forward", "scan_backward", "gradients", "scan_across")
 
 
 @pytest.fixture
 def found(module, monkeypatch):  # noqa: F811
     """The launches so far; no kernel runs."""
-    from hf_fwp.kernels import channel_decay, channel_decay_transposed
+    from hf_fwp.kernels import channel_decay
 
     launches = []
-    for place in (channel_decay, channel_decay_transposed):
-        for name in KERNELS:
-            if hasattr(place, name):
-                monkeypatch.setattr(place, name, Recorded(getattr(place, name), launches))
+    for name in KERNELS:
+        monkeypatch.setattr(channel_decay, name, Recorded(getattr(channel_decay, name), launches))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(channel_decay, "PROGRAMS", 0)
+    monkeypatch.setattr(linear_class_launches(), "PROGRAMS", 0)
     return launches
 
 
-def run(dtype, size, *, heads=(2, 2, 2), packed=False, padded=False, erase=False, channels=None, l2norm=True):
-    """A forward and a backward."""
+def run(dtype, size, *, heads=(2, 2, 2), packed=False, padded=False, erase=False, channels=None, across=False):
+    """A forward and a backward; with unit vectors where the kernels make them."""
     from hf_fwp.kernels import channel_decay
 
     q, k, v = (torch.zeros(1, 128, n, size, dtype=dtype) for n in (heads[2], heads[0], heads[1]))
     e = torch.zeros(1, 128, heads[1], size, dtype=dtype) if erase else None
     beta, g = torch.zeros(1, 128, heads[1]), torch.zeros(1, 128, heads[1], channels or size)
     mask, bounds = torch.ones(1, 128).bool() if padded else None, torch.tensor([0, 60, 128]) if packed else None
-    given = (q, k, v, e, beta, g)
-    out, final, *kept = channel_decay.channel_decay_forward(*given, None, mask, bounds, 1.0, l2norm, True)
-    channel_decay.channel_decay_backward(out, final, *given, mask, bounds, *kept, 1.0, l2norm)
+    given, settings = (q, k, v, e, beta, g), (1.0, not erase and not across, across)
+    out, final, *kept = channel_decay.channel_decay_forward(*given, None, mask, bounds, *settings, True)
+    channel_decay.channel_decay_backward(out, final, out, *given, mask, bounds, *kept, *settings)
 
 
 # type, size of a head, bytes a thread may spill: what the table of launches leaves, and a little
@@ -62,7 +60,7 @@ def test_compiles_for_an_h100(found, tmp_path, dtype, size, allowed):
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [None, 1])
 def test_compiles_packed_padded_for_several_queries_and_an_erase_vector(found, channels):
-    run(torch.bfloat16, 24, heads=(1, 2, 4), packed=True, padded=True, erase=True, channels=channels, l2norm=False)
+    run(torch.bfloat16, 24, heads=(1, 2, 4), packed=True, padded=True, erase=True, channels=channels)
     for case in found:
         compiled(*case)
 
@@ -70,10 +68,8 @@ def test_compiles_packed_padded_for_several_queries_and_an_erase_vector(found, c
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_reading_across_compiles(found, size):
-    from hf_fwp.kernels.channel_decay_transposed import transposed_forward
-
-    q = torch.zeros(1, 128, 2, size)
-    transposed_forward(q, q, q, None, torch.zeros(1, 128, 2), torch.zeros_like(q), None, None)
+    run(torch.float32, size, across=True)
+    assert [kernel.__name__ for kernel, *_ in found] == ["invert_chunks", "scan_across", *KERNELS[2:4]]
     for kernel, arguments, keywords in found:
         built = compiled(kernel, arguments, keywords)
         assert built.metadata.shared <= SHARED, kernel.__name__
