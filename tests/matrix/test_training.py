@@ -1,7 +1,7 @@
 """`Trainer` in its variants computes one and the same training.
 
 Losses divide by the number of labels of the whole step: with gradient accumulation a mean of means would count rows
-with few labels too much (huggingface/transformers issue 37766), so rows of different lengths are used here.
+with few labels too much (huggingface/transformers#37766), so rows of different lengths are used here.
 """
 
 import numpy as np
