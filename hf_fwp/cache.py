@@ -190,7 +190,10 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
         if removed and not self.record_past:
-            raise RuntimeError("call `activate_past_recording` before the tokens that `crop` is to remove")
+            raise RuntimeError(
+                "call `activate_past_recording` before the tokens that `crop` is to remove; on a new cache, after "
+                "the first forward of a converted model"
+            )
         past = self._replay or self._recorded
         recorded = sum(len(inputs) for inputs in past)
         if removed > recorded:
