@@ -202,7 +202,8 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
             parameter.grad = None
-        for wrapped in ("forward", "_original_forward"):  # accelerate leaves autocast around the model's forward
+        # accelerate leaves autocast around the model's forward (huggingface/accelerate#858)
+        for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
         student.config.use_cache = use_cache
         student.gradient_checkpointing_disable()

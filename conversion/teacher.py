@@ -148,7 +148,7 @@ def _checked(source: str) -> str:
     if folder.is_file():
         raise ValueError(f"{source} is a file; give the folder it is in, or a .gguf file")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is not a model folder: it has no config.json")
+        raise ValueError(f"{source} is not a model folder: it has no config.json; give the one save_pretrained wrote")
     config = find_config(source)
     check_family(text_config_of(config) or config)
     if folder.is_dir():
@@ -159,7 +159,7 @@ def _checked(source: str) -> str:
 def _dequantised(file: Path) -> str:
     """A plain model folder made once from a GGUF file and kept in the user's cache."""
     if not file.is_file():
-        raise ValueError(f"there is no file {file}")
+        raise ValueError(f"there is no file {file}; check its path")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError('reading a GGUF file needs the package gguf; run `pip install "hf_fwp[demo]"`')
     with file.open("rb") as stream:

@@ -46,6 +46,7 @@ class DistilTrainer(Trainer):
     def _spread(self, teacher: PreTrainedModel) -> Any:
         """The teacher in pieces over the processes, in place, where FSDP or ZeRO-3 spreads the student."""
         if self.accelerator.is_fsdp2:
+            # `prepare` takes no model without its optimizer (huggingface/transformers#39961)
             return fsdp2_prepare_model(self.accelerator, teacher)
         plugin: Any = self.accelerator.state.deepspeed_plugin
         if self.is_deepspeed_enabled and plugin.zero_stage == 3:
@@ -100,7 +101,7 @@ class DistilTrainer(Trainer):
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             if state.global_step >= self.args.max_steps:
-                # train() would go on to one step too many
+                # train() would go on to one step too many (no public issue found)
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return

@@ -69,13 +69,18 @@ class MixerInputs:
 
 
 class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
-    """States by name (`state`, `q_conv`, ...), each with the batch as its first dimension."""
+    """States by name (`state`, `q_conv`, ...), each with the batch as its first dimension.
+
+    The layer of transformers keeps one state beside one of a convolution, counts no tokens and neither repeats nor
+    selects rows (huggingface/transformers#40827); its `crop` keeps the state (huggingface/transformers#49036).
+    """
 
     _layer_type = LAYER_TYPE
     is_sliding = False
-    # False gives silently wrong tokens when a static cache mixes these layers with attention layers
+    # False gives silently wrong tokens when a static cache mixes these layers with attention layers (no public issue
+    # found)
     is_compileable = True
-    supports_early_init = False
+    supports_early_init = False  # shapes do not follow from those of keys and values (huggingface/transformers#46439)
 
     def __init__(self, max_cache_len: int | None = None, **kwargs: Any) -> None:
         LinearAttentionLayer.__init__(self)
@@ -185,7 +190,10 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to keep."""
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
         if removed and not self.record_past:
-            raise RuntimeError("call `activate_past_recording` before the tokens that `crop` is to remove")
+            raise RuntimeError(
+                "call `activate_past_recording` before the tokens that `crop` is to remove; on a new cache, after "
+                "the first forward of a converted model"
+            )
         past = self._replay or self._recorded
         recorded = sum(len(inputs) for inputs in past)
         if removed > recorded:
@@ -229,7 +237,10 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 def current_padding(config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-    """The 2-D mask of the current tokens, for `generate` with a cache of fixed size; also when there is one token."""
+    """The 2-D mask of the current tokens, for `generate` with a cache of fixed size; also when there is one token.
+
+    transformers' own function for recurrent layers gave none once there was a state (huggingface/transformers#47086).
+    """
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
@@ -267,6 +278,7 @@ def fast_weight_layer(cache: Cache, layer_idx: int) -> FastWeightCacheLayer:
         )
     limits = [getattr(other, "max_cache_len", None) for other in cache.layers]
     # a sliding layer's limit is its window; before 5.23 a full mask takes its size from the first layer that is no such
+    # (huggingface/transformers#48510)
     longest = max((limit for limit in limits if limit is not None), default=None)
     installed = FastWeightCacheLayer(max_cache_len=None if limits[layer_idx] is None else longest)
     installed.record_past = any(getattr(other, "record_past", False) for other in cache.layers)

@@ -80,7 +80,8 @@ TRANSFORMERS_KEYWORDS = frozenset(
 class WithAutoMap(Config):
     """A config that always has an `auto_map`; an empty one is not saved.
 
-    trl reads it, without asking whether it is there, when it loads a reference whose class is not in transformers.
+    trl reads it, without asking whether it is there, when it loads a reference whose class is not in transformers (no
+    public issue found).
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -183,7 +184,9 @@ class FwpConfig(WithAutoMap, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of each layer as transformers' caches and masks know it. Derived from `rule`, never saved."""
+        """The kind of each layer as transformers' caches and masks know it. Derived from `rule`, never saved: a Trainer
+        that resumes reads the checkpoint's config with the base class, which refuses kinds that it does not know (no
+        public issue found)."""
         return [rule if rule in ATTENTION_LAYERS else LAYER_TYPE for rule in self.rules]
 
     @property

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+
 if TYPE_CHECKING:
     from transformers import GenerationMixin as Generation
 else:
@@ -22,6 +26,24 @@ class FastWeightGeneration(Generation):
             )
         prepare: Any = super()
         return prepare._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def create_masks_for_generate(
+        self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """Masks made before the forward, for a cache of fixed size; else what was given.
+
+        transformers asks for every cache that could be compiled, a growing one of fast weights alone too. Nothing is
+        compiled with that, and peft cannot put soft prompts before several masks (no public issue found).
+        """
+        if isinstance(kwargs.get("past_key_values"), DynamicCache):
+            return attention_mask
+        return self.masks_of_fixed_size(config, inputs_embeds, attention_mask, **kwargs)
+
+    def masks_of_fixed_size(
+        self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """Every mask that the layers read."""
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps keys and values in pages."""

@@ -1,11 +1,13 @@
 """Loaded weights at aligned addresses, so that a reloaded model computes bit for bit what the saved one did.
 
 `from_pretrained` maps a safetensors file into memory as it lies on the disk. Matrix libraries add in another order at
-addresses that are not multiples of 64: measured on a CPU, the logits of a single token changed in the last bit.
+addresses that are not multiples of 64: measured on a CPU, the logits of a single token changed in the last bit
+(safetensors/safetensors#607).
 """
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ else:
     Model = object
 
 ALIGNMENT = 64
+ROWS = 32  # that bitsandbytes multiplies at once in 4 bits on a processor with AVX512-BF16
 TAGS = ("hf_fwp", "fast-weights")  # of every model on the Hub
 
 # Pattern in the names that flash-linear-attention saves -> ours. None of them occurs in a checkpoint of this package;
@@ -44,6 +47,28 @@ def align_weights(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
+def check_blocks(model: nn.Module) -> None:
+    """Raise ValueError where weights in 4 bits do not fill the blocks in which bitsandbytes multiplies them on a CPU.
+
+    A rate has one row per head. The first forward would fail with an assertion (no public issue found).
+    """
+    whole, unfit = set(), set()
+    modules: Any = model.named_modules()
+    for name, module in modules:
+        place = re.sub(r"^.*\.\d+\.", "", name)  # in its block
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            whole |= {place} if isinstance(module, nn.Linear) else set()
+        elif module.weight.device.type == "cpu" and (
+            module.out_features % ROWS or module.in_features % module.weight.blocksize
+        ):
+            unfit.add(place)
+    if unfit:
+        raise ValueError(
+            f"this processor multiplies 4-bit weights of bitsandbytes in blocks, which {', '.join(sorted(unfit))} do "
+            f"not fill; give BitsAndBytesConfig llm_int8_skip_modules={sorted(unfit | whole)}"
+        )
+
+
 class AlignedLoading(Model):
     """A model whose `from_pretrained` aligns what it loaded and names a spoilt folder, and which describes itself on
     the Hub. Safetensors files are the only weights it reads, unless it is given `use_safetensors=False`."""
@@ -59,6 +84,7 @@ class AlignedLoading(Model):
         except SafetensorError as fault:
             raise ValueError(f"a weights file of {source} is damaged ({fault}); copy or download it again") from fault
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_blocks(model)
         align_weights(model)
         check_finite(model, source)
         return loaded

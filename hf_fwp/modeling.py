@@ -149,7 +149,7 @@ class FwpModel(FwpPreTrainedModel):
             h_BTD = self.embed_values(h_BTD)
         mask_positions = position_ids
         if cu_seqlens is not None:
-            # transformers' masks see sequences only in position_ids, and only without a mask
+            # transformers' masks see sequences in position_ids alone, without a mask (huggingface/transformers#46634)
             attention_mask, mask_positions = None, self._positions(h_BTD, None, None, cu_seqlens)
         masks = self._masks(h_BTD, attention_mask, mask_BT, past_key_values, mask_positions)
         rotary = self.rotary_emb(h_BTD, position_ids) if self.config.position_embedding == "rope" else None
@@ -319,8 +319,8 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
 class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrainedModel):
     """A score for the last real token of each sequence.
 
-    A series is given as `inputs_embeds`, with the `times` [B, T] of its observations where they are irregular, and with
-    `attention_mask` where rows have different lengths. Everything else is transformers' own head.
+    A series is given as `inputs_embeds`, with `times` [B, T] where its observations are irregular, and `attention_mask`
+    where rows differ in length: transformers' head would read their last position (huggingface/transformers#16372).
     """
 
     def __init__(self, config: FwpConfig) -> None:
@@ -395,6 +395,6 @@ def register_models() -> None:
 
     for auto_class, model_class in MODELS.items():
         auto_class.register(FwpConfig, model_class, exist_ok=True)
-    # Trainer shifts the labels of a smoothed loss for the classes named here only (transformers issues 17960, 27161)
+    # Trainer shifts a smoothed loss's labels for classes named here (huggingface/transformers#17960, #27161)
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FwpConfig.model_type] = FwpForCausalLM.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[FwpConfig.model_type] = LORA_TARGETS

@@ -38,6 +38,7 @@ class OwnWeights(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> dict[str, Any]:
         # the weights leave through here: a model kept on the disk has them only while a module's forward runs
+        # (huggingface/accelerate#3542)
         weights = {name: getattr(self, name) for name in self.learned}
         found: dict[str, Any] = {"weights": weights} if weights else {}
         for name, width in self.projections.items():

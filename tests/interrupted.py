@@ -78,7 +78,7 @@ def train(output: Path) -> None:
 def server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["interrupted"])
-    # Python before 3.13 forgets to tell it where to import from (python/cpython 117378)
+    # Python before 3.13 forgets to tell it where to import from (python/cpython#117378)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()

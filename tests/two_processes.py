@@ -35,7 +35,8 @@ def _begin(rank: int, folder: Path, work, args: tuple, sharded: bool) -> None:
 
 
 def shard_on_processors() -> None:
-    """accelerate takes processes without an accelerator for DDP, whatever they ask for; make it take them for GPUs."""
+    """accelerate takes processes without an accelerator for DDP, whatever they ask for (no public issue found); make it
+    take them for GPUs."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 

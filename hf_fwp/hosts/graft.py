@@ -15,7 +15,6 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..cache import install_fast_weight_layers
@@ -148,7 +147,7 @@ def _prepare(
             **{name: given.get(name) for name in ("position_ids", "cu_seq_lens_q", "seq_idx")},
         )
         if segments is not None:
-            # the attention that stays sees sequences only in position_ids, and only without a mask
+            # attention that stays sees sequences in position_ids alone, without a mask (huggingface/transformers#46634)
             given["attention_mask"] = None
             given["position_ids"] = positions_in_segments(segments, total=batch * length).view(batch, length)
     wanted = config.use_cache if given.get("use_cache") is None else given["use_cache"]
@@ -188,7 +187,7 @@ class GraftedHead(FastWeightGeneration, Grafted):
         base: Any = host_classes(head.config_class.host_name)["Model"]
         if head.base_model_prefix != base.base_model_prefix:
             # the question-answering heads of llama and qwen3 call the base model otherwise than all other heads do, and
-            # would start from random weights (transformers issue 30381)
+            # would start from random weights (huggingface/transformers#30381)
             places = {rf"^{base.base_model_prefix}\.": f"{head.base_model_prefix}."}
             kwargs.setdefault("key_mapping", places)
         return super().from_pretrained(*args, **kwargs)
@@ -201,15 +200,15 @@ class GraftedHead(FastWeightGeneration, Grafted):
         if cache is not None:
             install_fast_weight_layers(cache, converted_layers(self.config))
 
-    def create_masks_for_generate(
+    def masks_of_fixed_size(
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The host's masks for a cache of fixed size, and beside them the padding of the current tokens."""
         if HOSTS[config.host_name].masked_positions:  # the host makes its masks itself, when it has counted positions
-            own = getattr(super(), "create_masks_for_generate", None)
+            own = getattr(super(FastWeightGeneration, self), "create_masks_for_generate", None)
             given = {"config": config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
             return attention_mask if own is None else own(**given, **kwargs)
-        masks = create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
+        masks = super().masks_of_fixed_size(config, inputs_embeds, attention_mask, **kwargs)
         if attention_mask is None or not converted_layers(config):
             return masks
         padding = {PADDING: attention_mask[:, -inputs_embeds.shape[1] :]}
@@ -306,7 +305,7 @@ def register_models(name: str) -> None:
     for head, model_class in host_classes(name).items():
         getattr(transformers, HEADS[head]).register(host_config(name), model_class, exist_ok=True)
         if head == "ForCausalLM":
-            # Trainer shifts the labels of a smoothed loss for the classes named here (transformers issues 17960, 27161)
+            # Trainer shifts a smoothed loss's labels for classes named here (huggingface/transformers#17960, #27161)
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type] = model_class.__name__
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[host.model_type] = list(host.lora_targets)
 

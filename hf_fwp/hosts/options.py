@@ -62,7 +62,10 @@ def check_fwp(config: Any) -> None:
     layers = check_layers(fwp.get("layers", ()), num_layers=config.num_hidden_layers)
     for key, options in fwp.get("per_layer", {}).items():
         if not str(key).isdigit() or int(key) not in layers:
-            raise ValueError(f"fwp['per_layer'] has options for layer {key!r}, which is not one of the layers {layers}")
+            raise ValueError(
+                f"fwp['per_layer'] has options for layer {key!r}, which is not one of the layers {layers}; leave "
+                "them out, or add it to the layers"
+            )
         refuse_unknown(f"field of fwp['per_layer'][{str(key)!r}]", options, OPTIONS)
     for layer_idx in layers:
         mixer_options(config, layer_idx)

@@ -2,8 +2,9 @@
 
 Their layers look up the gated delta rule and the short convolution in the globals of their modeling file. Without
 other packages these are fallbacks in plain PyTorch; with flash-linear-attention installed they are its kernels, on a
-processor too, where those fail. `patch_hybrids` puts the operators of this package in their place, and takes the start
-of every packed sequence from `position_ids`, from which the stock layers do not:
+processor too, where those fail (no public issue found). `patch_hybrids` puts the operators of this package in their
+place, and takes the start of every packed sequence from `position_ids`, from which the stock layers do not
+(huggingface/transformers#44717, #46093, #46851):
 
     out, state = gated_delta_rule(q, k, v, g, beta)        y_t = act(Σ_j w_j x_{t-j} + b),  j < size
 """

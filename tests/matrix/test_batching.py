@@ -1,7 +1,7 @@
 """A row of a batch never depends on how it was padded or packed: forward and gradients equal each row alone.
 
 transformers' own hybrids let packed rows see each other when only position_ids begin again
-(huggingface/transformers issues 46093, 46851 and 44717).
+(huggingface/transformers#44717, #46093, #46851).
 """
 
 import pytest

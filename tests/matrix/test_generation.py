@@ -170,7 +170,7 @@ def test_tokens_taken_back_and_fed_again(model):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_reset_cache_is_a_fresh_one(model, static):
     if OLD and not static and len(model.hf_fwp_layers) < model.config.num_hidden_layers:
-        pytest.skip("transformers 5.17 keeps the length of growing keys and values in reset, 5.23 does not")
+        pytest.skip("before 5.23 growing keys and values keep their length in reset (huggingface/transformers#48809)")
     ids = tokens()
     cache = StaticCache(model.config, 16) if static else DynamicCache(config=model.config)
     model(ids.flip(1), past_key_values=cache)

@@ -1,5 +1,6 @@
 """Saved in every form, loaded in every form: the same function, and a file that does not fit is named."""
 
+import ast
 import copy
 import importlib.util
 import io
@@ -8,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from every_model import CONVERTED, every_model
+from every_model import every_model
 from safetensors.torch import load_file, save_file
 from tiny_fwp import assert_close, tokens
 from transformers import (
@@ -21,6 +22,8 @@ from transformers import (
     BitsAndBytesConfig,
     TorchAoConfig,
 )
+
+from hf_fwp.loading import ROWS, check_blocks
 
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
@@ -208,22 +211,43 @@ def test_a_larger_vocabulary(name, tied, tmp_path):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
-def torchao_int8():
+def torchao_int8(model):
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-# the kernels of 4 bits for CPUs take rows by the block, and a gate has one per head
-WHOLE = ["lm_head", "a_proj", "b_proj", "gates"]
-QUANTISED = {  # library, its settings, how far from the same model with the weights that these stand for
-    "int8 of torchao": ("torchao", torchao_int8, 1e-5),
-    "int8 of bitsandbytes": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 0.1),  # rounds inputs too
-    "4 bits of bitsandbytes": (
-        "bitsandbytes",
-        lambda: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=WHOLE),
-        DTYPES[torch.bfloat16],  # multiplied in it
-    ),
+def four_bits(model):
+    """All but what does not fill the blocks of a processor's kernels."""
+    linear = [(key, x) for key, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_skip_modules=[key for key, x in linear if x.out_features % ROWS or x.in_features % 64],
+    )
+
+
+def in_bf16(module, args):
+    return (args[0].bfloat16().double(),)
+
+
+def in_int8(module, args):
+    """The inputs as bitsandbytes rounds them: rows in 8 bits, columns with a number of 6 or more as they are."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    one = torch.ones(1, 1)
+    unit = torch.ops.bitsandbytes.int8_mm_dequant(one.int(), one[0], one[0], dtype=torch.float32)  # about 1 / 127**2
+    x = args[0].flatten(0, -2)
+    rows, largest, outliers = int8_vectorwise_quant(x.half(), threshold=6.0)
+    rounded = rows.double() * largest[:, None] * 127 * unit
+    rounded[:, outliers] = x[:, outliers]
+    return (rounded.view_as(args[0]),)
+
+
+QUANTISED = {  # library, its settings, how it rounds inputs, how far from the same model with what all these stand for
+    "int8 of torchao": ("torchao", torchao_int8, None, 1e-5),
+    # a number at the edge may be rounded to the other side
+    "int8 of bitsandbytes": ("bitsandbytes", lambda _: BitsAndBytesConfig(load_in_8bit=True), in_int8, 1e-2),
+    "4 bits of bitsandbytes": ("bitsandbytes", four_bits, in_bf16, DTYPES[torch.bfloat16]),  # multiplied in it
 }
 BLOCKS = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # 4 bits come in blocks of 64
 
@@ -239,30 +263,63 @@ def plain_weight(weight):
     return weight.dequantize()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["linear_attention", "delta_net", "gated_delta_net", "hybrid", *CONVERTED])
-@pytest.mark.parametrize("kind", QUANTISED)
-@torch.no_grad()
-def test_quantised_weights(which, kind, tmp_path):
-    library, settings, tolerance = QUANTISED[kind]
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is no dependency of hf_fwp: pip install {library} to run this test")
-    model = every_model(which, dtype=torch.float32, **BLOCKS)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=settings(), dtype=torch.float32, device_map="cpu"
-    )
+def stands_for(loaded, plain, rounded):
+    """`plain` with the weights of `loaded`, and with its inputs `rounded`; how many there are."""
     changed = 0
     for key, module in loaded.named_modules():
         if isinstance(module, torch.nn.Linear) and type(module.weight) is not torch.nn.Parameter:
-            model.get_submodule(key).weight.copy_(plain_weight(module.weight))
+            twin = plain.get_submodule(key)
+            twin.weight.copy_(plain_weight(module.weight))
+            if rounded is not None:
+                twin.register_forward_pre_hook(rounded)
             changed += 1
-    assert changed >= 2 * model.config.num_hidden_layers
-    assert_close(loaded(tokens()).logits, model(tokens()).logits, tolerance)
+    return changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", QUANTISED)
+@torch.no_grad()
+def test_quantised_weights(name, kind, tmp_path):
+    library, settings, rounded, tolerance = QUANTISED[kind]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is no dependency of hf_fwp: pip install {library} to run this test")
+    saved = every_model(name, dtype=torch.float32, **BLOCKS)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings(saved), dtype=torch.float32, device_map="cpu"
+    )
+    plain = saved.double()
+    assert stands_for(loaded, plain, rounded) >= 4 * plain.config.num_hidden_layers
+    assert_close(loaded(tokens()).logits, plain(tokens()).logits, tolerance)
     decays = [p for key, p in loaded.named_parameters() if key.endswith(("A_log", "dt_bias"))]
     assert all(p.dtype == torch.float32 for p in decays)
     ways = [loaded.generate(tokens(), max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (True, False)]
     assert torch.equal(*ways)
+
+
+class Packed(torch.nn.Linear):
+    """As bitsandbytes loads a projection in 4 bits on a processor with AVX512-BF16."""
+
+    support_avx512bf16_for_cpu = True
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight.blocksize = 64
+
+
+def test_projections_that_4_bits_of_a_processor_cannot_multiply_are_named(name):
+    model = every_model(name, dtype=torch.float32, **BLOCKS)
+    quantised = [key for key, x in model.named_modules() if isinstance(x, torch.nn.Linear) and key != "lm_head"]
+    skipped = {key for key in quantised if model.get_submodule(key).out_features % ROWS} | {"lm_head"}
+    for key in quantised:
+        model.set_submodule(key, Packed(model.get_submodule(key)))
+    if skipped == {"lm_head"}:
+        check_blocks(model)
+        return
+    with pytest.raises(ValueError, match="llm_int8_skip_modules=") as told:
+        check_blocks(model)
+    named = ast.literal_eval(str(told.value).partition("llm_int8_skip_modules=")[2])
+    assert all(any(key.endswith(place) for place in named) for key in skipped)
 
 
 @pytest.mark.slow

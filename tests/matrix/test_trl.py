@@ -41,16 +41,20 @@ def saved_model(name, tokenizer, folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def sft_losses(name, folder, *, rows, **changes):
-    """Losses of steps that all see every text."""
+def sft(name, folder, *, rows, checkpoint=None, dtype=torch.float64, **changes):
+    """A run of steps that all see every text."""
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = byte_tokenizer()
     args = SFTConfig(str(folder), per_device_train_batch_size=rows, **{"max_length": 128, **SETTINGS, **changes})
     texts = Dataset.from_dict({"text": TEXTS})
-    run = SFTTrainer(model_for(name, tokenizer), args, train_dataset=texts, processing_class=tokenizer)
-    run.train()
-    return logged(run)
+    run = SFTTrainer(model_for(name, tokenizer, dtype=dtype), args, train_dataset=texts, processing_class=tokenizer)
+    run.train(resume_from_checkpoint=checkpoint)
+    return run
+
+
+def sft_losses(name, folder, **changes):
+    return logged(sft(name, folder, **changes))
 
 
 def test_packed_rows_lose_what_separate_rows_lose(name, tmp_path):
@@ -60,6 +64,25 @@ def test_packed_rows_lose_what_separate_rows_lose(name, tmp_path):
     assert separate[-1] < separate[0]
     for losses in (packed, flat):
         assert max(abs(a - b) for a, b in zip(losses, separate, strict=True)) <= 1e-6
+
+
+@pytest.mark.slow
+def test_accumulated_and_recomputed_steps_of_fine_tuning_are_whole_steps(name, tmp_path):
+    whole = sft_losses(name, tmp_path, rows=len(TEXTS))
+    for changes in ({"rows": 1, "gradient_accumulation_steps": 4}, {"rows": 4, "gradient_checkpointing": True}):
+        losses = sft_losses(name, tmp_path, **changes)
+        assert max(abs(a - b) for a, b in zip(losses, whole, strict=True)) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True], ids=["separate", "packed"])
+def test_fine_tuning_goes_on_where_it_stopped(name, packing, tmp_path):
+    settings = {"rows": 1 if packing else 4, "packing": packing, "dtype": torch.float32, "seed": 3}
+    whole = sft(name, tmp_path, **settings, save_strategy="steps", save_steps=1)
+    for step in (1, 2):
+        resumed = sft(name, tmp_path, **settings, checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for (key, weight), expected in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(weight, expected), (step, key)
 
 
 @pytest.mark.slow
