@@ -12,6 +12,8 @@ that was interrupted goes on at the layer where it stopped.
 from __future__ import annotations
 
 import json
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +22,30 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import blocks_of, converted_layers, find_host
 from hf_fwp.layer import layers_of
-from hf_fwp.weights import INDEX, SINGLE, check_finite, weights_files
+from hf_fwp.weights import INDEX, check_finite, weights_files
 
 from .checkpoint import latest, load, save
 from .evaluate import Forward, compare
-from .families import fill, in_part, materialise_rest, put, start_neutral
+from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
 from .memory import give_back_freed_memory
+from .recipes import student_options
+from .report import peak_memory
+from .run import Run
+from .solve import solve
 from .stream import Walk, logits
+from .teacher import weights_folder
+
+LAYERS = "layers"  # in the folder of unfinished work
+IN_MEMORY = 2**25  # numbers of a residual stream, above which it is kept in a file
+NOT_MEASURED = (
+    "Converted layer by layer, never in memory as a whole: baselines, speed and samples were not measured. "
+    "`hf-fwp evaluate` measures the model where it fits."
+)
 
 
 class StoredWeights:
@@ -69,7 +83,7 @@ class StoredWeights:
 class Offload:
     """A teacher and its student without memory for the weights of their blocks, but for the block that is visited.
 
-    folder: of the unfinished work. judged_NT: token blocks [N, T] that no stage has read, on which both are compared.
+    folder: of the student's files. judged_NT: token blocks [N, T] that no stage has read, on which both are compared.
     """
 
     teacher: PreTrainedModel
@@ -81,7 +95,9 @@ class Offload:
     judges: list[Walk] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.steps = self.folder.with_name(self.folder.name + ".steps")
+        for folder in (self.folder, self.steps):
+            folder.mkdir(parents=True, exist_ok=True)
         self.host = find_host(self.teacher.config)
         for name in self.stored.places:
             if in_part(name, self.host, ""):
@@ -99,7 +115,7 @@ class Offload:
         streams = [*walks, *self.judges]
         if self.on_disk:
             for walk in streams:
-                walk.keep_in(self.folder)
+                walk.keep_in(self.steps)
         done = self._restore(streams, found)
         for layer in layers:
             if layer < done:
@@ -111,7 +127,11 @@ class Offload:
             self._write(part, self._file(layer + 1))
             self._forget(part)
             hidden = {str(place): walk.hidden_NTD for place, walk in enumerate(streams)}
-            save(self.folder / "steps", layer + 1, hidden, {"found": found, "fwp": self.student_fwp})
+            save(self.steps, layer + 1, hidden, {"found": found, "fwp": self.student_fwp})
+
+    def blocks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """The decoder blocks of the teacher and of the student."""
+        return blocks_of(self.teacher.base_model, self.host), blocks_of(self.student.base_model, self.host)
 
     @property
     def student_fwp(self) -> dict[str, Any]:
@@ -121,24 +141,24 @@ class Offload:
 
     def comparison(self, *, progress: bool) -> dict[str, Any]:
         """Perplexities, KL and agreement on the judged blocks, when all layers have been visited."""
-        teacher, student = (self._answers(model, walk) for model, walk in zip(*self._pairs(), strict=True))
+        teacher, student = (
+            self._answers(*each) for each in zip((self.teacher, self.student), self.judges, strict=True)
+        )
         return compare({"model": student}, teacher, self.judged_NT, progress=progress)["model"]
 
-    def save_pretrained(self, folder: Path) -> None:
-        """What `save_pretrained` of the whole student would write, weights in a file per layer."""
-        self.student.save_pretrained(folder, state_dict={})
-        (folder / SINGLE).unlink(missing_ok=True)
+    def complete(self) -> None:
+        """Make of `folder` what `save_pretrained` of the whole student would write, weights in a file per layer."""
+        with tempfile.TemporaryDirectory(dir=self.steps) as scratch:
+            self.student.save_pretrained(scratch, state_dict={})
+            for file in Path(scratch).glob("*.json"):
+                file.replace(self.folder / file.name)
         places: dict[str, str] = {}
         for file in (self._file(number) for number in range(self.layers + 1)):
             with safe_open(file, framework="pt") as stored:
                 places |= dict.fromkeys(stored.keys(), file.name)
-            file.rename(folder / file.name)
-        size = sum((folder / name).stat().st_size for name in set(places.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _pairs(self) -> tuple[list[PreTrainedModel], list[Walk]]:
-        return [self.teacher, self.student], self.judges
+        total = sum((self.folder / name).stat().st_size for name in set(places.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _answers(self, model: PreTrainedModel, walk: Walk) -> Forward:
         """Logits of the judged blocks, asked for in their order."""
@@ -155,7 +175,7 @@ class Offload:
         for name in self.stored.places:
             if name.startswith(part):
                 put(self.teacher, name, self.stored.read(name), loaded=True)
-        theirs, ours = (blocks_of(model.base_model, self.host)[layer] for model in (self.teacher, self.student))
+        theirs, ours = (blocks[layer] for blocks in self.blocks())
         check_finite(theirs, f"layer {layer} of {self.teacher.name_or_path}")
         fill(self.student, self.teacher, share=True, part=part)
         ours.apply(self.student._init_weights)
@@ -165,10 +185,12 @@ class Offload:
 
     def _write(self, part: str, file: Path) -> None:
         """The student's weights of a part, complete or not there at all."""
-        tied, weights = self.student.all_tied_weights_keys, {}
+        tied, converted, weights = self.student.all_tied_weights_keys, converted_layers(self.student.config), {}
         for name, tensor in self.student.state_dict().items():
             if in_part(name, self.host, part) and name not in tied:
-                weights[name] = tensor.to(self.stored.dtypes.get(name, tensor.dtype)).contiguous()
+                kept = in_attention(name, self.host)[1] not in converted
+                dtype = self.stored.dtypes.get(name, tensor.dtype) if kept else tensor.dtype
+                weights[name] = tensor.to(dtype).contiguous()
         unfinished = file.with_suffix(".unfinished")
         save_file(weights, unfinished, metadata={"format": "pt"})
         unfinished.rename(file)
@@ -182,7 +204,7 @@ class Offload:
 
     def _restore(self, streams: list[Walk], found: dict[int, dict[str, Any]]) -> int:
         """How many layers were done before; the streams stand behind the last of them."""
-        saved = latest(self.folder / "steps", resume=True)
+        saved = latest(self.steps, resume=True)
         if saved is None:
             return 0
         tensors, said = load(saved)
@@ -191,3 +213,28 @@ class Offload:
         found |= {int(layer): choice for layer, choice in said["found"].items()}
         self.student_fwp.update(said["fwp"])
         return int(saved.name.rpartition("-")[2])
+
+
+def finish_offloaded(run: Run, output: Path) -> PreTrainedModel:
+    """The closed form layer by layer; what needs the whole student at once is not measured."""
+    assert run.work is not None, "it is where the layers go"
+    started, plan, teacher = time.perf_counter(), run.plan, run.teacher
+    named = plan.named()
+    layers = [layer for layer in range(plan.num_layers) if layer not in named]
+    student = empty_student(teacher, layers=layers, fwp=student_options(plan.rule)).eval()
+    pair = Offload(
+        teacher,
+        student,
+        StoredWeights(weights_folder(str(teacher.name_or_path)), teacher),
+        run.work / LAYERS,
+        run.blocks["report"],
+        on_disk=run.blocks["solve"].numel() * teacher.config.hidden_size > IN_MEMORY,
+    )
+    found = solve(student, teacher, run.blocks["solve"], stream="student", progress=run.progress, visit=pair.visit)
+    run.note_choices(found)
+    run.report["stages"]["solve"] = {"seconds": time.perf_counter() - started}
+    run.report |= {"kept_layers": named, "evaluation": pair.comparison(progress=run.progress)}
+    run.report |= {"peak_memory_bytes": peak_memory(), "notes": [NOT_MEASURED]}
+    pair.complete()
+    run.publish(pair.folder, output)
+    return student
