@@ -191,7 +191,7 @@ class Offload:
                 kept = in_attention(name, self.host)[1] not in converted
                 dtype = self.stored.dtypes.get(name, tensor.dtype) if kept else tensor.dtype
                 weights[name] = tensor.to(dtype).contiguous()
-        unfinished = file.with_suffix(".unfinished")
+        unfinished = self.steps / file.name  # where what a kill leaves of it is thrown away
         save_file(weights, unfinished, metadata={"format": "pt"})
         unfinished.rename(file)
 
