@@ -11,20 +11,16 @@ A finished stage is saved beside `output`, in `output`.partial, until the finish
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import converted_layers
 
@@ -34,42 +30,15 @@ from .data import demo_corpus, read_data, token_blocks
 from .distil import distil
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
-from .plan import Plan, describe, within
+from .offload import LAYERS, finish_offloaded
+from .plan import Plan, describe, offloads, within
 from .recipes import find_recipe, student_options
-from .report import environment, measure, peak_memory, write_report
+from .report import environment, measure, peak_memory
+from .run import Run, as_begun, begin, check_output, fingerprint
 from .solve import solve
 from .teacher import Teacher, load_teacher
 
 REPORT_TOKENS = 4096
-
-
-@dataclass
-class Run:
-    """A conversion under way: its models, its text, what it has found so far, and where it saves."""
-
-    plan: Plan
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    blocks: dict[str, Tensor]
-    work: Path | None
-    share: bool
-    report: dict[str, Any]
-    progress: bool = True
-
-    def stage(self, name: str, student: PreTrainedModel | None, do: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """Run a stage, or load what it gave when it was finished before."""
-        saved = None if self.work is None else self.work / name
-        if saved is not None and (saved / "stage.json").is_file():
-            self.report = json.loads((saved / "stage.json").read_text())
-            loaded: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype)
-            return loaded.to(self.teacher.device)
-        del student
-        started = time.perf_counter()
-        result = do()
-        self.report["stages"].setdefault(name, {})["seconds"] = time.perf_counter() - started
-        if saved is not None:
-            _save_whole(saved, result, {"stage.json": json.dumps(self.report, default=str)})
-        return result
 
 
 def convert(
@@ -86,6 +55,7 @@ def convert(
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    max_memory: int | str | None = None,
     dry_run: bool = False,
 ) -> PreTrainedModel:
     """Swap the softmax attention of `teacher` for fast weights and repair what that broke; returns the student.
@@ -93,22 +63,21 @@ def convert(
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
     budget: tokens for the stages that take gradient steps, or a time ("20m"). data: a text, a Path, a list of texts or
     a datasets object; with splits "train" and "test" the report is measured on "test". output: a new folder for model,
-    tokenizer, report and card; an interrupted run continues with `resume`. dry_run: print the plan and return the
-    teacher. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before it starts.
+    tokenizer, report and card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by
+    default what is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student
+    returned has its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return
+    the teacher without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be
+    done, before it starts.
     """
     options, output = find_recipe(recipe), None if output is None else Path(output)
     student_options(rule)
-    _check_output(output, resume=resume)
-    model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
-    if tokenizer is None:
-        raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the teacher is {model.dtype}; least squares and training need float32 weights: give dtype=torch.float32"
-        )
+    check_output(output, resume=resume)
+    given = isinstance(teacher, PreTrainedModel)
+    model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype, weights=False)
+    tokenizer = _checked(model, tokenizer, empty=dry_run or not given)
     num_layers = model.config.num_hidden_layers
     plan = Plan(
-        teacher=str(model.name_or_path) if isinstance(teacher, PreTrainedModel) else str(teacher),
+        teacher=str(model.name_or_path) if given else str(teacher),
         rule=rule,
         keep=keep,
         recipe=options,
@@ -120,21 +89,52 @@ def convert(
     )
     train, heldout = _texts(data)
     work = None if output is None else output.with_name(output.name + ".partial")
-    plan = (_as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
+    offload = _offloads(plan, model, max_memory, work=work, device=device, given=given)
+    if offload and work is None and not dry_run:
+        raise ValueError("this teacher is converted layer by layer, to files; give output=")
+    if not (given or offload or dry_run):
+        model, _ = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
+    plan = (as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
     blocks = _blocks(plan, train, heldout, tokenizer)
-    plan = replace(plan, text=_fingerprint(blocks))
-    Console(stderr=True).print(describe(plan, model), highlight=False)
+    plan = replace(plan, text=fingerprint(blocks))
+    Console(stderr=True).print(describe(plan, model, offload=offload), highlight=False)
     if dry_run:
         return model
     if work is not None:
-        _begin(work, plan, resume=resume)
-    run = Run(
-        plan, model, tokenizer, blocks, work, not isinstance(teacher, PreTrainedModel), _first_report(plan, model)
-    )
+        begin(work, plan, resume=resume)
+    run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model))
     with nullcontext() if work is None else told_when_full(work):
-        student: Any = _finish(run, output)
+        student: Any = finish_offloaded(run, output) if offload and output is not None else _finish(run, output)
     student.conversion_report = run.report
     return student
+
+
+def _checked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, empty: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer. Refuses a teacher without one, in a narrow dtype or, unless it may be `empty`, without weights."""
+    if tokenizer is None:
+        raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the teacher is {model.dtype}; least squares and training need float32 weights: give dtype=torch.float32"
+        )
+    if not empty and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError('the teacher has weights on the device "meta", which hold nothing: plan it with dry_run=True')
+    return tokenizer
+
+
+def _offloads(
+    plan: Plan, model: PreTrainedModel, limit: int | str | None, *, work: Path | None, device: Any, given: bool
+) -> bool:
+    """Whether to go layer by layer; a run goes on as it was begun."""
+    if given or torch.device(device or "cpu").type != "cpu":
+        if limit is not None:
+            raise ValueError("max_memory is for a teacher given as a folder or Hub id, on the CPU; leave it out")
+        return False
+    if work is not None and (work / LAYERS).is_dir():
+        return True
+    return offloads(plan, model, limit)
 
 
 def _texts(data: Any) -> tuple[Any, Any]:
@@ -187,14 +187,8 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
     unfinished = run.work / "finished"
     shutil.rmtree(unfinished, ignore_errors=True)
     student.save_pretrained(unfinished)
-    assert run.tokenizer is not None
-    run.tokenizer.save_pretrained(unfinished)
     run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
-    run.report = write_report(unfinished, {**run.report, "name": output.name})
-    if output.is_dir():
-        output.rmdir()
-    unfinished.rename(output)
-    shutil.rmtree(run.work)
+    run.publish(unfinished, output)
     return student.eval()
 
 
@@ -230,8 +224,7 @@ def _solved(run: Run) -> PreTrainedModel:
         stream=recipe.stream,
         progress=run.progress,
     )
-    run.report["choices"] = {layer: {**found.get(layer, {}), **solved[layer]} for layer in solved}
-    run.report["residuals"] = {layer: choice["residual"] for layer, choice in run.report["choices"].items()}
+    run.note_choices({layer: {**found.get(layer, {}), **solved[layer]} for layer in solved})
     return student
 
 
@@ -290,61 +283,3 @@ def _first_report(plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
         "environment": environment(),  # at the start: a checkout can move on while its code runs
         "stages": {},
     }
-
-
-def _check_output(output: Path | None, *, resume: bool) -> None:
-    if output is None:
-        if resume:
-            raise ValueError("resume needs the output folder of the run to continue; give output=")
-        return
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"the output folder {output} is in use; give a new folder, or delete this one")
-
-
-def _as_begun(work: Path, plan: Plan) -> Plan | None:
-    """The plan with the tokens that an interrupted run was begun with: a budget of time would be measured anew."""
-    file = work / "plan.json"
-    if not file.is_file():
-        return None
-    saved = json.loads(file.read_text())
-    if plan.budget is None or saved.get("budget") != plan.budget or saved["recipe"]["name"] != plan.recipe.name:
-        return None
-    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens")}
-    return replace(plan, recipe=replace(plan.recipe, **tokens))
-
-
-def _fingerprint(blocks: dict[str, Tensor]) -> str:
-    """The same for the same tokens in the same stages."""
-    digest = hashlib.sha256()
-    for name, ids_NT in blocks.items():
-        digest.update(name.encode() + ids_NT.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _begin(work: Path, plan: Plan, *, resume: bool) -> None:
-    """Make the folder of unfinished work, or check that the one there belongs to this plan."""
-    file = work / "plan.json"
-    if file.is_file():
-        if not resume:
-            raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
-        saved, given = json.loads(file.read_text()), plan.as_json()
-        changed = [name for name in given if saved.get(name) != given[name]]
-        if changed:
-            told = ", ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in changed)
-            raise ValueError(
-                f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
-            )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    unfinished = work / "plan.json.unfinished"
-    unfinished.write_text(json.dumps(plan.as_json(), indent=2))
-    unfinished.rename(file)
-
-
-def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    for name, text in files.items():
-        (unfinished / name).write_text(text)
-    unfinished.rename(folder)

@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
 CACHE = Path.home() / ".cache" / "hf_fwp"
 HELDOUT_EVERY = 10
 NPM_TIMEOUT_S = 180
+SLOW_S = 2  # from here on reading shows a bar
 ALLOWED = "a text, a pathlib.Path, a list of texts or a datasets object"
+FIELDS = 'a "text", "messages", or "prompt" and "completion"'
 
+Document = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 Split = tuple[list[str], list[str]]
 
 
@@ -87,32 +92,37 @@ def _printed(text: str) -> str:
     return re.sub(r"([(\[{]) ", r"\1", text)
 
 
-def read_data(data: Any) -> Iterable[str]:
+def read_data(data: Any) -> Iterable[Document]:
     """The documents in `data`: a text, a Path (.txt, .jsonl, either with .gz), a list of texts, or a `datasets` object.
 
-    A `datasets` object needs a column "text", and stays lazy: a streamed one is read only as far as it is used.
+    A row of a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their "role" and
+    "content", or a "prompt" and its "completion", each a text or messages. A `datasets` object stays lazy: a streamed
+    one is read only as far as it is used.
     """
     texts = _documents(data)
-    if not any(text.strip() for text in texts):
+    if not any(_written(document) for document in texts):
         raise ValueError(f"data holds no text: {_shown(data)}; give {ALLOWED}")
     return texts
 
 
 def token_blocks(
-    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", *, sequence_length: int, tokens: int | None = None
+    texts: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", *, sequence_length: int, tokens: int | None = None
 ) -> torch.Tensor:
     """`[N, sequence_length]` token ids: the documents in a row, an end-of-text token after each, cut into blocks.
 
     Reads no further than `tokens` needs (rounded up to whole blocks); without `tokens` every whole block there is.
+    Conversations are put in the words of the tokenizer's chat template.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
     needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
     ids: list[int] = []
-    for text in texts:
-        ids += _document_ids(text, tokenizer)
-        if needed is not None and len(ids) >= needed:
-            break
+    with tqdm(total=needed, desc="read", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
+        for text in texts:
+            ids += _document_ids(text, tokenizer)
+            bar.update(len(ids) - bar.n)
+            if needed is not None and len(ids) >= needed:
+                break
     wanted = sequence_length if needed is None else needed
     if len(ids) < wanted:
         raise ValueError(
@@ -123,13 +133,61 @@ def token_blocks(
     return torch.tensor(ids[: blocks * sequence_length], dtype=torch.long).view(blocks, sequence_length)
 
 
-def _document_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    text = document if isinstance(document, str) else _in_template(document, tokenizer)
     found: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    end: Any = tokenizer.eos_token_id
-    return list(found["input_ids"]) if end is None else [*found["input_ids"], end]
+    ids, end = list(found["input_ids"]), tokenizer.eos_token_id
+    ended = not isinstance(document, str) and ids[-1:] == [end]  # some templates end with it
+    return ids if end is None or ended else [*ids, end]
 
 
-def _documents(data: Any) -> Iterable[str]:
+def _in_template(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the data holds conversations, and the tokenizer has no chat template for them; give a tokenizer that has "
+            "one, or texts"
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _written(document: Document) -> bool:
+    """Whether there is anything but space in it."""
+    parts = [document] if isinstance(document, str) else [message["content"] for message in document]
+    return any(part.strip() if isinstance(part, str) else part for part in parts)
+
+
+def _document(row: Mapping[str, Any]) -> Document:
+    """The text or conversation of a row; KeyError or TypeError where there is none."""
+    if "text" in row:
+        found = row["text"]
+    else:
+        found = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    if isinstance(found, str) or _is_conversation(found):
+        return found
+    raise TypeError(f"neither a text nor messages: {type(found).__name__}")
+
+
+def _is_conversation(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(said, dict) and {"role", "content"} <= said.keys() for said in found
+    )
+
+
+@dataclass(frozen=True)
+class _Conversations:
+    """The rows of a `datasets` object, read anew whenever they are asked for."""
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, row in enumerate(self.dataset):
+            try:
+                yield _document(row)
+            except (KeyError, TypeError) as fault:
+                raise ValueError(f"row {number} of the dataset has to hold {FIELDS}; {fault}") from fault
+
+
+def _documents(data: Any) -> Iterable[Document]:
     if isinstance(data, str):
         return [data]
     if isinstance(data, Path):
@@ -138,19 +196,24 @@ def _documents(data: Any) -> Iterable[str]:
         data = data["train"]
     if hasattr(data, "column_names") or hasattr(data, "features"):
         return _text_column(data)
-    if isinstance(data, (list, tuple)) and all(isinstance(text, str) for text in data):
+    if isinstance(data, (list, tuple)) and all(isinstance(each, str) or _is_conversation(each) for each in data):
         return data
     raise ValueError(f"cannot read data of type {type(data).__name__}; give {ALLOWED}")
 
 
-def _text_column(dataset: Any) -> Iterable[str]:
+def _text_column(dataset: Any) -> Iterable[Document]:
     columns = dataset.column_names
-    if columns is not None and "text" not in columns:
-        raise ValueError(f'the dataset has the columns {", ".join(columns)}; rename the one with the text to "text"')
-    return dataset["text"]
+    if columns is None or "text" in columns:
+        return dataset["text"]
+    if "messages" in columns or {"prompt", "completion"} <= set(columns):
+        return _Conversations(dataset)
+    raise ValueError(
+        f'the dataset has the columns {", ".join(columns)}; rename the one with the text to "text", '
+        f"a conversation's to {FIELDS.partition(', ')[2]}"
+    )
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> list[Document]:
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist or is not a file")
     names = path.suffixes
@@ -161,13 +224,13 @@ def _read_file(path: Path) -> list[str]:
         return [file.read()]
 
 
-def _jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield json.loads(line)["text"]
+                yield _document(json.loads(line))
             except (json.JSONDecodeError, KeyError, TypeError) as fault:
-                raise ValueError(f'{path}, line {number}: a line must be a JSON object with a "text" field') from fault
+                raise ValueError(f"{path}, line {number}: a line must be a JSON object with {FIELDS}") from fault
 
 
 def _shown(data: Any) -> str:

@@ -1,7 +1,7 @@
 """What a conversion is going to do, in words and in numbers, before it starts.
 
 Times are estimates: the tokens of every stage, times what the stage costs in forward passes of the teacher, times the
-measured time of one such pass on this machine.
+time of one such pass on this machine. Neither time nor memory needs the teacher's weights: its config is enough.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int, get_max_memory
 from transformers import PreTrainedModel
 
+from hf_fwp.hosts import blocks_of, find_host
+from hf_fwp.layer import layers_of
+
+from .families import empty_student
 from .keep import Keep, kept_layers
-from .recipes import Recipe
+from .recipes import Recipe, student_options
 from .report import peak_memory
 
 # Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
 COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8}
 # Tensors [tokens, hidden size] that are in memory at once: while solving, and per layer for the backward of distil.
 STREAMS, ACTIVATIONS = 9, 40
+# Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
+EQUATIONS = (24, 56)
+PASS = 1.5  # time of a forward pass over that of its products of matrices, SmolLM2-135M with 1 CPU core
 BATCH = 4  # sequences a step, where the recipe does not say
 
 
@@ -54,50 +62,135 @@ class Plan:
         return json.loads(json.dumps(asdict(self), default=str))
 
 
-def describe(plan: Plan, model: PreTrainedModel) -> str:
-    """The plan in words, with estimates of time and memory."""
+@dataclass(frozen=True)
+class Stage:
+    """A part of a conversion: what it reads, and estimates of what it takes."""
+
+    name: str
+    tokens: int
+    seconds: float
+    bytes: float  # that the process holds meanwhile
+
+
+def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> str:
+    """The plan in words, with estimates of time and memory for every stage."""
     if plan.kept is None or not plan.ranked:
         kept = f"{len(plan.named())} of {plan.num_layers} layers stay softmax"
     else:
         kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by measured KL"
-    recipe = plan.recipe
-    steps = [f"solve {recipe.solve_tokens} tokens"]
-    if plan.ranked:
-        steps.insert(0, f"rank on {recipe.rank_tokens}")
-    steps += [f"align {recipe.align_tokens}"] if recipe.align_tokens else []
-    steps += [f"distil {recipe.distil_tokens}"] if recipe.distil_tokens else []
-    return (
-        f"convert {plan.teacher} to {plan.rule}, recipe {recipe.name}: {kept}\n"
-        f"  {', '.join(steps)}; about {estimate(plan, model) / 60:.0f} minutes, "
-        f"{memory(plan, model) / 2**30:.1f} GiB of memory"
-    )
+    lines = [f"convert {plan.teacher} to {plan.rule}, recipe {plan.recipe.name}: {kept}"]
+    lines += ["  layer by layer: the teacher is never in memory as a whole"] if offload else []
+    for stage in stages(plan, model, offload=offload):
+        lines.append(f"  {stage.name} {stage.tokens} tokens: {duration(stage.seconds)}, {size(stage.bytes)}")
+    return "\n".join(lines)
 
 
-def memory(plan: Plan, model: PreTrainedModel) -> float:
-    """Bytes that the process will hold at most, given that it holds the teacher by now."""
-    recipe, weights = plan.recipe, model.num_parameters() * model.dtype.itemsize
-    token = model.config.hidden_size * model.dtype.itemsize
-    so_far = peak_memory() or 2 * weights  # loading takes the weights twice
-    extra = STREAMS * recipe.solve_tokens * token
-    if recipe.distil_tokens:
-        batch = recipe.distil.get("batch_size", BATCH) * recipe.sequence_length
-        # the student, its gradients and Adam's two moments
-        extra = max(extra, 4 * weights + ACTIVATIONS * plan.num_layers * batch * token)
-    return max(so_far, so_far - weights + extra)
+def duration(seconds: float) -> str:
+    """'40 s', '12 minutes', '3.5 hours': as exact as an estimate is."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+def size(count: float) -> str:
+    """Bytes as '3.2 GiB'."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list[Stage]:
+    """What the stages take, in order; the weights of `model` may be on the device "meta".
+
+    offload: the closed form is solved layer by layer, from files.
+    """
+    recipe, second = plan.recipe, _seconds_per_token(model)
+    need = _needs(plan, model)
+    solving = need.offloaded() if offload else need.solving()
+    held = {"rank": solving, "solve": solving, "align": need.aligning(), "distil": need.distilling()}
+    ranking = recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
+    tokens = {
+        "rank": recipe.rank_solve_tokens + recipe.rank_tokens if plan.ranked else 0,
+        "solve": recipe.solve_tokens,
+        "align": recipe.align_tokens,
+        "distil": recipe.distil_tokens,
+    }
+    units = {name: count * COSTS[name] for name, count in tokens.items()} | {"rank": ranking}
+    return [Stage(name, count, units[name] * second, held[name]) for name, count in tokens.items() if count]
+
+
+def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> float:
+    """Bytes that the process will hold at most."""
+    return max(stage.bytes for stage in stages(plan, model, offload=offload))
 
 
 def estimate(plan: Plan, model: PreTrainedModel) -> float:
-    """Seconds that the stages will take, from the measured time of one forward pass."""
-    recipe = plan.recipe
-    units = recipe.solve_tokens * COSTS["solve"]
-    units += recipe.align_tokens * COSTS["align"] + recipe.distil_tokens * COSTS["distil"]
-    if plan.ranked:
-        units += recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
-    return units * _seconds_per_token(model)
+    """Seconds that the stages will take."""
+    return sum(stage.seconds for stage in stages(plan, model))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of everything that takes memory in a conversion."""
+
+    process: float  # what the process holds by now, but for the teacher
+    weights: float  # of the teacher
+    outside: float  # of them, what lies outside of its blocks
+    mixer: float  # weights of one
+    mixers: float  # of all that are converted
+    streams: float  # tensors [tokens, hidden size] while solving
+    equations: float  # of the least squares of one layer, [regressors, regressors] and [regressors, hidden size]
+    layer: float  # activations of one layer in a step with gradients
+    steps: float  # those of all layers
+    num_layers: int
+
+    def solving(self) -> float:
+        return self.process + self.weights + self.mixers + self.streams + self.equations
+
+    def offloaded(self) -> float:
+        block = (self.weights - self.outside) / self.num_layers
+        return self.process + self.outside + 2 * block + self.mixer + self.streams + self.equations
+
+    def aligning(self) -> float:
+        # the mixers, their gradients and Adam's two moments
+        return self.process + self.weights + 4 * self.mixers + self.layer
+
+    def distilling(self) -> float:
+        return self.process + self.weights + 4 * (self.weights + self.mixers) + self.steps
+
+
+def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
+    recipe, byte, hidden = plan.recipe, model.dtype.itemsize, model.config.hidden_size
+    student = empty_student(model, layers=[0], fwp=student_options(plan.rule))
+    mixer = layers_of(student)[0]
+    weights, own = model.num_parameters(), sum(parameter.numel() for parameter in mixer.parameters())
+    blocks = sum(p.numel() for p in blocks_of(model.base_model, find_host(model.config)).parameters())
+    skipped = mixer.skip_proj.in_features if mixer.options.value_skip else 0
+    reads = mixer.o_proj.in_features + skipped + mixer.options.o_bias
+    empty = model.get_input_embeddings().weight.is_meta
+    process = (peak_memory() or 0) - (0 if empty else byte * weights)
+    batch = {name: getattr(recipe, name).get("batch_size", BATCH) for name in ("align", "distil")}
+    token = hidden * byte * recipe.sequence_length
+    converted = plan.num_layers - (len(plan.named()) if plan.kept is None else plan.kept)
+    return Needs(
+        process=max(0, process),
+        weights=byte * weights,
+        outside=byte * (weights - blocks),
+        mixer=byte * own,
+        mixers=byte * own * converted,
+        streams=byte * hidden * STREAMS * recipe.solve_tokens,
+        equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
+        layer=ACTIVATIONS * batch["align"] * token,
+        steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,
+        num_layers=plan.num_layers,
+    )
 
 
 @torch.no_grad()
 def _seconds_per_token(model: PreTrainedModel, length: int = 256) -> float:
+    """Of one forward pass: measured, or for a model without memory from the time of a product of matrices."""
+    weight: Any = model.get_input_embeddings().weight
+    if weight.is_meta:
+        products = model.num_parameters() - (0 if model.config.tie_word_embeddings else weight.numel())
+        return products * _seconds_per_weight(length)
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     times = []
     for _ in range(2):
@@ -105,6 +198,53 @@ def _seconds_per_token(model: PreTrainedModel, length: int = 256) -> float:
         model.base_model(input_ids=ids, use_cache=False)
         times.append(time.perf_counter() - started)
     return min(times) / length
+
+
+def _seconds_per_weight(length: int, width: int = 2048) -> float:
+    x_TD, weight_DD = torch.zeros(length, width), torch.zeros(width, width)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(x_TD, weight_DD)
+        times.append(time.perf_counter() - started)
+    return PASS * sorted(times)[2] / (length * width * width)
+
+
+def offloads(plan: Plan, model: PreTrainedModel, limit: int | str | None) -> bool:
+    """Whether the closed form has to be solved layer by layer to stay within `limit`, by default the free memory.
+
+    Raises ValueError where that would not help, and says what would. Without a limit, only a teacher whose weights
+    alone do not fit keeps a stage of gradient steps from being tried.
+    """
+    free = get_max_memory()["cpu"] if limit is None else parsed(limit)
+    needed = memory(plan, model)
+    if needed <= free or (limit is None and plan.recipe.trained() and _needs(plan, model).weights <= free):
+        return False
+    told = f"converting {plan.teacher} takes {size(needed)} of memory, and {size(free)} are there"
+    if plan.recipe.trained():
+        raise ValueError(
+            f"{told}; recipe {plan.recipe.name!r} takes gradient steps on the whole student. Give "
+            "recipe='closed-form', which works layer by layer, or more memory"
+        )
+    if plan.ranked:
+        raise ValueError(
+            f"{told}; ranking layers needs the whole teacher at once. Name the layers that stay (keep=[0, 5]), space "
+            "them evenly (keep='uniform:0.25') or keep none (keep=0), which works layer by layer"
+        )
+    least = memory(plan, model, offload=True)
+    if least > free:
+        raise ValueError(f"{told}; layer by layer it takes {size(least)}, which is more too: it needs another machine")
+    return True
+
+
+def parsed(limit: int | str) -> int:
+    """Bytes of 4000000000, '4GB' or '4GiB'."""
+    try:
+        return convert_file_size_to_int(limit)
+    except ValueError as error:
+        raise ValueError(
+            f"max_memory is {limit!r}; give a number of bytes, or a size like '4GiB' or '500MB'"
+        ) from error
 
 
 def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan:

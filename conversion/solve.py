@@ -14,7 +14,7 @@ stream, whose earlier layers are solved already; with "teacher" from the teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from .stream import ROWS, Walk
 LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 HEAD_LAMBDA = 1e-3
 STREAMS = ("student", "teacher")
+Visit = Callable[[Iterable[int], "list[Walk]", dict[int, dict[str, Any]]], Iterable[int]]
 
 
 @dataclass
@@ -99,10 +100,12 @@ def solve(
     search: int = 3,
     stream: str = "student",
     progress: bool = True,
+    visit: Visit = lambda layers, walks, found: layers,
 ) -> dict[int, dict[str, Any]]:
     """Calibrate (unless `calibrated`) and solve every converted layer of `student`; returns what came out per layer.
 
     ids_NT: token blocks [N, T]; the last `heldout` choose lambda, the first `search` find the settings of heads.
+    visit: gives the layers in turn, and sees to it that the weights of each are there (offload.py).
     """
     if stream not in STREAMS:
         raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
@@ -113,7 +116,8 @@ def solve(
     layers = converted_layers(student.config)
     found: dict[int, dict[str, Any]] = {}
     last = len(teacher_walk.blocks) if stream == "student" else max(layers, default=-1) + 1
-    for layer in tqdm(range(last), desc="solve", unit="layer", disable=not progress):
+    turn = tqdm(range(last), desc="solve", unit="layer", disable=not progress)
+    for layer in visit(turn, [walk for walk in (teacher_walk, student_walk) if walk is not None], found):
         if layer not in layers:
             for walk in filter(None, (teacher_walk, student_walk)):
                 walk.move(layer)

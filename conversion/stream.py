@@ -12,8 +12,11 @@ Shape legend: hf_fwp/rules/base.py; N sequences.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +67,18 @@ class Walk:
         self.projection_name = output_projection_name(host)
         self.blocks = list(blocks_of(base, host))
         self.ids_NT = ids_NT.to(model.device)
+        self.folder: Path | None = None
         self.arguments = self._arguments(base)
         self.hidden_NTD = torch.cat([self._embedded(base, rows) for rows in self.rows()])
 
     def rows(self) -> Iterator[slice]:
         """Slices of sequences that are computed together."""
         return (slice(start, start + ROWS) for start in range(0, len(self.ids_NT), ROWS))
+
+    def keep_in(self, folder: Path) -> None:
+        """From here on the stream, and all that has its size, lies in files of `folder`, which the system can page."""
+        self.folder = folder
+        self.hidden_NTD = self._like(self.hidden_NTD).copy_(self.hidden_NTD)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention, or the mixer, of a block."""
@@ -131,7 +140,8 @@ class Walk:
         return x, answers, heads
 
     def _like(self, part: Tensor) -> Tensor:
-        return part.new_empty(len(self.ids_NT), *part.shape[1:])
+        shape = (len(self.ids_NT), *part.shape[1:])
+        return part.new_empty(shape) if self.folder is None else mapped(self.folder, shape, part.dtype)
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""
@@ -146,7 +156,7 @@ class Walk:
     @torch.no_grad()
     def inputs(self, layer: int) -> Tensor:
         """What the attention or mixer of this block is given, [N,T,D]; the stream stays where it is."""
-        x_NTD = torch.empty_like(self.hidden_NTD)
+        x_NTD = self._like(self.hidden_NTD)
         for rows in self.rows():
             x_NTD[rows] = self._with_stand_in(layer, rows, None)[1]
         return x_NTD
@@ -195,20 +205,37 @@ class Walk:
 
     @torch.no_grad()
     def _arguments(self, base: nn.Module) -> list[dict[str, Any]]:
-        """What each block is called with beside the hidden states: equal for all unpadded sequences of one length."""
+        """What each block is called with beside the hidden states: equal for all unpadded sequences of one length.
+
+        The blocks are told apart but not run: their weights need not be in memory.
+        """
         seen: list[dict[str, Any]] = []
 
-        def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
-            given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
-            given = {**given, **given.pop("kwargs", {})}
-            seen.append({name: value for name, value in given.items() if name not in NOT_REPEATED})
+        def recorder(signature: inspect.Signature) -> Callable[..., tuple[Any]]:
+            def record(*args: Any, **kwargs: Any) -> tuple[Any]:
+                given = signature.bind(*args, **kwargs).arguments
+                given = {**given, **given.pop("kwargs", {})}
+                seen.append({name: value for name, value in given.items() if name not in NOT_REPEATED})
+                if len(seen) == len(self.blocks):
+                    raise _Seen
+                # whether a family takes the first of what a block returns or all of it, the next block gets this
+                hidden = given["hidden_states"]
+                return hidden if isinstance(hidden, tuple) else (hidden,)
 
-        hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self.blocks]
+            return record
+
+        own = [block.__dict__.get("forward") for block in self.blocks]
         try:
-            base(input_ids=self.ids_NT[:1, :], use_cache=False)
+            for block in self.blocks:
+                block.forward = recorder(inspect.signature(block.forward))
+            base(input_ids=self.ids_NT[:1], use_cache=False)
+        except _Seen:
+            pass
         finally:
-            for hook in hooks:
-                hook.remove()
+            for block, forward in zip(self.blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
         return seen
 
     @torch.no_grad()
@@ -227,6 +254,12 @@ class Walk:
         finally:
             hook.remove()
         return found[0]
+
+
+def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that is a file of `folder`, which is gone when the tensor is."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 @dataclass

@@ -13,15 +13,18 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
@@ -40,11 +43,13 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    weights: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The teacher in evaluation mode, and its tokenizer (None when a model object comes without one).
 
     A model object is never modified: it is returned as it is, or copied when `dtype` or `device` ask for a change.
     Everything else is loaded in `dtype`, float32 by default. Of a vision-language model it is the language part.
+    Without `weights` what would be loaded is on the device "meta": it has shapes, and takes no memory.
     """
     if isinstance(teacher, PreTrainedModel):
         teacher = teacher if text_config_of(teacher.config) is None else language_part(teacher)
@@ -57,8 +62,11 @@ def load_teacher(
         )
     if not isinstance(teacher, str | os.PathLike):
         raise ValueError(f"the teacher is a {type(teacher).__name__}; give a model, a folder, a Hub id or a .gguf file")
-    source = _dequantised(Path(teacher)) if str(teacher).endswith(".gguf") else _checked(os.fspath(teacher))
-    composite = not str(teacher).endswith(".gguf") and text_config_of(find_config(source)) is not None
+    gguf = str(teacher).endswith(".gguf")
+    source = _dequantised(Path(teacher)) if gguf else _checked(os.fspath(teacher), weights=weights)
+    if not weights:
+        return empty_teacher(source, dtype=dtype or torch.float32), _tokenizer_at(source, tokenizer)
+    composite = not gguf and text_config_of(find_config(source)) is not None
     kind = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     model: Any = kind.from_pretrained(source, dtype=dtype or torch.float32)
     align_weights(model)
@@ -67,9 +75,18 @@ def load_teacher(
         model = language_part(model)
     if device is not None:
         model = model.to(device)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer = _load_tokenizer(source if tokenizer is None else tokenizer)
-    return model.eval(), tokenizer
+    return model.eval(), _tokenizer_at(source, tokenizer)
+
+
+def empty_teacher(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or Hub id with every weight on the device "meta"."""
+    config = find_config(source)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(text_config_of(config) or config, dtype=dtype)
+    if (Path(source) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    model.name_or_path = source
+    return model.eval()
 
 
 def check_family(config: Any) -> None:
@@ -106,6 +123,15 @@ def smollm2_gguf() -> Path:
     )
 
 
+def weights_folder(source: str) -> Path:
+    """The folder with the weights of a model: itself, or the Hub's copy on this machine, complete and whole."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    check_weights(folder)
+    return folder
+
+
 def _as_asked(
     model: PreTrainedModel, *, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> PreTrainedModel:
@@ -135,6 +161,12 @@ def _tokenizer_of(model: PreTrainedModel, tokenizer: Any) -> PreTrainedTokenizer
     return None
 
 
+def _tokenizer_at(source: str, tokenizer: Any) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    return _load_tokenizer(source if tokenizer is None else tokenizer)
+
+
 def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
@@ -142,8 +174,8 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         raise ValueError(f"found no tokenizer in {source}; give one with tokenizer=…") from error
 
 
-def _checked(source: str) -> str:
-    """A folder or Hub id whose family is known and whose files are whole."""
+def _checked(source: str, *, weights: bool = True) -> str:
+    """A folder or Hub id whose family is known and whose files, `weights` among them, are whole."""
     folder = Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file; give the folder it is in, or a .gguf file")
@@ -151,7 +183,7 @@ def _checked(source: str) -> str:
         raise ValueError(f"{source} is not a model folder: it has no config.json; give the one save_pretrained wrote")
     config = find_config(source)
     check_family(text_config_of(config) or config)
-    if folder.is_dir():
+    if folder.is_dir() and weights:
         check_weights(folder)
     return source
 

@@ -82,6 +82,9 @@ def convert(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory to use, as 8GiB; a larger teacher is converted layer by layer.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -101,6 +104,7 @@ def convert(
         seed=seed,
         device=device,
         dtype=parse_dtype(dtype),
+        max_memory=max_memory,
         dry_run=dry_run,
     )
     if not dry_run:

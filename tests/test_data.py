@@ -120,6 +120,55 @@ def test_datasets_are_read_whole_streamed_and_by_their_training_split():
     assert max(read) < 50
 
 
+ASKED, ANSWERED = ({"role": role, "content": text} for role, text in (("user", "2 + 2?"), ("assistant", "4")))
+SAID = "<user>2 + 2?<assistant>4"
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+ROWS = {
+    "messages": {"messages": [ASKED, ANSWERED]},
+    "prompt and completion": {"prompt": [ASKED], "completion": [ANSWERED]},
+    "texts": {"prompt": "<user>2 + 2?", "completion": "<assistant>4"},
+}
+
+
+def chatting(template=TEMPLATE):
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("kind", ["jsonl", "dataset", "streamed"])
+def test_conversations_are_put_in_the_words_of_the_template(row, kind, tmp_path):
+    if kind == "jsonl":
+        (given := tmp_path / "said.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    else:
+        given = datasets.Dataset.from_list([row] * 2)
+        given = given if kind == "dataset" else given.to_iterable_dataset()
+    documents = data.read_data(given)
+    for _ in range(2):  # a streamed one begins anew
+        blocks = data.token_blocks(documents, chatting(), sequence_length=len(SAID) + 1)
+        assert [chatting().decode(block) for block in blocks] == [SAID + "<end>"] * 2
+
+
+def test_a_list_may_hold_conversations_and_a_template_may_end_them():
+    given = [[ASKED, ANSWERED], "a text"]
+    ids = data.token_blocks(data.read_data(given), chatting(TEMPLATE + "<end>"), sequence_length=32)
+    assert chatting().decode(ids[0]) == SAID + "<end>a text<end>"
+
+
+def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the tokenizer has no chat template for them; give a tokenizer that has one"):
+        data.token_blocks([[ASKED]], tiny.byte_tokenizer(), sequence_length=4)
+    (tmp_path / "said.jsonl").write_text(json.dumps({"prompt": "2 + 2?"}))
+    with pytest.raises(ValueError, match=r'line 1: .* a "text", "messages", or "prompt" and "completion"'):
+        data.read_data(tmp_path / "said.jsonl")
+    (tmp_path / "said.jsonl").write_text(json.dumps({"messages": [{"content": "4"}]}))
+    with pytest.raises(ValueError, match=r"said\.jsonl, line 1"):
+        data.read_data(tmp_path / "said.jsonl")
+    with pytest.raises(ValueError, match="no text"):
+        data.read_data([[{"role": "user", "content": " "}]])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -96,29 +96,77 @@ def copy_teacher(
     The teacher is not modified. With `share`, weights that are reused stay in the teacher's memory, so that training
     them would change the teacher: use it only where nothing but mixers is written to.
     """
+    student = empty_student(teacher, layers=layers, fwp=fwp)
+    fill(student, teacher, share=share)
+    materialise_rest(student, device=teacher.device)
+    for layer in layers_of(student).values():
+        start_neutral(layer)
+    return student.train(teacher.training)
+
+
+def empty_student(
+    teacher: PreTrainedModel, *, layers: Iterable[int], fwp: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The student without memory for its weights, all of which the teacher's are known to account for."""
     host = find_host(teacher.config)
     config = student_config(teacher.config, layers=layers, fwp=fwp)
-    student = _empty_student(teacher, config, host)
+    classes = {host.class_name(head): made for head, made in host_classes(host.name).items()}
+    name = type(teacher).__name__
+    if name not in classes:
+        raise ValueError(f"cannot convert a {name}; the heads of the family {host.name!r} are {', '.join(classes)}")
     account(teacher.state_dict(), host=host, layers=converted_layers(config))
-    expected = student.state_dict()
-    tied, mixers = student.all_tied_weights_keys, _mixers(student)
+    with torch.device("meta"):
+        student = classes[name](config)
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    student.name_or_path = teacher.name_or_path
+    return student
+
+
+def fill(student: PreTrainedModel, teacher: PreTrainedModel, *, share: bool = False, part: str | None = None) -> None:
+    """Give an empty student its weights: the teacher's, and memory for what mixers have beyond them.
+
+    part: only what lies in the block whose names begin so; "" for what lies outside of all blocks.
+    """
+    config, host = student.config, find_host(teacher.config)
+    expected, tied, mixers = student.state_dict(), student.all_tied_weights_keys, _mixers(student)
     weights: dict[str, Tensor] = {}
     for key, tensor in teacher.state_dict().items():
-        for place, part in _placed(key, tensor, config, host).items():
+        for place, piece in _placed(key, tensor, config, host).items() if in_part(key, host, part) else ():
             if place in tied:
                 continue
             if place not in expected:
                 raise ValueError(f"the teacher's {key} has no place in the student (it would be {place})")
-            weights[place] = _fitted(key, part, expected[place].shape, place=place, config=config)
+            weights[place] = _fitted(key, piece, expected[place].shape, place=place, config=config)
             if weights[place] is tensor and (not share or place.startswith(mixers)):
                 weights[place] = tensor.clone()
-    _fill(student, weights, teacher)
-    for layer in layers_of(student).values():
-        start_neutral(layer)
-    if teacher.can_generate():
-        student.generation_config = copy.deepcopy(teacher.generation_config)
-    student.name_or_path = teacher.name_or_path
-    return student.train(teacher.training)
+    fresh = {}
+    for name, empty in expected.items():
+        if name in weights or name in tied or not in_part(name, host, part):
+            continue
+        if not name.startswith(mixers):
+            raise ValueError(f"the teacher has no weights for the student's {name}")
+        dtype = torch.float32 if name.rpartition(".")[2] in FLOAT32 else teacher.dtype
+        fresh[name] = torch.empty(empty.shape, dtype=dtype, device=teacher.device)
+    for name, tensor in {**weights, **fresh}.items():
+        put(student, name, tensor, loaded=name in weights)
+
+
+def in_part(key: str, host: Host, part: str | None) -> bool:
+    """Whether a weight lies in a part of the model, as `fill` names parts."""
+    if part:
+        return key.startswith(part)
+    return part is None or re.search(rf"\b{re.escape(host.blocks)}\.\d+\.", key) is None
+
+
+def materialise_rest(model: PreTrainedModel, *, device: torch.device) -> None:
+    """What a model built without memory has beside the weights it was given: tied weights, and buffers."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    model.tie_weights()
+    model.initialize_weights()
 
 
 def start_neutral(layer: FastWeightLayer) -> None:
@@ -145,15 +193,6 @@ def _placed(key: str, tensor: Tensor, config: Any, host: Host) -> dict[str, Tens
     return {block + place: part for place, part in parts.items()}
 
 
-def _empty_student(teacher: PreTrainedModel, config: Any, host: Host) -> PreTrainedModel:
-    classes = {host.class_name(head): made for head, made in host_classes(host.name).items()}
-    name = type(teacher).__name__
-    if name not in classes:
-        raise ValueError(f"cannot convert a {name}; the heads of the family {host.name!r} are {', '.join(classes)}")
-    with torch.device("meta"):
-        return classes[name](config)
-
-
 def _mixers(student: PreTrainedModel) -> tuple[str, ...]:
     """How the names of the mixers' parameters begin."""
     return tuple(f"{name}." for name, module in student.named_modules() if isinstance(module, FastWeightLayer))
@@ -172,29 +211,10 @@ def _fitted(key: str, tensor: Tensor, shape: torch.Size, *, place: str, config: 
     )
 
 
-def _fill(student: PreTrainedModel, weights: Mapping[str, Tensor], teacher: PreTrainedModel) -> None:
-    """Give the student, built without memory, the given weights; what mixers have beyond them is initialised."""
-    tied, mixers = student.all_tied_weights_keys, _mixers(student)
-    fresh = {}
-    for name, empty in student.state_dict().items():
-        if name in weights or name in tied:
-            continue
-        if not name.startswith(mixers):
-            raise ValueError(f"the teacher has no weights for the student's {name}")
-        dtype = torch.float32 if name.rpartition(".")[2] in FLOAT32 else teacher.dtype
-        fresh[name] = torch.empty(empty.shape, dtype=dtype, device=teacher.device)
-    for name, tensor in {**weights, **fresh}.items():
-        owner, _, last = name.rpartition(".")
-        _put(student.get_submodule(owner), last, tensor, loaded=name in weights)
-    for module in student.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=teacher.device)
-    student.tie_weights()
-    student.initialize_weights()
-
-
-def _put(module: nn.Module, name: str, tensor: Tensor, *, loaded: bool) -> None:
+def put(model: nn.Module, name: str, tensor: Tensor, *, loaded: bool) -> None:
+    """Set a parameter or buffer of any device and size; one that is not `loaded` has still to be initialised."""
+    owner, _, name = name.rpartition(".")
+    module = model.get_submodule(owner)
     if name in module._buffers:
         module._buffers[name] = tensor
         return
@@ -209,6 +229,10 @@ __all__ = [
     "account",
     "attention_modules",
     "copy_teacher",
+    "empty_student",
+    "fill",
+    "materialise_rest",
     "output_projection_name",
+    "put",
     "start_neutral",
 ]

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import re
 
 import datasets
 import pytest
@@ -138,17 +139,20 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys, 
     told = planned(capsys, folder, keep=0.34, output=tmp_path / "made")
     assert f"1 of {LAYERS} layers stay softmax, ranked by measured KL" in told
     assert "solve 112 tokens" in told
-    assert "align 128, distil 128" in told
+    for stage in ("rank 96", "solve 112", "align 128", "distil 128"):
+        assert re.search(rf"{stage} tokens: about \d+ s, \d+\.\d GiB", told)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_budget_is_tokens_or_a_time(folder, capsys, monkeypatch):
-    assert "align 200, distil 200" not in planned(capsys, folder)
-    assert "align 200, distil 200" in planned(capsys, folder, budget=400)
-    assert "align 500, distil 500" in planned(capsys, folder, budget="0.001M")
+    assert "align 200" not in planned(capsys, folder)
+    for budget, each in ((400, 200), ("0.001M", 500)):
+        told = planned(capsys, folder, budget=budget)
+        assert f"align {each} tokens" in told
+        assert f"distil {each} tokens" in told
     monkeypatch.setattr(importlib.import_module("hf_fwp.conversion.plan"), "_seconds_per_token", lambda _: 0.1)
     told = [planned(capsys, folder, budget=budget) for budget in ("5m", "0.5h")]
-    shorter, longer = (int(words.partition("distil ")[2].partition(";")[0]) for words in told)
+    shorter, longer = (int(words.partition("distil ")[2].partition(" tokens")[0]) for words in told)
     assert 0 < shorter < longer
 
 

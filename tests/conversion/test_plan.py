@@ -1,0 +1,93 @@
+"""The plan of a large model, from its shapes alone."""
+
+import pytest
+import torch
+from tiny import TEXTS, byte_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from hf_fwp.conversion import plan as planning
+from hf_fwp.conversion.convert import convert
+from hf_fwp.conversion.plan import Plan, describe, memory, offloads, stages
+from hf_fwp.conversion.recipes import RECIPES
+
+GIB = 2**30
+LARGE = {
+    "Llama-2-7B": LlamaConfig(),  # its defaults are those of that model
+    "Qwen2.5-7B": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+}
+BILLIONS = {"Llama-2-7B": 6.7, "Qwen2.5-7B": 7.6}
+
+
+@pytest.fixture(params=LARGE)
+def large(request):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LARGE[request.param], dtype=torch.float32)
+    assert model.num_parameters() / 1e9 == pytest.approx(BILLIONS[request.param], rel=0.01)
+    return model
+
+
+def plan_of(model, recipe, kept=0):
+    layers = model.config.num_hidden_layers
+    return Plan("large", "gated_delta_net", 0, RECIPES[recipe], 0, layers, kept, "str")
+
+
+def held():
+    with open("/proc/self/status") as status:
+        return int(status.read().partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def test_a_large_model_is_planned_without_its_weights(large):
+    before = held()
+    found = stages(plan_of(large, "quick", kept=8), large)
+    told = describe(plan_of(large, "quick", kept=8), large)
+    assert held() - before < 0.2 * GIB
+    assert [stage.name for stage in found] == ["rank", "solve", "align", "distil"]
+    for stage in found:
+        assert stage.seconds > 60
+        assert f"{stage.name} {stage.tokens} tokens: about " in told
+        assert f"{stage.bytes / GIB:.1f} GiB" in told
+    weights = 4 * large.num_parameters()
+    solve, align, distil = (stage.bytes for stage in found[1:])
+    assert weights < solve < align < 3 * weights < 5 * weights < distil < 9 * weights
+
+
+def test_layer_by_layer_it_takes_a_laptop(large):
+    plan = plan_of(large, "closed-form")
+    assert memory(plan, large, offload=True) < 15 * GIB < 26 * GIB < memory(plan, large)
+    assert offloads(plan, large, "16GB")
+    assert not offloads(plan, large, "64GiB")
+
+
+def test_the_free_memory_is_the_limit(large, monkeypatch):
+    plan = plan_of(large, "closed-form")
+    for free, answer in ((20, True), (100, False)):
+        monkeypatch.setattr(planning, "get_max_memory", lambda free=free: {"cpu": free * GIB})
+        assert offloads(plan, large, None) == answer
+    monkeypatch.setattr(planning, "get_max_memory", lambda: {"cpu": 40 * GIB})
+    # the estimate of a stage with gradient steps is none of certainty: it is tried
+    assert not offloads(plan_of(large, "quick"), large, None)
+
+
+def test_the_verb_plans_shapes_and_folders_without_weights(large, tmp_path, capsys):
+    large.config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    texts = TEXTS * 200
+    for teacher, more in ((large, {"tokenizer": byte_tokenizer()}), (tmp_path, {"max_memory": "16GB"})):
+        planned = convert(teacher, keep=0, recipe="closed-form", data=texts, dry_run=True, **more)
+        assert all(parameter.is_meta for parameter in planned.parameters())
+        told = capsys.readouterr().err
+        assert "solve 16384 tokens: about" in told
+        assert ("layer by layer: the teacher is never in memory as a whole" in told) == ("max_memory" in more)
+
+
+def test_weights_that_hold_nothing_are_not_converted(large):
+    with pytest.raises(ValueError, match='on the device "meta", which hold nothing: plan it with dry_run=True'):
+        convert(large, tokenizer=byte_tokenizer(), data=TEXTS, keep=0, recipe="closed-form")
