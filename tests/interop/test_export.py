@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,8 @@ CONFIGS = {
     **{name: lambda name=name: student_config(host_config(name), layers=[1]) for name in HOSTS},
 }
 REPO = "you/tiny-delta"
+SAVED = ("delta_net", "llama converted")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +130,19 @@ def test_the_auto_map_names_every_head(exported):
         assert heads <= set(bundle.auto_map_of(config))
 
 
-@pytest.fixture(scope="module", params=["delta_net", "llama converted"])
-def folder(request, tmp_path_factory):
-    made = tmp_path_factory.mktemp("made") / "with code"
-    every_model(request.param, dtype=torch.float32).save_pretrained(made)
-    hf_fwp.export_code(made)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Saved models with their code."""
+    made = {kind: tmp_path_factory.mktemp("made") / kind for kind in SAVED}
+    for kind, folder in made.items():
+        every_model(kind, dtype=torch.float32).save_pretrained(folder)
+        hf_fwp.export_code(folder)
     return made
+
+
+@pytest.fixture(params=SAVED)
+def folder(request, folders):
+    return folders[request.param]
 
 
 @torch.no_grad()
@@ -143,6 +155,27 @@ def test_the_package_wins_and_saves_the_code_again(folder, tmp_path):
     }
     maps = [json.loads((place / "config.json").read_text())["auto_map"] for place in (folder, tmp_path)]
     assert maps[0] == maps[1] == bundle.auto_map_of(model.config)
+
+
+def test_the_package_is_used_where_it_is_installed_and_not_imported(folders, tmp_path):
+    look = f"""
+import sys
+from transformers import AutoModelForCausalLM
+for kind, folder in {[(kind, str(folder)) for kind, folder in folders.items()]}:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.save_pretrained(kind)
+    print(type(model).__module__, type(model.config).__module__)
+print([name for name in sys.modules if name.startswith("transformers_modules") and "hf_fwp_" in name])
+"""
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", look], env=surroundings, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *classes, loaded = done.stdout.splitlines()
+    assert len(classes) == len(folders)
+    assert all(name.startswith("hf_fwp.") for line in classes for name in line.split())
+    assert loaded == "[]"
+    for kind, folder in folders.items():
+        assert (tmp_path / kind / f"{ENTRY}.py").read_text() == (folder / f"{ENTRY}.py").read_text()
 
 
 def test_a_map_to_code_of_others_is_not_saved(folder, tmp_path):
