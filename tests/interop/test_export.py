@@ -14,6 +14,7 @@ from every_model import every_model
 from hub_stand_in import client_of, serving
 from huggingface_hub import ModelCard
 from teachers import tiny_config as host_config
+from tiny import byte_tokenizer
 from tiny_fwp import KINDS, tiny_config, tiny_model, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import (
@@ -261,6 +262,7 @@ def hub(tmp_path, monkeypatch):
 def test_pushed_with_its_code(hub, tmp_path):
     model = tiny_model("delta_net", dtype=torch.float32)
     model.save_pretrained(tmp_path / "made")
+    byte_tokenizer().save_pretrained(tmp_path / "made")
     before = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
     assert not [path for path in hf_fwp.push(tmp_path / "made", REPO).files if path.endswith(".py")]
     assert "trust_remote_code" not in ModelCard(hub.files(REPO)["README.md"].decode()).text
@@ -273,6 +275,13 @@ def test_pushed_with_its_code(hub, tmp_path):
     card = ModelCard(there["README.md"].decode()).text
     assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in card
     assert f'AutoModelForCausalLM.from_pretrained("{REPO}", trust_remote_code=True)' in card
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:  # both as they stand
+        assert len([line for line in block.splitlines() if line]) <= 4
+        names = {}
+        exec(block, names)
+        assert torch.equal(names["model"](tokens()).logits, model(tokens()).logits)
     again = AutoModelForCausalLM.from_pretrained(REPO)
     again.push_to_hub("you/another")  # what came with its code goes with it
     assert f"{ENTRY}.py" in hub.files("you/another")
