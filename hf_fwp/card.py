@@ -90,8 +90,9 @@ def bytes_shown(value: float | None) -> str:
     return f"{number(value / 1024**power)} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
-def model_card(report: Mapping[str, Any], *, address: str | None = None) -> str:
-    """README.md of a converted model, with the front matter that the Hub reads; `address` is what loads it."""
+def model_card(report: Mapping[str, Any], *, address: str | None = None, with_code: bool = False) -> str:
+    """README.md of a converted model, with the front matter that the Hub reads; `address` is what loads it, without
+    hf_fwp too if its code goes along."""
     front = ModelCardData(
         base_model=report.get("base_model"),
         license=report.get("license"),
@@ -101,15 +102,15 @@ def model_card(report: Mapping[str, Any], *, address: str | None = None) -> str:
         model_name=report["name"],
         eval_results=_eval_results(report) or None,
     )
-    loading = _loading(address or report["name"], "AutoModelForCausalLM")
-    parts = [f"---\n{front.to_yaml()}\n---", f"# {report['name']}", _what(report), loading]
+    told = loading(address or report["name"], "AutoModelForCausalLM", with_code=with_code)
+    parts = [f"---\n{front.to_yaml()}\n---", f"# {report['name']}", _what(report), told]
     table = _quality_table(quality_rows(report))
     if table:
         parts += ["## How good it is", table, _measured_on(report)]
     return "\n\n".join([*parts, "## How it was made", _making(report)]) + "\n"
 
 
-def card_of(model: PreTrainedModel, *, name: str, address: str) -> str:
+def card_of(model: PreTrainedModel, *, name: str, address: str, with_code: bool = False) -> str:
     """README.md of a model that has no report: its rules and sizes, and how to load it from `address`."""
     auto = auto_class(model.config, type(model).__name__)
     front = ModelCardData(library_name="transformers", pipeline_tag=TASKS[auto], tags=list(model.model_tags or ()))
@@ -128,7 +129,8 @@ def card_of(model: PreTrainedModel, *, name: str, address: str) -> str:
     }
     listed = "\n".join(f"- {what}: {value}" for what, value in made.items() if value is not None)
     told = "A model with fast weights, made with hf_fwp."
-    return "\n\n".join([f"---\n{front.to_yaml()}\n---", f"# {name}", told, _loading(address, auto), listed]) + "\n"
+    parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", told, loading(address, auto, with_code=with_code), listed]
+    return "\n\n".join(parts) + "\n"
 
 
 def auto_class(config: Any, architecture: str | None) -> str:
@@ -179,14 +181,29 @@ def _what(report: Mapping[str, Any]) -> str:
     return f"{teacher} with fast weights in place of softmax attention{layers}{rule}, converted by hf_fwp."
 
 
-def _loading(address: str, auto: str) -> str:
+WITHOUT_PACKAGE = "Without hf_fwp, by the code in this repository; read it before you trust it:"
+
+
+def loading(address: str, auto: str, *, with_code: bool = False) -> str:
+    """How the card says that the model is loaded, with and, if its code goes along, without hf_fwp."""
+    given = f'"{address}", trust_remote_code=True'
+    without = f"""
+
+{WITHOUT_PACKAGE}
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained({given})
+tokenizer = AutoTokenizer.from_pretrained("{address}")
+```"""
     return f"""```python
 import hf_fwp  # registers the architecture
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{address}")  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained("{address}")
-```"""
+```{without if with_code else ""}"""
 
 
 def _quality_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -218,12 +218,16 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
     token: Annotated[str | None, typer.Option(help="Default: the one that `hf auth login` keeps.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch instead of main.")] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Also the code, for those who load it without hf_fwp.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, list the files and stop.")] = False,
     json: AsJson = False,
 ) -> None:
     """Check a model's folder, complete its card and upload it to the Hub."""
     module = importlib.import_module("hf_fwp.hub")
-    pushed = module.push(folder, repo, private=private, token=token, revision=revision, dry_run=dry_run)
+    given = {"private": private, "token": token, "revision": revision, "with_code": with_code}
+    pushed = module.push(folder, repo, **given, dry_run=dry_run)
     if json:
         show(dataclasses.asdict(pushed), as_json=True)
     elif dry_run:
@@ -231,6 +235,16 @@ def push(
         show(sizes, as_json=False, title=f"would go to {repo}")
     else:
         sys.stdout.write(f"{pushed.url}\n")
+
+
+@app.command(name="export-code")
+@reports_errors
+def export_code(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
+) -> None:
+    """Write a model's code into its folder, for those who load it without hf_fwp (trust_remote_code=True)."""
+    written = importlib.import_module("hf_fwp.bundle").export_code(folder)
+    sys.stdout.write(f"{len(written)} files in {folder}\n")
 
 
 def conversion(module: str, name: str | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .auto_map import WithAutoMap
 from .cache import LAYER_TYPE
 from .options import (
     MIXER_DEFAULTS,
@@ -75,22 +76,6 @@ TRANSFORMERS_KEYWORDS = frozenset(
         "torch_dtype",
     }
 )
-
-
-class WithAutoMap(Config):
-    """A config that always has an `auto_map`; an empty one is not saved.
-
-    trl reads it, without asking whether it is there, when it loads a reference whose class is not in transformers (no
-    public issue found).
-    """
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.auto_map: dict[str, str] = kwargs.get("auto_map") or {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers writes it."""
-        return {key: value for key, value in super().to_dict().items() if key != "auto_map" or value}
 
 
 @strict
@@ -195,6 +180,11 @@ class FwpConfig(WithAutoMap, PreTrainedConfig):
         return [layer_idx for layer_idx, rule in enumerate(self.rules) if rule not in ATTENTION_LAYERS]
 
     @property
+    def update_rules(self) -> list[str]:
+        """The rules of the layers with fast weights, each once."""
+        return list(dict.fromkeys(rule for rule in self.rules if rule not in ATTENTION_LAYERS))
+
+    @property
     def predicts_tokens(self) -> bool:
         """Whether the model can predict the next token: it reads tokens, and none of its layers reads later ones."""
         return self.input_size is None and not self.looks_ahead
@@ -212,7 +202,7 @@ class FwpConfig(WithAutoMap, PreTrainedConfig):
         options = self.rule_options or {}
         return MixerOptions(
             rule=rule,
-            rule_options=options if len(self._fast_rules()) == 1 else options.get(rule, {}),
+            rule_options=options if len(self.update_rules) == 1 else options.get(rule, {}),
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
@@ -246,9 +236,6 @@ class FwpConfig(WithAutoMap, PreTrainedConfig):
     def _of_layer(self, name: str, layer_idx: int) -> Any:
         value = getattr(self, name)
         return value[layer_idx] if isinstance(value, list) else value
-
-    def _fast_rules(self) -> list[str]:
-        return list(dict.fromkeys(rule for rule in self.rules if rule not in ATTENTION_LAYERS))
 
     def _refuse_unknown_keywords(self, kwargs: Mapping[str, Any]) -> None:
         if "layer_types" in kwargs:
@@ -364,7 +351,7 @@ class FwpConfig(WithAutoMap, PreTrainedConfig):
                 used = [per_layer[layer_idx] for layer_idx in self.fast_weight_layers]
                 same = all(default == used[0] for default in used)
                 setattr(self, name, (used[0] if used else None) if same else per_layer)
-        fast = self._fast_rules()
+        fast = self.update_rules
         given = self.rule_options or {}
         if len(fast) == 1:
             self.rule_options = complete_rule_options(fast[0], given)

@@ -21,8 +21,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from . import __version__
-from .card import auto_class, bytes_shown, card_of, completed, model_card
-from .configuration import WithAutoMap
+from .auto_map import ENTRY, WithAutoMap, names_our_code
+from .bundle import code_of, export_code
+from .card import WITHOUT_PACKAGE, auto_class, bytes_shown, card_of, completed, loading, model_card
 from .weights import INDEX, SINGLE, check_weights, weights_files
 
 __all__ = ["Push", "bytes_shown", "push", "push_model"]
@@ -89,6 +90,7 @@ def push(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
+    with_code: bool = False,
     dry_run: bool = False,
 ) -> Push:
     """Upload a model's folder to the repository `repo` of the Hub, which is made where there is none.
@@ -96,13 +98,18 @@ def push(
     The folder must load as it is: safetensors files that are whole, every weight there and finite, the config, the
     tokenizer if there is one; else ValueError. A card is written, or completed where the folder has one. What belongs
     to a training run stays here (LEFT_OUT). private: for a new repository. token: by default the one of
-    `hf auth login`. revision: a branch other than main, made where there is none. dry_run: check, and say what would
-    be uploaded, without the network. ConnectionError where the Hub cannot be reached.
+    `hf auth login`. revision: a branch other than main, made where there is none. with_code: also the code that whoever
+    has no hf_fwp loads it with, as `export_code` writes it. dry_run: check, and say what would be uploaded, without the
+    network. ConnectionError where the Hub cannot be reached.
     """
     folder = Path(folder)
     model = whole_model(folder)
-    card = folder_card(folder, model, repo)
     contents: dict[str, Path | bytes] = {path: folder / path for path in published_files(folder)}
+    if with_code:
+        contents |= {name: text.encode() for name, text in code_of(folder, model.config).items()}
+    elif names_our_code(model.config.auto_map) and f"{ENTRY}.py" not in contents:
+        raise ValueError(f"config.json of {folder} names code that is not there ({ENTRY}.py); give with_code=True")
+    card = folder_card(folder, model, repo, with_code=f"{ENTRY}.py" in contents)
     contents[CARD] = card.encode()
     sizes = {path: len(x) if isinstance(x, bytes) else x.stat().st_size for path, x in sorted(contents.items())}
     if dry_run:
@@ -126,18 +133,23 @@ def push_model(
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    with_code: bool = False,
 ) -> CommitInfo:
     """Upload a model with its card: the one in the repository completed, else one from the report of its conversion,
-    else one from its config. The arguments are those of `push_to_hub` of transformers."""
+    else one from its config. The arguments are those of `push_to_hub` of transformers, and `with_code`, as in `push`;
+    code that the model was loaded with goes along anyway."""
     address = made_repository(repo, private=private, token=token)
     report = getattr(model, "conversion_report", None)
-    ours = ModelCard(new_card(model, report, address))
+    with_code = with_code or names_our_code(model.config.auto_map)
+    ours = ModelCard(new_card(model, report, address, with_code=with_code))
     ours.data["tags"] = list(dict.fromkeys([*ours.data["tags"], *(model.model_tags or ()), *(tags or ())]))
     there = remote_card(address, token)
     card = str(ours) if there is None else completed(there, ours)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if with_code:
+            export_code(folder)
         contents: dict[str, Path | bytes] = {path: folder / path for path in published_files(folder)}
         return upload(
             {**contents, CARD: card.encode()},
@@ -150,12 +162,12 @@ def push_model(
         )
 
 
-def new_card(model: PreTrainedModel, report: Mapping[str, Any] | None, address: str) -> str:
+def new_card(model: PreTrainedModel, report: Mapping[str, Any] | None, address: str, *, with_code: bool) -> str:
     """The card of a model that has none: from the report of its conversion, else from its config."""
     name = address.rpartition("/")[2]
     if report:
-        return model_card({**report, "name": name}, address=address)
-    return card_of(model, name=name, address=address)
+        return model_card({**report, "name": name}, address=address, with_code=with_code)
+    return card_of(model, name=name, address=address, with_code=with_code)
 
 
 def whole_model(folder: Path) -> PreTrainedModel:
@@ -210,10 +222,10 @@ def published_files(folder: Path) -> list[str]:
     )
 
 
-def folder_card(folder: Path, model: PreTrainedModel, repo: str) -> str:
+def folder_card(folder: Path, model: PreTrainedModel, repo: str, *, with_code: bool) -> str:
     """The card of a folder: the one in it, completed, else a new one; the code in it loads the model from `repo`."""
     report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
-    ours = new_card(model, report, repo)
+    ours = new_card(model, report, repo, with_code=with_code)
     if not (folder / CARD).is_file():
         return ours
     from yaml import YAMLError  # what huggingface_hub reads cards with
@@ -224,6 +236,9 @@ def folder_card(folder: Path, model: PreTrainedModel, repo: str) -> str:
         raise ValueError(f"{folder / CARD} does not begin with a valid block of metadata ({fault})") from fault
     for written in {(report or {}).get("name"), folder.resolve().name} - {None}:
         there.text = there.text.replace(f'from_pretrained("{written}")', f'from_pretrained("{repo}")')
+    auto = auto_class(model.config, type(model).__name__)
+    if with_code and WITHOUT_PACKAGE not in there.text:
+        there.text = there.text.replace(loading(repo, auto), loading(repo, auto, with_code=True))
     return completed(there, ModelCard(ours))
 
 

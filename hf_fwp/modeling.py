@@ -29,7 +29,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -44,6 +43,7 @@ from .inputs import check_ids, check_times, check_values, last_real, look_up
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import RenamedLoading
 from .packing import packed_batch, positions_in_segments, valid_tokens
+from .registration import register_models_of
 
 logger = logging.get_logger(__name__)
 
@@ -391,10 +391,4 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 @functools.cache
 def register_models() -> None:
     """Make the Auto classes and peft know the models; called when the first FwpConfig exists."""
-    from peft.utils import constants  # slow to import, so not on `import hf_fwp`
-
-    for auto_class, model_class in MODELS.items():
-        auto_class.register(FwpConfig, model_class, exist_ok=True)
-    # Trainer shifts a smoothed loss's labels for classes named here (huggingface/transformers#17960, #27161)
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[FwpConfig.model_type] = FwpForCausalLM.__name__
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[FwpConfig.model_type] = LORA_TARGETS
+    register_models_of(FwpConfig, MODELS, LORA_TARGETS)

@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "hf_fwp.packing": {"hf_fwp.rules"},
     "hf_fwp.inputs": set(),
     "hf_fwp.cross_entropy": set(),
+    "hf_fwp.auto_map": set(),
+    "hf_fwp.registration": set(),
     "hf_fwp.weights": set(),
     "hf_fwp.loading": {"hf_fwp.weights"},
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
@@ -31,6 +33,7 @@ MAY_IMPORT = {
         "hf_fwp.features",
         "hf_fwp.options",
         "hf_fwp.presets",
+        "hf_fwp.auto_map",
         "hf_fwp.cache",  # the name of its layer type
     },
     "hf_fwp.companions": {"hf_fwp.rules", "hf_fwp.packing"},
@@ -68,6 +71,7 @@ MAY_IMPORT = {
         "hf_fwp.cross_entropy",
         "hf_fwp.options",
         "hf_fwp.packing",
+        "hf_fwp.registration",
         "hf_fwp.rules",
     },
 }

@@ -15,15 +15,16 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.masking_utils import create_masks_for_generate
 
+from ..auto_map import WithAutoMap
 from ..cache import install_fast_weight_layers
-from ..configuration import WithAutoMap
 from ..generation import FastWeightGeneration
 from ..layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from ..loading import AlignedLoading
 from ..options import MixerOptions
 from ..packing import packed_batch, packed_segments, positions_in_segments, valid_tokens
+from ..registration import register_models_of
 from .options import check_fwp, check_layers, converted_layers, mixer_options, written_out
 from .rotary import FORMS
 from .table import HEADS, HOSTS, Host, find_host
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 else:
     Config = object
 
-MODULE = __package__  # where the generated classes say they live, and where pickle finds them
 FLOAT32 = ("A_log", "dt_bias")  # half-lives of many tokens round to the same value in bf16
 PADDING = "fast_weight"  # key of the 2-D mask beside the host's own masks
 
@@ -83,6 +83,11 @@ class GraftedConfig(WithAutoMap, Config):
         self.fwp = {"layers": [], **(self.fwp or {})}
         check_fwp(self)
         register_models(self.host_name)
+
+    @property
+    def update_rules(self) -> list[str]:
+        """The rules of the converted layers, each once."""
+        return list(dict.fromkeys(mixer_options(self, layer_idx).rule for layer_idx in converted_layers(self)))
 
 
 class Grafted(AlignedLoading):
@@ -256,7 +261,7 @@ def host_config(name: str) -> type:
     if base is None:  # a family from outside transformers
         base = getattr(importlib.import_module(host.modeling), host.class_name("Model")).config_class
     body = {
-        "__module__": MODULE,
+        "__module__": __name__,  # where pickle finds it, by `__getattr__`
         "__doc__": f"{base.__name__} of a model with fast weights in the layers named in `fwp`.",
         "__annotations__": {"fwp": dict | None},
         "fwp": None,
@@ -276,13 +281,24 @@ def host_classes(name: str) -> dict[str, type]:
         base = getattr(modeling, host.class_name(head))
         kind = GraftedModel if head == "Model" else GraftedHead
         body = {
-            "__module__": MODULE,
+            "__module__": __name__,  # where pickle finds it, by `__getattr__`
             "__doc__": f"{base.__name__} with fast weights in place of the attention of some layers.",
             "config_class": host_config(name),
             "_keep_in_fp32_modules_strict": {*FLOAT32, *(base._keep_in_fp32_modules_strict or ())},
         }
         classes[head] = type(f"Fwp{base.__name__}", (kind, base), body)
     return classes
+
+
+def __getattr__(name: str) -> Any:
+    """FwpLlamaConfig, FwpLlamaForCausalLM, …: made from the family's own class when first asked for."""
+    for host in HOSTS.values():
+        if name == f"Fwp{host.title}Config":
+            return host_config(host.name)
+        for head in host.heads:
+            if name == f"Fwp{host.class_name(head)}":
+                return host_classes(host.name)[head]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register_hosts() -> None:
@@ -299,15 +315,9 @@ def register_host(host: Host) -> None:
 @functools.cache
 def register_models(name: str) -> None:
     """Make the Auto classes and peft know the model classes of one family."""
-    from peft.utils import constants  # 0.2 s: only once a converted model is really used
-
     host = HOSTS[name]
-    for head, model_class in host_classes(name).items():
-        getattr(transformers, HEADS[head]).register(host_config(name), model_class, exist_ok=True)
-        if head == "ForCausalLM":
-            # Trainer shifts a smoothed loss's labels for classes named here (huggingface/transformers#17960, #27161)
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type] = model_class.__name__
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[host.model_type] = list(host.lora_targets)
+    models = {getattr(transformers, HEADS[head]): model_class for head, model_class in host_classes(name).items()}
+    register_models_of(host_config(name), models, host.lora_targets)
 
 
 def student_config(teacher_config: Any, *, layers: Iterable[int], fwp: Mapping[str, Any] | None = None) -> Any:

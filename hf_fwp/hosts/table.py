@@ -210,6 +210,7 @@ HOSTS: dict[str, Host] = {
         ),
     )
 }
+OF_THE_PACKAGE = tuple(HOSTS)  # register_family adds others
 
 
 def register_family(host: Host) -> None:

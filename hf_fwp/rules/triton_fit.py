@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+WITHOUT_TRITON = "the package triton is not installed (pip install triton)"
 DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 # Shared memory in bytes that the hungriest kernel takes, by bytes per number and padded key size, as compiled for sm_90
@@ -35,7 +36,7 @@ def why_no_kernel(*given: Tensor, asked: bool = False) -> str | None:
     """The reason why no kernel at all can run on these tensors, or None."""
     device = given[0].device
     if not HAS_TRITON:
-        return "the package triton is not installed (pip install triton)"
+        return WITHOUT_TRITON
     if device.type not in DEVICES and not (asked and device.type == "cpu" and _interpreted()):
         return f"the tensors are on {device}, and Triton needs one of {', '.join(DEVICES)}"
     if device.type == "cuda" and _too_old(device.index or 0):

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
+from hf_fwp import export_code
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.teacher import load_teacher
 from hf_fwp.modeling import FwpForCausalLM
@@ -78,6 +79,27 @@ def test_code_of_the_folder_does_not_run_where_our_classes_fit(folder, trap, mod
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     loaded.generate(tokens(), max_new_tokens=2)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("trusted", [None, False, True])
+def test_changed_exported_code_does_not_run_where_the_package_is(folder, tmp_path, trusted):
+    written, sprung = export_code(folder), tmp_path / "sprung"
+    for name in written:
+        (folder / name).write_text(RUNS.format(str(sprung)) + (folder / name).read_text())
+    settings = {} if trusted is None else {"trust_remote_code": trusted}
+    load(folder, **settings).save_pretrained(tmp_path / "again")
+    assert not sprung.exists()
+    assert not [path.name for path in (tmp_path / "again").glob("*.py") if "sprung" in path.read_text()]
+
+
+@pytest.mark.parametrize("trusted", [None, False, True])
+def test_code_of_another_repository_is_not_asked_for(folder, tmp_path, monkeypatch, trusted):
+    heads = dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "evil/code--modeling_hf_fwp.Model")
+    edited(folder / "config.json", auto_map={"AutoConfig": "evil/code--modeling_hf_fwp.Config", **heads})
+    settings = {} if trusted is None else {"trust_remote_code": trusted}
+    with serving() as hub, client_of(hub, tmp_path / "cache", monkeypatch):
+        load(folder, **settings)
+        assert hub.asked == []
 
 
 def test_a_model_type_of_the_folder_is_refused_without_trust(folder, trap):
