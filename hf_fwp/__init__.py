@@ -31,6 +31,7 @@ register_checkpoints()
 _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
     "push": ("hf_fwp.hub", "push"),
+    "inspect": ("hf_fwp.inspection", "inspect"),
     "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),

@@ -120,6 +120,32 @@ def evaluate(
     show(conversion("evaluate")(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
 
 
+@app.command()
+@reports_errors
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    text: Annotated[str, typer.Option(help="What the model reads.")],
+    against: Annotated[
+        str | None, typer.Option(help="Softmax model whose attention maps are shown beside: a folder, id or GGUF file.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read at most this many tokens.")] = 64,
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    json: AsJson = False,
+) -> None:
+    """Show what the fast weights hold while the model reads a text, as one HTML page."""
+    found = importlib.import_module("hf_fwp.inspection").inspect(
+        model,
+        text,
+        against=None if against is None else conversion("teacher", "load_teacher")(against)[0],
+        layers=None if layers is None else parse_layers(layers),
+        max_tokens=max_tokens,
+        output=output,
+        progress=not json,
+    )
+    show(found.summary(), as_json=json, title=f"saved in {output}")
+
+
 @app.command(name="info")
 @reports_errors
 def info_command(json: AsJson = False) -> None:
@@ -288,6 +314,14 @@ def parse_keep(text: str) -> float | int | list[int] | str:
         raise ValueError(
             f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
         ) from fault
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0,3,5`: indices of layers."""
+    try:
+        return [int(layer) for layer in text.split(",") if layer.strip()]
+    except ValueError as fault:
+        raise ValueError(f"cannot read --layers {text!r}; give indices of layers: 0,3,5") from fault
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

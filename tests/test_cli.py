@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 FUNCTIONS = {
     "convert": ("hf_fwp.conversion.convert", "convert"),
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
+    "inspect": ("hf_fwp.inspection", "inspect"),
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
