@@ -27,6 +27,7 @@ FUNCTIONS = {
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
+    "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),
