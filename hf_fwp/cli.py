@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from hf_fwp.bench.commands import bench, reports_errors
+from hf_fwp.bench.commands import bench, parse_keep, reports_errors
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
@@ -237,20 +237,6 @@ def push(
 def conversion(module: str, name: str | None = None) -> Any:
     """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
     return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)
-
-
-def parse_keep(text: str) -> float | int | list[int] | str:
-    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
-    if text.startswith("uniform:"):
-        return text
-    try:
-        if "," in text:
-            return [int(layer) for layer in text.split(",") if layer.strip()]
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError as fault:
-        raise ValueError(
-            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
-        ) from fault
 
 
 def parse_layers(text: str) -> list[int]:

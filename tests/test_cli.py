@@ -28,6 +28,7 @@ FUNCTIONS = {
     "push": ("hf_fwp.hub", "push"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
     "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
+    "bench convert": ("hf_fwp.conversion.timing", "bench_convert"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),

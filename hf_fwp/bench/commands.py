@@ -11,6 +11,10 @@ import typer
 
 P = ParamSpec("P")
 
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
+Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
+
 bench = typer.Typer(help="Time operators on this machine, see what rules can learn.", invoke_without_command=True)
 
 
@@ -29,6 +33,20 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(130) from stop
 
     return reporting
+
+
+def parse_keep(text: str) -> float | int | list[int] | str:
+    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
+    if text.startswith("uniform:"):
+        return text
+    try:
+        if "," in text:
+            return [int(layer) for layer in text.split(",") if layer.strip()]
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as fault:
+        raise ValueError(
+            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
+        ) from fault
 
 
 @bench.callback()
@@ -67,6 +85,21 @@ def bench_tasks(
     bench(rules=[rule for rule in rules.split(",") if rule], steps=steps, seeds=seeds, json=json, plot=plot)
 
 
+@bench.command(name="convert")
+@reports_errors
+def bench_convert(
+    teacher: Annotated[str | None, typer.Argument(help="Folder, Hub id or GGUF; SmolLM2-135M if left out.")] = None,
+    rule: Annotated[str, typer.Option(help="Update rule.")] = "gated_delta_net",
+    keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0.5",
+    recipe: Annotated[str, typer.Option(help="Stages and their settings.")] = "closed-form",
+    data: Annotated[Path | None, typer.Option(help="Training text; the demo's if left out.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time one conversion stage by stage, with its peak memory."""
+    timing = importlib.import_module("hf_fwp.conversion.timing")
+    timing.bench_convert(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, data=data, json=json)
+
+
 @bench.command(name="cpu")
 @reports_errors
 def bench_cpu(
@@ -76,11 +109,6 @@ def bench_cpu(
 ) -> None:
     """Time the operators on this processor beside transformers' own, in one process."""
     importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
-
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
-Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
 
 
 @bench.command(name="kernels")
