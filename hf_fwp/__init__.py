@@ -32,6 +32,7 @@ _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
     "push": ("hf_fwp.hub", "push"),
     "export_code": ("hf_fwp.bundle", "export_code"),
+    "inspect": ("hf_fwp.inspection", "inspect"),
     "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),

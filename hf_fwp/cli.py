@@ -1,39 +1,35 @@
 """The command `hf-fwp`: every subcommand is one public Python function with the same argument names.
 
-Exit codes: 0 done, 2 the request was wrong (one line on stderr says why), 130 interrupted.
+Exit codes: 0 done, 1 something became slower (bench --compare), 2 the request was wrong (one line on stderr says why),
+130 interrupted.
 """
 
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import json as json_format
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from hf_fwp.bench.commands import bench, parse_keep, reports_errors
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
-
-P = ParamSpec("P")
 
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
 app = typer.Typer(
     help="Fast weight programmers for Hugging Face Transformers: convert a pretrained model, measure it, run it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Time the operators on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -41,23 +37,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 def main() -> None:
     app()
-
-
-def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
-
-    @functools.wraps(command)
-    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as fault:
-            sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
-            raise typer.Exit(2) from fault
-        except KeyboardInterrupt as stop:
-            sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
-            raise typer.Exit(130) from stop
-
-    return reporting
 
 
 @app.command()
@@ -122,6 +101,32 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
     show(conversion("evaluate")(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
+
+
+@app.command()
+@reports_errors
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    text: Annotated[str, typer.Option(help="What the model reads.")],
+    against: Annotated[
+        str | None, typer.Option(help="Softmax model whose attention maps are shown beside: a folder, id or GGUF file.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Read at most this many tokens.")] = 64,
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    json: AsJson = False,
+) -> None:
+    """Show what the fast weights hold while the model reads a text, as one HTML page."""
+    found = importlib.import_module("hf_fwp.inspection").inspect(
+        model,
+        text,
+        against=None if against is None else conversion("teacher", "load_teacher")(against)[0],
+        layers=None if layers is None else parse_layers(layers),
+        max_tokens=max_tokens,
+        output=output,
+        progress=not json,
+    )
+    show(found.summary(), as_json=json, title=f"saved in {output}")
 
 
 @app.command(name="info")
@@ -252,60 +257,12 @@ def conversion(module: str, name: str | None = None) -> Any:
     return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)
 
 
-@bench.command(name="cpu")
-@reports_errors
-def bench_cpu(
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 11,
-    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 2,
-) -> None:
-    """Time the operators on this processor beside transformers' own, in one process."""
-    importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
-
-
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
-Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
-
-
-@bench.command(name="kernels")
-@reports_errors
-def bench_kernels(
-    json: JsonFile = None,
-    plot: PlotFile = None,
-    tune: Annotated[bool, typer.Option("--tune", help="First look for better block sizes, for minutes.")] = False,
-    commit: Commit = None,
-) -> None:
-    """Time the chunked operators on this GPU beside flash-linear-attention, transformers and softmax attention."""
-    importlib.import_module("hf_fwp.bench.kernels").bench_kernels(json=json, plot=plot, tune=tune, commit=commit)
-
-
-@bench.command(name="sequential")
-@reports_errors
-def bench_sequential(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
-    """Time the kernels of the sequential rules on this GPU beside the same rules in PyTorch."""
-    importlib.import_module("hf_fwp.bench.sequential").bench_sequential(json=json, plot=plot, commit=commit)
-
-
-@bench.command(name="decode")
-@reports_errors
-def bench_decode(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
-    """Time one decode step on this GPU beside flash-linear-attention, transformers and softmax attention."""
-    importlib.import_module("hf_fwp.bench.decode").bench_decode(json=json, plot=plot, commit=commit)
-
-
-def parse_keep(text: str) -> float | int | list[int] | str:
-    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
-    if text.startswith("uniform:"):
-        return text
+def parse_layers(text: str) -> list[int]:
+    """`0,3,5`: indices of layers."""
     try:
-        if "," in text:
-            return [int(layer) for layer in text.split(",") if layer.strip()]
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        return [int(layer) for layer in text.split(",") if layer.strip()]
     except ValueError as fault:
-        raise ValueError(
-            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
-        ) from fault
+        raise ValueError(f"cannot read --layers {text!r}; give indices of layers: 0,3,5") from fault
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

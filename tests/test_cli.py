@@ -23,10 +23,13 @@ ROOT = Path(__file__).parent.parent
 FUNCTIONS = {
     "convert": ("hf_fwp.conversion.convert", "convert"),
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
+    "inspect": ("hf_fwp.inspection", "inspect"),
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
     "export-code": ("hf_fwp.bundle", "export_code"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
+    "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
+    "bench convert": ("hf_fwp.conversion.timing", "bench_convert"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),

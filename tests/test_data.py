@@ -210,3 +210,13 @@ def test_too_little_text_says_how_much_is_needed(tokenizer):
         data.token_blocks(["a" * 100], tokenizer, sequence_length=16, tokens=120)
     with pytest.raises(ValueError, match="sequence_length is 0"):
         data.token_blocks(["abc"], tokenizer, sequence_length=0)
+
+
+def test_a_mail_is_its_first_readable_part_and_a_label():
+    mail = 'From: a@b\nSubject: hello\nContent-Type: multipart/mixed; boundary="x"\n\n'
+    mail += "--x\nContent-Type: image/gif\n\nR0lG\n"
+    mail += "--x\nContent-Type: text/plain\nContent-Transfer-Encoding: quoted-printable\n\nBuy =\nnow\n--x--\n"
+    read = json.loads(data._mail(json.dumps({"group": "spam-2", "text": mail})))
+    assert read == {"text": "Buy now", "label": 1}
+    empty = json.loads(data._mail(json.dumps({"group": "easy-ham-1", "text": "Subject: no body\n\n"})))
+    assert empty == {"text": "", "label": 0}

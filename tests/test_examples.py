@@ -1,11 +1,14 @@
 """The examples run from their own files, with small models in place of large ones."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_reproductions import QUICK
+from tiny_fwp import tiny_model
 
 from hf_fwp.hosts import HOSTS, Host, register_family
 
@@ -38,9 +41,12 @@ def test_every_example_is_tried_here():
         "convert_and_chat",
         "few_shot",
         "finetune_lora",
+        "long_context_needle",
+        "mqar",
         "paint_disks",
         "register_family",
         "retrieve",
+        "sequence_classification",
         "train_from_scratch",
         *QUICK,  # tests/test_reproductions.py
     }
@@ -69,6 +75,36 @@ def test_convert_and_chat_then_finetune(teacher, corpus, tmp_path, capsys):
     tuned = tmp_path / "tuned"
     run("finetune_lora", model=tmp_path / "student", data=corpus, output=tuned, steps=2, sequence_length=64)
     assert (tuned / "model.safetensors").is_file()
+
+
+def test_sequence_classification_sorts_texts(teacher, tmp_path):
+    rows = [{"text": f"buy now, number {n}" if n % 2 else f"see you at noon, {n}", "label": n % 2} for n in range(200)]
+    (tmp_path / "mails.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"hidden_size": 32, "length": 16, "steps": 60}
+    found = run(
+        "sequence_classification", tokenizer=teacher, data=tmp_path / "mails.jsonl", output=tmp_path / "spam", **sizes
+    )
+    assert found > 0.9
+    assert (tmp_path / "spam" / "model.safetensors").is_file()
+
+
+def test_mqar_and_the_needle_print_their_tables(capsys):
+    few = {"steps": 2, "tests": 4, "width": 16, "batch": 2, "rules": "delta_net"}
+    measured = called("mqar", pairs="2", length=16, **few)
+    assert list(measured) == [("delta_net", "2 pairs")]
+    measured = called("long_context_needle", lengths="16,40", trained=16, piece=16, **few)
+    assert list(measured) == [("delta_net", "16 tokens"), ("delta_net", "40 tokens")]
+    assert "needles found" in capsys.readouterr().out
+
+
+def test_the_needle_is_looked_for_in_pieces_as_in_the_whole():
+    answers = runpy.run_path(str(EXAMPLES / "long_context_needle.py"))["answers"]
+    model, texts = tiny_model("delta_net", dtype=torch.float64), torch.randint(1, 60, (2, 23))
+    assert torch.equal(answers(model, texts, 5), model(texts).logits[:, -1].argmax(-1))
+
+
+def called(example: str, **options: object):
+    return runpy.run_path(str(EXAMPLES / f"{example}.py"))["main"](**options)
 
 
 def test_classify_series_learns_which_way_spirals_turn(tmp_path):

@@ -89,6 +89,7 @@ def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
     sources |= {f"hf_fwp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conversion").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
     assert any(name.endswith("LICENSE") for name in names)
+    assert "hf_fwp/inspection/page.html" in names
 
 
 def test_installed_from_the_wheel(checkout, environment, tmp_path):

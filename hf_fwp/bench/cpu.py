@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rich
 import rich.table
 import torch
@@ -68,10 +69,11 @@ def time_shape(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> li
     }
     rows = []
     for what, (ours, stock) in pairs.items():
-        ms, stock_ms = in_turns(ours, stock, repeats if what != "decode step" else 20 * repeats)
+        times, stock_times = in_turns(ours, stock, repeats if what != "decode step" else 20 * repeats)
+        ms, stock_ms = statistics.median(times), statistics.median(stock_times)
         rows.append(
-            {"what": what, "shape": list(shape), "dtype": dtype, "ms": ms, "transformers_ms": stock_ms}
-            | {"ratio": stock_ms / ms}
+            {"what": what, "shape": list(shape), "dtype": dtype, "ms": ms, "ms_quartiles": quartiles(times)}
+            | {"transformers_ms": stock_ms, "ratio": stock_ms / ms}
         )
     return rows
 
@@ -116,8 +118,8 @@ def decode(operator: Operator, shape: tuple[int, int, int, int], dtype: str) -> 
     return run
 
 
-def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Median milliseconds of both, after one unmeasured call of each."""
+def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of both, after one unmeasured call of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for run, found in zip((ours, stock), times, strict=True):
@@ -125,7 +127,12 @@ def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) 
             run()
             if turn:
                 found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
+
+
+def quartiles(times: Sequence[float]) -> list[float]:
+    """The lower and the upper one."""
+    return np.quantile(times, [0.25, 0.75]).tolist()
 
 
 def machine(threads: int) -> dict[str, Any]:

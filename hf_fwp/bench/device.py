@@ -69,10 +69,15 @@ def check_dtypes(dtypes: Sequence[str]) -> None:
 
 def median_ms(run: Run) -> float:
     """By events of the device, with the cache cleared before every run."""
+    return quartiles_ms(run)[1]
+
+
+def quartiles_ms(run: Run) -> list[float]:
+    """The lower quartile, the median and the upper one."""
     from triton.testing import do_bench
 
-    found: Any = do_bench(run, warmup=25, rep=100, return_mode="median")
-    return float(found)
+    found: Any = do_bench(run, warmup=25, rep=100, quantiles=[0.25, 0.5, 0.75])
+    return [float(ms) for ms in found]
 
 
 def ceilings(dtype: str) -> Ceilings:
@@ -98,7 +103,9 @@ def measure(run: Run) -> Row:
         return {"ms": None, "note": "out of memory"}
     first_ms = 1e3 * (time.perf_counter() - start)
     peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {"ms": median_ms(run), "first_ms": first_ms, "launches": launches(run), "peak_mib": peak_mib}
+    lower, ms, upper = quartiles_ms(run)
+    times = {"ms": ms, "ms_quartiles": [lower, upper], "first_ms": first_ms}
+    return {**times, "launches": launches(run), "peak_mib": peak_mib}
 
 
 def launches(run: Run) -> int:

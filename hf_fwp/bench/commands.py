@@ -1,0 +1,137 @@
+"""The commands `hf-fwp bench ...`: each is one public Python function with the same argument names."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
+Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
+
+bench = typer.Typer(help="Time operators on this machine, see what rules can learn.", invoke_without_command=True)
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
+
+    @functools.wraps(command)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as fault:
+            sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
+            raise typer.Exit(2) from fault
+        except KeyboardInterrupt as stop:
+            sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
+            raise typer.Exit(130) from stop
+
+    return reporting
+
+
+def parse_keep(text: str) -> float | int | list[int] | str:
+    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
+    if text.startswith("uniform:"):
+        return text
+    try:
+        if "," in text:
+            return [int(layer) for layer in text.split(",") if layer.strip()]
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as fault:
+        raise ValueError(
+            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
+        ) from fault
+
+
+@bench.callback()
+@reports_errors
+def bench_group(
+    context: typer.Context,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two files written by --json: flags what is worse in the second.")
+    ] = None,
+) -> None:
+    if context.invoked_subcommand is not None:
+        return
+    if compare is None:
+        sys.stdout.write(context.get_help() + "\n")
+        raise typer.Exit
+    comparing = importlib.import_module("hf_fwp.bench.compare")
+    if comparing.regressions(comparing.compare(*compare)):
+        raise typer.Exit(1)
+
+
+@bench.command(name="tasks")
+@reports_errors
+def bench_tasks(
+    rules: Annotated[str, typer.Option(help="Names of rules, with commas between; full_attention too.")] = ",".join(
+        ("full_attention", "linear_attention", "delta_net", "gated_delta_net")
+    ),
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 400,
+    seeds: Annotated[int, typer.Option(help="Trainings of each, for mean and spread.")] = 1,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write every score to this file; a run that finds it goes on from it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the scores into this file (.png, .svg).")] = None,
+) -> None:
+    """Train small models on parity, recall and retrieval, and ask them beyond what they were trained on."""
+    bench = importlib.import_module("hf_fwp.bench.scores").bench_tasks
+    bench(rules=[rule for rule in rules.split(",") if rule], steps=steps, seeds=seeds, json=json, plot=plot)
+
+
+@bench.command(name="convert")
+@reports_errors
+def bench_convert(
+    teacher: Annotated[str | None, typer.Argument(help="Folder, Hub id or GGUF; SmolLM2-135M if left out.")] = None,
+    rule: Annotated[str, typer.Option(help="Update rule.")] = "gated_delta_net",
+    keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0.5",
+    recipe: Annotated[str, typer.Option(help="Stages and their settings.")] = "closed-form",
+    data: Annotated[Path | None, typer.Option(help="Training text; the demo's if left out.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time one conversion stage by stage, with its peak memory."""
+    timing = importlib.import_module("hf_fwp.conversion.timing")
+    timing.bench_convert(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, data=data, json=json)
+
+
+@bench.command(name="cpu")
+@reports_errors
+def bench_cpu(
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 11,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 2,
+) -> None:
+    """Time the operators on this processor beside transformers' own, in one process."""
+    importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
+
+
+@bench.command(name="kernels")
+@reports_errors
+def bench_kernels(
+    json: JsonFile = None,
+    plot: PlotFile = None,
+    tune: Annotated[bool, typer.Option("--tune", help="First look for better block sizes, for minutes.")] = False,
+    commit: Commit = None,
+) -> None:
+    """Time the chunked operators on this GPU beside flash-linear-attention, transformers and softmax attention."""
+    importlib.import_module("hf_fwp.bench.kernels").bench_kernels(json=json, plot=plot, tune=tune, commit=commit)
+
+
+@bench.command(name="sequential")
+@reports_errors
+def bench_sequential(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
+    """Time the kernels of the sequential rules on this GPU beside the same rules in PyTorch."""
+    importlib.import_module("hf_fwp.bench.sequential").bench_sequential(json=json, plot=plot, commit=commit)
+
+
+@bench.command(name="decode")
+@reports_errors
+def bench_decode(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
+    """Time one decode step on this GPU beside flash-linear-attention, transformers and softmax attention."""
+    importlib.import_module("hf_fwp.bench.decode").bench_decode(json=json, plot=plot, commit=commit)
