@@ -15,7 +15,7 @@ def register_models_of(config_class: Any, models: Mapping[Any, type], lora_targe
     for auto_class, model_class in models.items():
         auto_class.register(config_class, model_class, exist_ok=True)
         if auto_class.__name__ == CAUSAL:
-            # Trainer shifts the labels of a smoothed loss for classes named here (huggingface/transformers#17960, #27161)
+            # Trainer shifts a smoothed loss's labels for classes named here (huggingface/transformers#17960, #27161)
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
     try:
         from peft.utils import constants  # 0.2 s: only once a model is really used

@@ -15,7 +15,6 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
 
 from ..auto_map import WithAutoMap
 from ..cache import install_fast_weight_layers
