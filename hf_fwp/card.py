@@ -184,8 +184,10 @@ def _what(report: Mapping[str, Any]) -> str:
 WITHOUT_PACKAGE = "Without hf_fwp, by the code in this repository; read it before you trust it:"
 
 
-def loading(address: str, auto: str, *, with_code: bool = False) -> str:
-    """How the card says that the model is loaded, with and, if its code goes along, without hf_fwp."""
+def loading(address: str, auto: str, *, with_code: bool = False, tokenizer: str | None = None) -> str:
+    """How the card says that the model is loaded, with and, if its code goes along, without hf_fwp; `tokenizer` is
+    where that is, if elsewhere."""
+    words = tokenizer or address
     given = f'"{address}", trust_remote_code=True'
     without = f"""
 
@@ -195,14 +197,14 @@ def loading(address: str, auto: str, *, with_code: bool = False) -> str:
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained({given})
-tokenizer = AutoTokenizer.from_pretrained("{address}")
+tokenizer = AutoTokenizer.from_pretrained("{words}")
 ```"""
     return f"""```python
 import hf_fwp  # registers the architecture
 from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{address}")  # this folder, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained("{address}")
+tokenizer = AutoTokenizer.from_pretrained("{words}")
 ```{without if with_code else ""}"""
 
 

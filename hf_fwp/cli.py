@@ -226,12 +226,15 @@ def push(
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Also the code, for those who load it without hf_fwp.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Of an adapter: where its base model is, if it names a folder of this machine.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the folder, list the files and stop.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Check a model's folder, complete its card and upload it to the Hub."""
+    """Check a folder of a model or an adapter, complete its card and upload it to the Hub."""
     module = importlib.import_module("hf_fwp.hub")
-    given = {"private": private, "token": token, "revision": revision, "with_code": with_code}
+    given = {"private": private, "token": token, "revision": revision, "with_code": with_code, "base": base}
     pushed = module.push(folder, repo, **given, dry_run=dry_run)
     if json:
         show(dataclasses.asdict(pushed), as_json=True)

@@ -29,6 +29,7 @@ from .weights import INDEX, SINGLE, check_weights, weights_files
 __all__ = ["Push", "bytes_shown", "push", "push_model"]
 
 CARD = "README.md"
+ADAPTER = "adapter_config.json"
 NETWORK: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever huggingface_hub speaks through
 # Names of files and folders, anywhere in the folder, that belong to a training run or to this machine.
 LEFT_OUT = (
@@ -91,25 +92,26 @@ def push(
     token: str | None = None,
     revision: str | None = None,
     with_code: bool = False,
+    base: str | None = None,
     dry_run: bool = False,
 ) -> Push:
-    """Upload a model's folder to the repository `repo` of the Hub, which is made where there is none.
+    """Upload the folder of a model or of an adapter to the repository `repo` of the Hub, made where there is none.
 
     The folder must load as it is: safetensors files that are whole, every weight there and finite, the config, the
     tokenizer if there is one; else ValueError. A card is written, or completed where the folder has one. What belongs
     to a training run stays here (LEFT_OUT). private: for a new repository. token: by default the one of
     `hf auth login`. revision: a branch other than main, made where there is none. with_code: also the code that whoever
-    has no hf_fwp loads it with, as `export_code` writes it. dry_run: check, and say what would be uploaded, without the
-    network. ConnectionError where the Hub cannot be reached.
+    has no hf_fwp loads it with, as `export_code` writes it. base: of an adapter of peft, the address of its base model,
+    where adapter_config.json names a folder of this machine. dry_run: check, and say what would be uploaded; only the
+    config of an adapter's base model is asked for. ConnectionError where the Hub cannot be reached.
     """
     folder = Path(folder)
-    model = whole_model(folder)
-    contents: dict[str, Path | bytes] = {path: folder / path for path in published_files(folder)}
-    if with_code:
-        contents |= {name: text.encode() for name, text in code_of(folder, model.config).items()}
-    elif names_our_code(model.config.auto_map) and f"{ENTRY}.py" not in contents:
-        raise ValueError(f"config.json of {folder} names code that is not there ({ENTRY}.py); give with_code=True")
-    card = folder_card(folder, model, repo, with_code=f"{ENTRY}.py" in contents)
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        contents, card = adapter_contents(folder, repo, base=base, with_code=with_code, token=token)
+    elif base is not None:
+        raise ValueError(f"{folder} is a model, not an adapter: leave out base ({base})")
+    else:
+        contents, card = model_contents(folder, repo, with_code=with_code)
     contents[CARD] = card.encode()
     sizes = {path: len(x) if isinstance(x, bytes) else x.stat().st_size for path, x in sorted(contents.items())}
     if dry_run:
@@ -118,6 +120,42 @@ def push(
     sent = upload(contents, address, token=token, revision=revision, message="Upload model")
     url = str(sent.repo_url)
     return Push(address, sizes, card, f"{url}/tree/{revision}" if revision else url)
+
+
+Contents = dict[str, Path | bytes]
+
+
+def model_contents(folder: Path, repo: str, *, with_code: bool) -> tuple[Contents, str]:
+    """(what is uploaded of a model's folder by path, its card)."""
+    model = whole_model(folder)
+    contents: Contents = {path: folder / path for path in published_files(folder)}
+    if with_code:
+        contents |= {name: text.encode() for name, text in code_of(folder, model.config).items()}
+    elif names_our_code(model.config.auto_map) and f"{ENTRY}.py" not in contents:
+        raise ValueError(f"config.json of {folder} names code that is not there ({ENTRY}.py); give with_code=True")
+    return contents, folder_card(folder, model, repo, with_code=f"{ENTRY}.py" in contents)
+
+
+def adapter_contents(
+    folder: Path, repo: str, *, base: str | None, with_code: bool, token: str | None
+) -> tuple[Contents, str]:
+    """(what is uploaded of an adapter's folder by path, its card)."""
+    from . import adapters  # peft is slow to import
+
+    if with_code:
+        raise ValueError("an adapter has no code of its own: push its base model with its code, and this without")
+    adapter = adapters.whole_adapter(folder, base, token=token)
+    contents: Contents = {path: folder / path for path in published_files(folder)}
+    contents[ADAPTER] = (json.dumps(adapter.settings, indent=2, sort_keys=True) + "\n").encode()
+    ours = adapters.adapter_card(adapter, name=repo.rpartition("/")[2], address=repo)
+    there = card_in(folder)
+    if there is None:
+        return contents, str(ours)
+    there.data["base_model"] = adapter.base  # peft writes the folder that it was loaded from
+    there.data["tags"] = [tag for tag in there.data.get("tags") or () if not tag.startswith("base_model:")]
+    if adapters.TEMPLATE in there.text:
+        there.text = ""
+    return contents, completed(there, ours)
 
 
 @told_when_unreachable()
@@ -226,20 +264,27 @@ def folder_card(folder: Path, model: PreTrainedModel, repo: str, *, with_code: b
     """The card of a folder: the one in it, completed, else a new one; the code in it loads the model from `repo`."""
     report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else None
     ours = new_card(model, report, repo, with_code=with_code)
-    if not (folder / CARD).is_file():
+    there = card_in(folder)
+    if there is None:
         return ours
-    from yaml import YAMLError  # what huggingface_hub reads cards with
-
-    try:
-        there = ModelCard.load(folder / CARD)
-    except (ValueError, YAMLError) as fault:
-        raise ValueError(f"{folder / CARD} does not begin with a valid block of metadata ({fault})") from fault
     for written in {(report or {}).get("name"), folder.resolve().name} - {None}:
         there.text = there.text.replace(f'from_pretrained("{written}")', f'from_pretrained("{repo}")')
     auto = auto_class(model.config, type(model).__name__)
     if with_code and WITHOUT_PACKAGE not in there.text:
         there.text = there.text.replace(loading(repo, auto), loading(repo, auto, with_code=True))
     return completed(there, ModelCard(ours))
+
+
+def card_in(folder: Path) -> ModelCard | None:
+    """The card of a folder, if it has one."""
+    if not (folder / CARD).is_file():
+        return None
+    from yaml import YAMLError  # what huggingface_hub reads cards with
+
+    try:
+        return ModelCard.load(folder / CARD)
+    except (ValueError, YAMLError) as fault:
+        raise ValueError(f"{folder / CARD} does not begin with a valid block of metadata ({fault})") from fault
 
 
 def remote_card(repo: str, token: bool | str | None) -> ModelCard | None:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_fwp", "conversion")
@@ -90,6 +91,24 @@ def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
     assert {name for name in names if name.endswith(".py")} == sources
     assert any(name.endswith("LICENSE") for name in names)
     assert "hf_fwp/inspection/page.html" in names
+    assert "hf_fwp/py.typed" in names
+
+
+def test_a_release_is_built_checked_attached_and_published_without_a_token():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
+    commands = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
+    assert "python -m build" in commands
+    assert "python -m twine check --strict dist/*" in commands
+    version = next(command for command in commands if "GITHUB_REF_NAME" in command)
+    written = configparser.ConfigParser()
+    written.read(ROOT / "setup.cfg")
+    for tag, right in ((f"v{written['metadata']['version']}", True), ("v9", False)):
+        surroundings = {**os.environ, "GITHUB_REF_NAME": tag}
+        done = subprocess.run(["bash", "-c", version], cwd=ROOT, env=surroundings, check=False)
+        assert (done.returncode == 0) == right
+    assert any("gh release create" in step.get("run", "") for step in jobs["attach"]["steps"])
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text()
 
 
 def test_installed_from_the_wheel(checkout, environment, tmp_path):
