@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .ablate import ablate
 from .align import align
 from .calibrate import calibrate
 from .convert import convert
@@ -20,6 +21,7 @@ __all__ = [
     "RECIPES",
     "DistilTrainer",
     "Recipe",
+    "ablate",
     "align",
     "calibrate",
     "convert",

@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from hf_fwp.features import QK_NORMS
 from hf_fwp.layer import FastWeightLayer, rotate
+from hf_fwp.options import refuse_unknown
 
 from .softmax import Softmax
 
@@ -97,17 +99,26 @@ def attention_heads(
     rotary = mixer.standard_rotary(rotary)
     q_rotated, k_rotated = (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
     out, sink, local = torch.empty_like(v), torch.empty_like(v[..., 0]), torch.empty_like(v[..., 0])
-    positions = torch.arange(x_NTD.shape[1], device=x_NTD.device)
-    for start in range(0, x_NTD.shape[1], QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        back = positions[rows, None] - positions[None, : rows.stop]
-        scores = torch.einsum("nqhk,nthk->nhqt", q_rotated[:, rows], k_rotated[:, : rows.stop])
-        mass = softmax.mass(scores, back)
+    for rows, mass, back in masses(q_rotated, k_rotated, softmax):
         out[:, rows] = torch.einsum("nhqt,nthv->nqhv", mass, v[:, : rows.stop])
         sink[:, rows] = mass[..., 0].transpose(1, 2)
-        near = (back >= 0) & (back < LOCAL) & (positions[None, : rows.stop] > 0)
+        near = (back >= 0) & (back < LOCAL)
+        near[:, 0] = False
         local[:, rows] = (mass * near).sum(-1).transpose(1, 2)
     return Heads(q, k, q_rotated, k_rotated, v, out, sink, local)
+
+
+def masses(q: Tensor, k: Tensor, softmax: Softmax) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, mass [n,H,rows,t], back [rows,t]) of QUERY_BLOCK queries at a time, from rotated q and k [n,T,H,K].
+
+    `back` says how many tokens a key stands before its query, negative for later ones.
+    """
+    positions = torch.arange(q.shape[1], device=q.device)
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        rows = slice(start, start + QUERY_BLOCK)
+        back = positions[rows, None] - positions[None, : rows.stop]
+        scores = torch.einsum("nqhk,nthk->nhqt", q[:, rows], k[:, : rows.stop])
+        yield rows, softmax.mass(scores, back), back
 
 
 @torch.no_grad()
@@ -118,20 +129,21 @@ def calibrate(
     *,
     softmax: Softmax,
     heldout: int,
+    fixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Set decay, write strength, rotation, bias and gate of a mixer that holds the teacher's projections.
 
     `x_NTD` are inputs of the teacher's attention; the last `heldout` sequences judge, the others fit. `softmax`
-    says how the teacher makes attention of q·k. Returns what was chosen, per time scale and head, with the residual of
-    each.
+    says how the teacher makes attention of q·k. `fixed` fields have this value in all heads and are not searched.
+    Returns what was chosen, per time scale and head, with the residual of each.
     """
     if not 0 < heldout < len(x_NTD):
         raise ValueError(f"heldout is {heldout} of {len(x_NTD)} sequences; keep at least one to fit and one to judge")
     if mixer.options.state_heads != "query":
         raise ValueError("calibrate needs a state per query head; set state_heads='query'")
     heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
-    gates_MNTH = _fit_gates(mixer, x_NTD, heads)
-    search = _Search(mixer, heads, heldout)
+    gates_MNTH = fit_gates(mixer, x_NTD, heads)
+    search = _Search(mixer, heads, heldout, fixed or {})
     chosen: list[dict[str, list[Any]]] = []
     found: list[Tensor] = []
     for m in range(mixer.options.time_scales):
@@ -148,13 +160,16 @@ def calibrate(
 class _Search:
     """Settings are dicts of tensors [H]: every round tries some values of some fields in all heads at once."""
 
-    def __init__(self, mixer: FastWeightLayer, heads: Heads, heldout: int) -> None:
+    def __init__(
+        self, mixer: FastWeightLayer, heads: Heads, heldout: int, fixed: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self.mixer, self.heads, self.fit = mixer, heads, len(heads.v) - heldout
         self.num_heads, self.device = heads.v.shape[2], heads.v.device
         plain, rotated = (heads.q, heads.k), (heads.q_rotated, heads.k_rotated)
         self.unused = {False: _least_used(*plain), True: _least_used(*rotated)}
         self.sizes = tuple(t.norm(dim=-1).mean((0, 1))[:, None] for t in plain)
-        self.fields = self._fields()
+        self.fields, self.fixed = self._fields(), fixed
+        refuse_unknown("fixed field", fixed, START[0])
 
     def _fields(self) -> set[str]:
         options = self.mixer.options
@@ -166,7 +181,7 @@ class _Search:
     def best(self, m: int, found: list[Tensor], gate: Tensor | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """(setting, read, residual per head) of the best candidate of time scale `m`, given the reads found before."""
         which = min(m, len(START) - 1)
-        start = {name: value for name, value in START[which].items() if name in self.fields}
+        start = {name: value for name, value in {**START[which], **self.fixed}.items() if name in self.fields}
         best = {name: torch.full((self.num_heads,), value, device=self.device) for name, value in start.items()}
         kept_read, kept = None, torch.full((self.num_heads,), math.inf, device=self.device)
         for candidate in self._candidates(best, ROUNDS[which]):
@@ -181,10 +196,11 @@ class _Search:
         return best, kept_read, kept
 
     def _candidates(self, best: dict[str, Tensor], rounds: Sequence[Round]) -> Iterator[dict[str, Tensor]]:
-        if not any(name in self.fields for name in rounds[0]):
+        searched = self.fields - set(self.fixed)
+        if not any(name in searched for name in rounds[0]):
             yield dict(best)
         for tried in rounds:
-            names = [name for name in tried if name in self.fields]
+            names = [name for name in tried if name in searched]
             base = dict(best)
             for values in product(*(tried[name] for name in names)) if names else ():
                 changes = {n: torch.full_like(base[n], v) for n, v in zip(names, values, strict=True)}
@@ -243,16 +259,21 @@ class _Search:
     def write(self, m: int, setting: Mapping[str, Tensor]) -> None:
         """Put a setting into the mixer's parameters, as constants: their projections of x start at zero."""
         mixer, heads = self.mixer, slice(m * self.num_heads, (m + 1) * self.num_heads)
-        if "half_life" in setting:
-            mixer.a_proj.weight[heads] = 0
-            mixer.dt_bias[heads] = math.log(math.e - 1)  # softplus of it is 1
-            mixer.A_log[heads] = torch.log(math.log(2) / setting["half_life"]).to(mixer.A_log.dtype)
-        if "beta" in setting:
-            most = 2.0 if mixer.options.allow_neg_eigval else 1.0
-            mixer.b_proj.weight[heads] = 0
-            mixer.b_proj.bias[heads] = torch.logit(setting["beta"] / most)
+        write_rates(mixer, heads, setting)
         if "bias" in setting:
             mixer.q_bias[heads], mixer.k_bias[heads] = self.biases(setting)
+
+
+def write_rates(mixer: FastWeightLayer, states: slice, setting: Mapping[str, Tensor]) -> None:
+    """Put half-lives and write strengths, [states] each, into the mixer's parameters, the same for every token."""
+    if "half_life" in setting:
+        mixer.a_proj.weight[states] = 0
+        mixer.dt_bias[states] = math.log(math.e - 1)  # softplus of it is 1
+        mixer.A_log[states] = torch.log(math.log(2) / setting["half_life"]).to(mixer.A_log.dtype)
+    if "beta" in setting:
+        most = 2.0 if mixer.options.allow_neg_eigval else 1.0
+        mixer.b_proj.weight[states] = 0
+        mixer.b_proj.bias[states] = torch.logit(setting["beta"] / most)
 
 
 def _per_head(reads: list[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +289,7 @@ def _least_used(q: Tensor, k: Tensor) -> Tensor:
     return torch.linalg.eigh(both.mT @ both)[1][:, :, 0]
 
 
-def _fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | None:
+def fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | None:
     """Set g_proj, and return the gates [M,n,T,H]; None where the mixer has none of this kind."""
     if mixer.options.output_gate != "head_sigmoid":
         return None

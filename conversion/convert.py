@@ -35,7 +35,7 @@ from .distil import distil
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .plan import Plan, describe, within
-from .recipes import find_recipe, student_options
+from .recipes import Recipe, find_recipe, student_options
 from .report import environment, measure, peak_memory, write_report
 from .solve import solve
 from .teacher import Teacher, load_teacher
@@ -78,7 +78,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     rule: str = "gated_delta_net",
     keep: Keep = 0.25,
-    recipe: str = "quick",
+    recipe: str | Recipe = "quick",
     budget: int | str | None = None,
     data: Any = None,
     output: str | Path | None = None,
@@ -91,10 +91,11 @@ def convert(
     """Swap the softmax attention of `teacher` for fast weights and repair what that broke; returns the student.
 
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
-    budget: tokens for the stages that take gradient steps, or a time ("20m"). data: a text, a Path, a list of texts or
-    a datasets object; with splits "train" and "test" the report is measured on "test". output: a new folder for model,
-    tokenizer, report and card; an interrupted run continues with `resume`. dry_run: print the plan and return the
-    teacher. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before it starts.
+    recipe: the name of one, or one of your own (recipes.py). budget: tokens for the stages that take gradient steps,
+    or a time ("20m"). data: a text, a Path, a list of texts or a datasets object; with splits "train" and "test" the
+    report is measured on "test". output: a new folder for model, tokenizer, report and card; an interrupted run
+    continues with `resume`. dry_run: print the plan and return the teacher. The student carries `conversion_report`.
+    Raises ValueError for whatever cannot be done, before it starts.
     """
     options, output = find_recipe(recipe), None if output is None else Path(output)
     student_options(rule)
@@ -152,8 +153,9 @@ def _texts(data: Any) -> tuple[Any, Any]:
 def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own."""
     recipe, length = plan.recipe, plan.recipe.sequence_length
+    report_tokens = recipe.report.get("tokens", REPORT_TOKENS)
     counts = {
-        "report": 0 if heldout is not None else REPORT_TOKENS // length,
+        "report": 0 if heldout is not None else report_tokens // length,
         "rank": -(-recipe.rank_tokens // length) if plan.ranked else 0,
         "rank_solve": recipe.rank_solve_tokens // length if plan.ranked else 0,
         "solve": recipe.solve_tokens // length,
@@ -165,7 +167,7 @@ def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizer
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
     parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
     if heldout is not None:
-        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=REPORT_TOKENS)
+        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
     return parts
 
 
@@ -181,7 +183,7 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
         "peak_memory_bytes": peak_memory(),
     }
     if output is None:
-        run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+        run.report |= _measured(run, student)
         return student.eval()
     assert run.work is not None
     unfinished = run.work / "finished"
@@ -189,13 +191,18 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
     student.save_pretrained(unfinished)
     assert run.tokenizer is not None
     run.tokenizer.save_pretrained(unfinished)
-    run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+    run.report |= _measured(run, student)
     run.report = write_report(unfinished, {**run.report, "name": output.name})
     if output.is_dir():
         output.rmdir()
     unfinished.rename(output)
     shutil.rmtree(run.work)
     return student.eval()
+
+
+def _measured(run: Run, student: PreTrainedModel) -> dict[str, Any]:
+    settings = {**_MEASURES, **run.plan.recipe.report}
+    return measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **settings)
 
 
 _MEASURES: dict[str, Any] = {
@@ -212,11 +219,12 @@ def _solved(run: Run) -> PreTrainedModel:
     plan, teacher, recipe = run.plan, run.teacher, run.plan.recipe
     named = plan.named()
     layers = [layer for layer in range(plan.num_layers) if layer not in named]
-    student = copy_teacher(teacher, layers=layers, fwp=student_options(plan.rule), share=run.share)
+    student = copy_teacher(teacher, layers=layers, fwp=recipe.options(plan.rule), share=run.share)
     found: dict[int, dict[str, Any]] = {}
     if plan.ranked:
         assert plan.kept is not None
-        found = solve(student, teacher, run.blocks["rank_solve"], heldout=2, stream="teacher", progress=run.progress)
+        ranking_settings = {**recipe.solve, "heldout": 2, "stream": "teacher"}
+        found = solve(student, teacher, run.blocks["rank_solve"], **ranking_settings, progress=run.progress)
         swapped = run.blocks["rank"]
         swapped = swapped[:, : recipe.rank_tokens // len(swapped)]
         ranking = rank_layers(student, teacher, swapped, progress=run.progress)
@@ -229,6 +237,7 @@ def _solved(run: Run) -> PreTrainedModel:
         calibrated=plan.ranked,
         stream=recipe.stream,
         progress=run.progress,
+        **recipe.solve,
     )
     run.report["choices"] = {layer: {**found.get(layer, {}), **solved[layer]} for layer in solved}
     run.report["residuals"] = {layer: choice["residual"] for layer, choice in run.report["choices"].items()}

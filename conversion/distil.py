@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_fwp.layer import layers_of
+
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .memory import freed_memory_kept
 
@@ -50,10 +52,10 @@ def distil(
 ) -> dict[str, Any]:
     """Train all of `student` (with `peft_config` what that says) on the token blocks ids_NT; returns the history.
 
-    Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest`; both rise over the first
-    `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the Trainer saves a checkpoint
-    every `save_every` steps, from which `resume` continues with the same result as if it had never stopped.
-    `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
+    Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest` (0: it stays as it is);
+    both rise over the first `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the
+    Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
+    never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
@@ -83,8 +85,9 @@ def distil(
         )
         model: Any = student
         if peft_config is None:
+            mixers = {id(p) for mixer in layers_of(student).values() for p in mixer.parameters()}
             for parameter in parameters:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(bool(lr if id(parameter) in mixers else lr_rest))
         else:
             from peft import get_peft_model  # 2 s: only for those who ask for it
 

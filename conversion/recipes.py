@@ -1,7 +1,9 @@
 """Recipes are data: which stages run, over how many tokens, with which settings. The code is in the stages' files.
 
 `tokens` of solve are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and
-measures the swaps on `rank_tokens`. Tokens of align and distil are read once.
+measures the swaps on `rank_tokens`. Tokens of align and distil are read once. `solve`, `align` and `distil` hold
+settings of the functions of these names, `fwp` options of the mixers, `report` settings of report.measure; every
+choice among them is an ablation of ablate.py.
 """
 
 from __future__ import annotations
@@ -50,15 +52,22 @@ class Recipe:
 
     name: str
     summary: str
+    fwp: Mapping[str, Any] = field(default_factory=dict)
     sequence_length: int = 512
     solve_tokens: int = 16384
     stream: str = "student"
+    solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
     rank_tokens: int = 768
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)
     distil_tokens: int = 0
     distil: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, rule: str) -> dict[str, Any]:
+        """The mixer options of a student with this update rule, as `fwp` of its config."""
+        return {**student_options(rule), **self.fwp}
 
     def trained(self) -> int:
         """Tokens of the stages that take gradient steps."""
@@ -74,6 +83,33 @@ class Recipe:
         align = round(tokens * self.align_tokens / max(1, self.trained()))
         return replace(self, align_tokens=align, distil_tokens=tokens - align if self.distil_tokens else 0)
 
+    def changed(self, change: Mapping[str, Any]) -> Recipe:
+        """The same recipe but for some fields, a setting named with its stage ("align.lr"); as many trained tokens."""
+        fields: dict[str, Any] = {}
+        for name, value in change.items():
+            stage, _, setting = name.partition(".")
+            fields[stage] = {**fields.get(stage, getattr(self, stage)), setting: value} if setting else value
+        made = replace(self, **fields)
+        return made.with_trained(self.trained()) if made.trained() else made
+
+    def with_rates(self, factor: float) -> Recipe:
+        """The same recipe with every learning rate that it names times `factor`."""
+        stages = {stage: getattr(self, stage) for stage in TRAINING}
+        return replace(self, **{stage: _scaled(settings, factor) for stage, settings in stages.items()})
+
+
+# Stages that take gradient steps, and the learning rates among their settings.
+TRAINING = ("align", "distil")
+RATES = ("lr", "lr_projections", "lr_rest")
+
+
+def _scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {name: value * factor if name in RATES else value for name, value in settings.items()}
+
+
+# Learning rates for models of up to 200M parameters.
+_ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4}
+_DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -83,17 +119,20 @@ RECIPES: dict[str, Recipe] = {
             "quick",
             "closed-form, then align and distil: 0.2M tokens in all",
             align_tokens=16384,
+            align=_ALIGN,
             distil_tokens=159744,
-            distil={"save_every": 10},
+            distil={**_DISTIL, "save_every": 10},
         ),
     )
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`, or an error that names the closest one."""
-    refuse_unknown("recipe", [name], RECIPES)
-    return RECIPES[name]
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of this name, or an error that names the closest one; a recipe of one's own as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    refuse_unknown("recipe", [recipe], RECIPES)
+    return RECIPES[recipe]
 
 
 def student_options(rule: str) -> dict[str, Any]:

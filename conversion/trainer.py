@@ -111,7 +111,8 @@ class DistilTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(model, lr=self.lr_mixers or options["lr"], lr_rest=options["lr"])
+            lr = options["lr"] if self.lr_mixers is None else self.lr_mixers
+            groups = parameter_groups(model, lr=lr, lr_rest=options["lr"])
             self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
         return self.optimizer
 

@@ -180,6 +180,21 @@ def test_a_known_setting_is_found(ids_NT, monkeypatch):
 
 
 @torch.no_grad()
+def test_what_is_fixed_is_not_searched(ids_NT):
+    mixer, x_NTD, rotary, softmax = scene(ids_NT)
+    fixed = {"half_life": 38.0, "rotate": True}
+    chosen = calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=2, fixed=fixed)["time_scales"]
+    for scale in chosen:
+        assert scale["half_life"] == [38.0] * 4
+        assert scale["rotate"] == [True] * 4
+    assert all(mixer.options.rotates)
+    assert len({beta for scale in chosen for beta in scale["beta"]}) > 1
+    assert (-mixer.A_log.exp()).exp() == pytest.approx(2 ** (-1 / 38.0))
+    with pytest.raises(ValueError, match="unknown fixed field 'betas'; did you mean 'beta'"):
+        calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=2, fixed={"betas": 0.5})
+
+
+@torch.no_grad()
 def test_more_time_scales_explain_more(ids_NT):
     mixer, x_NTD, rotary, softmax = scene(ids_NT, time_scales=2)
     first, second = calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=1)["time_scales"]

@@ -217,3 +217,15 @@ def test_students_that_cannot_be_distilled_are_refused(teacher, ids):
         distil(student_of(teacher), teacher, ids[:1], **SETTINGS)
     with pytest.raises(ValueError, match="vocabulary"):
         distil(student_of(tiny_teacher("llama", vocab_size=50)), teacher, ids, **SETTINGS)
+
+
+@pytest.mark.parametrize("still", ["lr", "lr_rest"])
+def test_what_has_no_rate_stays_as_it_is(still, teacher, ids):
+    student = student_of(teacher)
+    before = weights(student)
+    distil(student, teacher, ids, **{**SETTINGS, "steps": 2, still: 0.0})
+    changed = {name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])}
+    mixers = {name for name in before if ".0.self_attn." in name or ".2.self_attn." in name}
+    assert changed
+    assert changed <= mixers if still == "lr_rest" else not changed & mixers
+    assert all(parameter.requires_grad for parameter in student.parameters())
