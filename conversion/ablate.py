@@ -130,10 +130,10 @@ def ablate(
 ) -> list[dict[str, Any]]:
     """Convert `teacher` once per choice and measure each student on `tokens` held-out tokens; returns the table's rows.
 
-    Arguments as in convert. recipe: one or several names. choices: names of CHOICES, or how they begin; None: all for
-    one recipe, only AS_IT_IS for several or with a sweep. sweep: a name of SWEEPS. dry_run: print what would be run
-    and how long it should take. Raises ValueError for an unknown choice or sweep, and for results in `output` that
-    belong to other arguments.
+    Arguments as in convert. recipe: one or several names; one that is for a certain rule is run with it. choices: names
+    of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with a sweep. sweep: a name of
+    SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError for an unknown choice or
+    sweep, and for results in `output` that belong to other arguments.
     """
     recipes = [recipe] if isinstance(recipe, str) else list(recipe)
     made = [find_recipe(name) for name in recipes]
@@ -141,9 +141,9 @@ def ablate(
     if sweep is not None and sweep not in SWEEPS:
         raise ValueError(f"unknown sweep {sweep!r}; the sweeps are {', '.join(SWEEPS)}")
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
-    fitted = [within(planned(model, rule, keep, each), budget, model).recipe for each in made]
-    asked: dict[str, Any] = {"rule": rule, "keep": keep, "layers": model.config.num_hidden_layers, "seed": seed}
-    runs = [run for each in fitted for run in runs_of(each, names, **asked, sweep=sweep)]
+    fitted = [within(planned(model, each.rule or rule, keep, each), budget, model).recipe for each in made]
+    asked: dict[str, Any] = {"keep": keep, "layers": model.config.num_hidden_layers, "seed": seed, "sweep": sweep}
+    runs = [run for each in fitted for run in runs_of(each, names, rule=each.rule or rule, **asked)]
     place = Path(output) / "runs"
     if dry_run:
         _show_plan(runs, place, model)

@@ -27,15 +27,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import converted_layers
+from hf_fwp.layer import layers_of
 
 from .align import align
+from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
 from .data import demo_corpus, read_data, token_blocks
 from .distil import distil
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .plan import Plan, describe, within
-from .recipes import Recipe, find_recipe, student_options
+from .recipes import Recipe, find_recipe
 from .report import environment, measure, peak_memory, write_report
 from .solve import solve
 from .teacher import Teacher, load_teacher
@@ -98,7 +100,7 @@ def convert(
     Raises ValueError for whatever cannot be done, before it starts.
     """
     options, output = find_recipe(recipe), None if output is None else Path(output)
-    student_options(rule)
+    options.options(rule)
     _check_output(output, resume=resume)
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     if tokenizer is None:
@@ -223,25 +225,26 @@ def _solved(run: Run) -> PreTrainedModel:
     found: dict[int, dict[str, Any]] = {}
     if plan.ranked:
         assert plan.kept is not None
-        ranking_settings = {**recipe.solve, "heldout": 2, "stream": "teacher"}
-        found = solve(student, teacher, run.blocks["rank_solve"], **ranking_settings, progress=run.progress)
+        found = _start(run, student, run.blocks["rank_solve"], **{**recipe.solve, "heldout": 2, "stream": "teacher"})
         swapped = run.blocks["rank"]
         swapped = swapped[:, : recipe.rank_tokens // len(swapped)]
         ranking = rank_layers(student, teacher, swapped, progress=run.progress)
         run.report["ranking"] = ranking
         student = keep_softmax(student, teacher, most_needed(ranking, plan.kept), share=run.share)
-    solved = solve(
-        student,
-        teacher,
-        run.blocks["solve"],
-        calibrated=plan.ranked,
-        stream=recipe.stream,
-        progress=run.progress,
-        **recipe.solve,
-    )
+    given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}
+    solved = _start(run, student, run.blocks["solve"], **given)
     run.report["choices"] = {layer: {**found.get(layer, {}), **solved[layer]} for layer in solved}
     run.report["residuals"] = {layer: choice["residual"] for layer, choice in run.report["choices"].items()}
     return student
+
+
+def _start(run: Run, student: PreTrainedModel, ids_NT: Tensor, **settings: Any) -> dict[int, dict[str, Any]]:
+    """Solve, or, in a recipe without that stage, the same rates in all heads."""
+    if run.plan.recipe.solve_tokens:
+        return solve(student, run.teacher, ids_NT, progress=run.progress, **settings)
+    for mixer in layers_of(student).values():
+        set_plain_rates(mixer, half_life=HALF_LIFE)
+    return {}
 
 
 def _aligned(run: Run, student: PreTrainedModel) -> PreTrainedModel:

@@ -52,6 +52,10 @@ class Recipe:
 
     name: str
     summary: str
+    rule: str | None = None
+    """the update rule that it is for; None: any that has a student"""
+    copied: bool = False
+    """whether mixers start as copied projections and nothing else, without what solve needs beside them"""
     fwp: Mapping[str, Any] = field(default_factory=dict)
     sequence_length: int = 512
     solve_tokens: int = 16384
@@ -67,7 +71,11 @@ class Recipe:
 
     def options(self, rule: str) -> dict[str, Any]:
         """The mixer options of a student with this update rule, as `fwp` of its config."""
-        return {**student_options(rule), **self.fwp}
+        if self.rule not in (None, rule):
+            raise ValueError(
+                f"the recipe {self.name!r} is for the rule {self.rule!r}, not {rule!r}; give rule={self.rule!r}"
+            )
+        return {**({"rule": rule} if self.copied else student_options(rule)), **self.fwp}
 
     def trained(self) -> int:
         """Tokens of the stages that take gradient steps."""
@@ -107,9 +115,11 @@ def _scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {name: value * factor if name in RATES else value for name, value in settings.items()}
 
 
-# Learning rates for models of up to 200M parameters.
+# Learning rates for models of up to 200M parameters; papers give those of 7B models. ablate with sweep="lr" tries more.
 _ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4}
 _DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4}
+_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+_COPIED: dict[str, Any] = {"copied": True, "solve_tokens": 0, "rank_solve_tokens": 0}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -122,6 +132,51 @@ RECIPES: dict[str, Recipe] = {
             align=_ALIGN,
             distil_tokens=159744,
             distil={**_DISTIL, "save_every": 10},
+        ),
+        # What others have published, as far as it is public, on our operators, with the tokens they used.
+        Recipe(
+            "naive",
+            "copied projections, every rate the same, then distil: what every recipe has to beat",
+            **_COPIED,
+            distil_tokens=176128,
+            distil=_DISTIL,
+        ),
+        Recipe(
+            "lolcats",
+            "hedgehog features aligned with all else frozen, then LoRA by cross-entropy (Zhang et al. 2024)",
+            rule="linear_attention",
+            **_COPIED,
+            fwp={"feature_map": "hedgehog", "qk_norm": "none", "rope_heads": "all"},
+            align_tokens=20_000_000,
+            align={"lr": 1e-2, "lr_projections": 0.0},
+            distil_tokens=20_000_000,
+            distil={"losses": {"cross_entropy": 1.0}, "lora": _LORA, "lr": 1e-4, "lr_rest": 1e-4},
+        ),
+        Recipe(
+            "radlads",
+            "outputs of every layer aligned, then all parameters by KL (Goldstein et al. 2025)",
+            **_COPIED,
+            align_tokens=100_000_000,
+            align={"lr": 1e-3, "lr_projections": 1e-3},
+            distil_tokens=250_000_000,
+            distil=_DISTIL,
+        ),
+        Recipe(
+            "taylor-calibrate",
+            "decay from the mean distance of attention and beta from its entropy, then distil",
+            copied=True,
+            solve_tokens=4096,
+            stream="teacher",
+            solve={"rates": "formulas", "lambdas": (), "per_head": False, "heldout": 2},
+            distil_tokens=100_000_000,
+            distil=_DISTIL,
+        ),
+        Recipe(
+            "mamba-in-llama",
+            "copied projections, then mixers alone by KL and cross-entropy (Wang et al. 2024)",
+            **_COPIED,
+            distil_tokens=20_000_000_000,
+            distil={"losses": {"kl": 1.0, "cross_entropy": 1.0}, "lr": 5e-4, "lr_rest": 0.0},
         ),
     )
 }

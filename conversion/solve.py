@@ -85,9 +85,8 @@ def ridge(
         if best is not None and residual > best[0]:
             break  # more of lambda would only be worse
         best = (residual, lam, weight)
-    assert best is not None, "lambdas is not empty"
     alone = judge.residual(prior)
-    if alone < best[0] and len(lambdas) > 1:  # a single lambda is no choice
+    if best is None or (alone < best[0] and len(lambdas) > 1):  # a single lambda is no choice
         best = (alone, math.inf, prior)
     found = {"residual": best[0], "fitted": fit.residual(best[2]), "prior": alone, "lambda": best[1]}
     return best[2], found
@@ -113,13 +112,11 @@ def solve(
 
     ids_NT: token blocks [N, T]; the last `heldout` choose lambda, the first `search` find the settings of heads.
     `rates`, `fixed`: how those are found, and what is not looked for (calibrate.py, formulas.py). `lambdas`: those to
-    choose from. `per_head`: W0 is the regression of each head, else the projection that the mixer has.
+    choose from; none: W0 itself. `per_head`: W0 is the regression of each head, else the projection that the mixer has.
     """
     if stream not in STREAMS:
         raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
     refuse_unknown("way to find rates", [rates], RATES)
-    if not lambdas:
-        raise ValueError(f"lambdas is {lambdas!r}; give at least one")
     if len(ids_NT) < heldout + 2:
         raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")
     teacher_walk = Walk(teacher, ids_NT)

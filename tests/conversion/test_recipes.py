@@ -1,5 +1,8 @@
 """Recipes are data: they can be read, found, counted, and scaled to a budget."""
 
+import importlib
+import inspect
+
 import pytest
 from teachers import tiny_teacher
 
@@ -15,6 +18,15 @@ def test_a_recipe_is_found_by_its_name(name):
     assert recipe.summary
     assert recipe.solve_tokens % recipe.sequence_length == 0
     assert recipe.rank_solve_tokens % recipe.sequence_length == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_arguments_of_their_stages(name):
+    recipe = find_recipe(name)
+    for stage in ("solve", "align", "distil"):
+        module = importlib.import_module(f"hf_fwp.conversion.{stage}")
+        assert set(getattr(recipe, stage)) <= set(inspect.signature(getattr(module, stage)).parameters)
+    assert copy_teacher(tiny_teacher("llama"), layers=[1], fwp=recipe.options(recipe.rule or "gated_delta_net"))
 
 
 def test_what_the_recipes_promise():
