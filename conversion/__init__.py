@@ -8,6 +8,7 @@ from .calibrate import calibrate
 from .convert import convert
 from .distil import distil
 from .evaluate import evaluate
+from .extend import extend
 from .keep import keep_softmax, rank_layers
 from .recipes import RECIPES, Recipe
 from .report import write_report
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "distil",
     "evaluate",
+    "extend",
     "keep_softmax",
     "load_teacher",
     "rank_layers",

@@ -29,7 +29,7 @@ from hf_fwp.options import MixerOptions
 from .convert import convert
 from .keep import Keep, kept_count, kept_layers
 from .plan import Plan, estimate, within
-from .recipes import Recipe, find_recipe
+from .recipes import TRAINING, Recipe, find_recipe
 from .report import plain, write_whole
 from .teacher import Teacher, load_teacher
 
@@ -204,7 +204,7 @@ def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: K
     """Whether a choice makes a difference: to the mixers, to a stage that runs, or to which layers are kept."""
     if choice.keep is not None:
         return 0 < _count(keep, layers) < layers
-    off = [stage for stage in ("align", "distil") if not getattr(before, f"{stage}_tokens")]
+    off = [stage for stage in TRAINING if not getattr(before, f"{stage}_tokens")]
     hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}}
     unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
     mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]

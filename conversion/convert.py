@@ -4,6 +4,7 @@
     solve     calibrate and solve all layers in closed form; rank them if `keep` asks for it, and solve again (solve.py)
     align     each mixer to its attention, by gradient (align.py)
     distil    the whole student to the teacher's predictions (distil.py)
+    extend    the student by itself on longer sequences (extend.py)
     report    measure on text that no stage has read (report.py)
 
 A finished stage is saved beside `output`, in `output`.partial, until the finished model is renamed into place.
@@ -34,6 +35,7 @@ from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
 from .data import demo_corpus, read_data, token_blocks
 from .distil import distil
+from .extend import extend
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .plan import Plan, describe, within
@@ -164,10 +166,15 @@ def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizer
         "align": -(-recipe.align_tokens // length),
         "distil": -(-recipe.distil_tokens // length),
     }
-    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=sum(counts.values()) * length)
+    used = sum(counts.values()) * length
+    longer = -(-recipe.extend_tokens // recipe.extend_length) * recipe.extend_length
+    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=used + longer)
+    ids_NT, rest_NT = ids_NT.split([used // length, len(ids_NT) - used // length])
     # documents are long: without a shuffle a stage would read few of them
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
     parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
+    if longer:
+        parts["extend"] = rest_NT.flatten()[:longer].view(-1, recipe.extend_length)
     if heldout is not None:
         parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
     return parts
@@ -180,6 +187,8 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
         student = run.stage("align", student, lambda: _aligned(run, student))
     if recipe.distil_tokens:
         student = run.stage("distil", student, lambda: _distilled(run, student))
+    if recipe.extend_tokens:
+        student = run.stage("extend", student, lambda: _extended(run, student))
     run.report |= {
         "kept_layers": [i for i in range(run.plan.num_layers) if i not in converted_layers(student.config)],
         "peak_memory_bytes": peak_memory(),
@@ -282,6 +291,23 @@ def _distilled(run: Run, student: PreTrainedModel) -> PreTrainedModel:
     return student
 
 
+def _extended(run: Run, student: PreTrainedModel) -> PreTrainedModel:
+    if run.share:
+        _own_weights(student)
+    blocks = run.blocks["extend"]
+    log = extend(
+        student,
+        blocks,
+        output_dir=None if run.work is None else run.work / "extend.steps",
+        resume=True,
+        seed=run.plan.seed,
+        progress=run.progress,
+        **run.plan.recipe.extend,
+    )
+    run.report["stages"]["extend"] = {"tokens": blocks.numel(), **log}
+    return student
+
+
 def _own_weights(student: PreTrainedModel) -> None:
     """Copies of the weights that are still in the teacher's memory: they are going to be trained."""
     for parameter in student.parameters():
@@ -321,7 +347,7 @@ def _as_begun(work: Path, plan: Plan) -> Plan | None:
     saved = json.loads(file.read_text())
     if plan.budget is None or saved.get("budget") != plan.budget or saved["recipe"]["name"] != plan.recipe.name:
         return None
-    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens")}
+    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens", "extend_tokens")}
     return replace(plan, recipe=replace(plan.recipe, **tokens))
 
 

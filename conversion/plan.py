@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .keep import Keep, kept_layers
-from .recipes import Recipe
+from .recipes import TRAINING, Recipe
 from .report import peak_memory
 
 # Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
-COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8}
+COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8, "extend": 5.0}
 # Tensors [tokens, hidden size] that are in memory at once: while solving, and per layer for the backward of distil.
 STREAMS, ACTIVATIONS = 9, 40
 BATCH = 4  # sequences a step, where the recipe does not say
@@ -66,6 +66,7 @@ def describe(plan: Plan, model: PreTrainedModel) -> str:
         steps.insert(0, f"rank on {recipe.rank_tokens}")
     steps += [f"align {recipe.align_tokens}"] if recipe.align_tokens else []
     steps += [f"distil {recipe.distil_tokens}"] if recipe.distil_tokens else []
+    steps += [f"extend {recipe.extend_tokens}"] if recipe.extend_tokens else []
     return (
         f"convert {plan.teacher} to {plan.rule}, recipe {recipe.name}: {kept}\n"
         f"  {', '.join(steps)}; about {estimate(plan, model) / 60:.0f} minutes, "
@@ -90,7 +91,7 @@ def estimate(plan: Plan, model: PreTrainedModel) -> float:
     """Seconds that the stages will take, from the measured time of one forward pass."""
     recipe = plan.recipe
     units = recipe.solve_tokens * COSTS["solve"]
-    units += recipe.align_tokens * COSTS["align"] + recipe.distil_tokens * COSTS["distil"]
+    units += sum(getattr(recipe, f"{stage}_tokens") * COSTS[stage] for stage in TRAINING)
     if plan.ranked:
         units += recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
     return units * _seconds_per_token(model)
@@ -128,13 +129,12 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
         raise ValueError(
             f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
         )
-    scaled, least = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
-    wanted = {"align": plan.recipe.align_tokens, "distil": plan.recipe.distil_tokens}
-    left = {"align": scaled.align_tokens, "distil": scaled.distil_tokens}
-    for stage in wanted:
-        if wanted[stage] and left[stage] < least:
+    scaled, step = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
+    for stage, least in {"align": step, "distil": step, "extend": plan.recipe.extend_length}.items():
+        wanted, left = (getattr(recipe, f"{stage}_tokens") for recipe in (plan.recipe, scaled))
+        if wanted and left < least:
             raise ValueError(
-                f"a budget of {budget!r} leaves {max(0, left[stage])} tokens to {stage} on, and {least} are the least; "
+                f"a budget of {budget!r} leaves {max(0, left)} tokens to {stage} on, and {least} are the least; "
                 "give more, or 'closed-form'"
             )
     return replace(plan, recipe=scaled)

@@ -1,9 +1,9 @@
 """Recipes are data: which stages run, over how many tokens, with which settings. The code is in the stages' files.
 
 `tokens` of solve are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and
-measures the swaps on `rank_tokens`. Tokens of align and distil are read once. `solve`, `align` and `distil` hold
-settings of the functions of these names, `fwp` options of the mixers, `report` settings of report.measure; every
-choice among them is an ablation of ablate.py.
+measures the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
+`extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `fwp` options of
+the mixers, `report` settings of report.measure; every choice among them is an ablation of ablate.py.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ class Recipe:
     align: Mapping[str, Any] = field(default_factory=dict)
     distil_tokens: int = 0
     distil: Mapping[str, Any] = field(default_factory=dict)
+    extend_tokens: int = 0
+    extend_length: int = 4096
+    extend: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self, rule: str) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class Recipe:
 
     def trained(self) -> int:
         """Tokens of the stages that take gradient steps."""
-        return self.align_tokens + self.distil_tokens
+        return sum(getattr(self, f"{stage}_tokens") for stage in TRAINING)
 
     def tokens(self, *, ranked: bool) -> int:
         """All tokens that the recipe reads, so many must the data have."""
@@ -87,9 +90,13 @@ class Recipe:
         return self.solve_tokens + ranking + self.trained()
 
     def with_trained(self, tokens: int) -> Recipe:
-        """The same recipe with `tokens` for align and distil together, shared as before."""
-        align = round(tokens * self.align_tokens / max(1, self.trained()))
-        return replace(self, align_tokens=align, distil_tokens=tokens - align if self.distil_tokens else 0)
+        """The same recipe with `tokens` for all stages that take gradient steps, shared as before."""
+        total, before, shares = max(1, self.trained()), 0, {}
+        for name in (f"{stage}_tokens" for stage in TRAINING):
+            after = before + getattr(self, name)
+            shares[name] = round(tokens * after / total) - round(tokens * before / total)
+            before = after
+        return replace(self, **shares)
 
     def changed(self, change: Mapping[str, Any]) -> Recipe:
         """The same recipe but for some fields, a setting named with its stage ("align.lr"); as many trained tokens."""
@@ -107,7 +114,7 @@ class Recipe:
 
 
 # Stages that take gradient steps, and the learning rates among their settings.
-TRAINING = ("align", "distil")
+TRAINING = ("align", "distil", "extend")
 RATES = ("lr", "lr_projections", "lr_rest")
 
 
@@ -118,6 +125,7 @@ def _scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
 # Learning rates for models of up to 200M parameters; papers give those of 7B models. ablate with sweep="lr" tries more.
 _ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4}
 _DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4}
+_EXTEND: dict[str, Any] = {"lr": 1e-5, "lr_rest": 1e-5, "gradient_checkpointing": True}
 _LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 _COPIED: dict[str, Any] = {"copied": True, "solve_tokens": 0, "rank_solve_tokens": 0}
 
@@ -132,6 +140,35 @@ RECIPES: dict[str, Recipe] = {
             align=_ALIGN,
             distil_tokens=159744,
             distil={**_DISTIL, "save_every": 10},
+        ),
+        Recipe(
+            "standard",
+            "closed-form on more text, then align, distil and 4k tokens of context: 40M tokens",
+            sequence_length=1024,
+            solve_tokens=65536,
+            rank_solve_tokens=8192,
+            rank_tokens=2048,
+            align_tokens=8_000_000,
+            align={**_ALIGN, "batch_size": 8},
+            distil_tokens=28_000_000,
+            distil={**_DISTIL, "batch_size": 8, "save_every": 200},
+            extend_tokens=4_000_000,
+            extend=_EXTEND,
+        ),
+        Recipe(
+            "long",
+            "as standard, with 16k tokens of context: 500M tokens",
+            sequence_length=2048,
+            solve_tokens=131072,
+            rank_solve_tokens=16384,
+            rank_tokens=4096,
+            align_tokens=60_000_000,
+            align={**_ALIGN, "batch_size": 8},
+            distil_tokens=400_000_000,
+            distil={**_DISTIL, "batch_size": 16, "save_every": 500},
+            extend_tokens=40_000_000,
+            extend_length=16384,
+            extend=_EXTEND,
         ),
         # What others have published, as far as it is public, on our operators, with the tokens they used.
         Recipe(
@@ -160,6 +197,9 @@ RECIPES: dict[str, Recipe] = {
             align={"lr": 1e-3, "lr_projections": 1e-3},
             distil_tokens=250_000_000,
             distil=_DISTIL,
+            extend_tokens=100_000_000,
+            extend_length=16384,
+            extend=_EXTEND,
         ),
         Recipe(
             "taylor-calibrate",

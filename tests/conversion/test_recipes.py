@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import pytest
 from teachers import tiny_teacher
@@ -23,7 +24,7 @@ def test_a_recipe_is_found_by_its_name(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_settings_are_arguments_of_their_stages(name):
     recipe = find_recipe(name)
-    for stage in ("solve", "align", "distil"):
+    for stage in ("solve", "align", "distil", "extend"):
         module = importlib.import_module(f"hf_fwp.conversion.{stage}")
         assert set(getattr(recipe, stage)) <= set(inspect.signature(getattr(module, stage)).parameters)
     assert copy_teacher(tiny_teacher("llama"), layers=[1], fwp=recipe.options(recipe.rule or "gated_delta_net"))
@@ -31,6 +32,7 @@ def test_settings_are_arguments_of_their_stages(name):
 
 def test_what_the_recipes_promise():
     assert find_recipe("closed-form").trained() == 0
+    assert [find_recipe(name).trained() for name in ("standard", "long")] == [40_000_000, 500_000_000]
     quick = find_recipe("quick")
     assert quick.align_tokens > 0
     assert quick.distil_tokens > 0
@@ -56,6 +58,8 @@ def test_a_budget_is_shared_as_before():
     scaled = recipe.with_trained(1000)
     assert (scaled.align_tokens, scaled.distil_tokens) == (250, 750)
     assert recipe.with_trained(0).trained() == 0
+    three = replace(recipe, extend_tokens=100).with_trained(999)
+    assert (three.align_tokens, three.distil_tokens, three.extend_tokens) == (200, 599, 200)
     only = Recipe("x", "x", align_tokens=100).with_trained(10)
     assert (only.align_tokens, only.distil_tokens) == (10, 0)
 
