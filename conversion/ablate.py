@@ -79,6 +79,7 @@ CHOICES: dict[str, Choice] = {
     "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),
     "align mixers only": Choice("worse: q, k, v can help", {"align.lr_projections": 0.0}),
     "distil mixers only": Choice("worse: the rest can make up for mixers", {"distil.lr_rest": 0.0}),
+    "kept for recall too": Choice("worse in KL on text: other layers matter for recall", {"rank.recall": 1.0}),
     "kept uniformly": Choice("worse: layers differ by ten times in what they cost", keep="uniform"),
     "kept at random": Choice("worse: layers differ by ten times in what they cost", keep="random", seeds=3),
 }
@@ -204,8 +205,9 @@ def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: K
     """Whether a choice makes a difference: to the mixers, to a stage that runs, or to which layers are kept."""
     if choice.keep is not None:
         return 0 < _count(keep, layers) < layers
+    ranked = kept_count(keep, layers) is not None and 0 < _count(keep, layers) < layers
     off = [stage for stage in TRAINING if not getattr(before, f"{stage}_tokens")]
-    hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}}
+    hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}} | ({} if ranked else {"rank": {}})
     unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
     mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]
     return replace(before, **hidden) != replace(after, **hidden) or mixers[0] != mixers[1]

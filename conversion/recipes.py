@@ -2,8 +2,8 @@
 
 `tokens` of solve are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and
 measures the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
-`extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `fwp` options of
-the mixers, `report` settings of report.measure; every choice among them is an ablation of ablate.py.
+`extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `rank` those of
+rank_layers, `report` those of report.measure, `fwp` options of the mixers; every choice is an ablation of ablate.py.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Recipe:
     solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
     rank_tokens: int = 768
+    rank: Mapping[str, Any] = field(default_factory=dict)
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)
     distil_tokens: int = 0

@@ -64,6 +64,7 @@ def test_what_a_recipe_does_not_do_is_not_run():
     closed, quick = ([run.choice for run in runs(find_recipe(name), keep=0)] for name in ("closed-form", "quick"))
     assert closed[0] == quick[0] == AS_IT_IS
     assert not [name for name in closed if "align" in name or "distil" in name or "kept" in name]
+    assert "kept for recall too" not in [run.choice for run in runs(find_recipe("quick"), keep="uniform:0.5")]
     assert {"no align", "distil mixers only"} < set(quick)
     assert [run.choice for run in runs(find_recipe("closed-form"), keep=0.5)].count("kept at random") == 3
     linear = [run.choice for run in runs(find_recipe("closed-form"), rule="linear_attention")]
@@ -102,7 +103,7 @@ def test_a_change_names_a_stage_and_its_setting():
 def test_choices_are_found_by_how_they_begin():
     assert chosen(None, alone=True) == list(CHOICES)
     assert chosen(None, alone=False) == [AS_IT_IS]
-    assert chosen("kept", alone=True) == [AS_IT_IS, "kept uniformly", "kept at random"]
+    assert chosen("kept", alone=True) == [AS_IT_IS, "kept for recall too", "kept uniformly", "kept at random"]
     assert chosen(["no gate", "kept u"], alone=True) == [AS_IT_IS, "no gate", "kept uniformly"]
 
 

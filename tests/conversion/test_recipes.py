@@ -9,6 +9,7 @@ from teachers import tiny_teacher
 
 from hf_fwp import RULES
 from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.keep import rank_layers
 from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe, student_options
 
 
@@ -27,6 +28,7 @@ def test_settings_are_arguments_of_their_stages(name):
     for stage in ("solve", "align", "distil", "extend"):
         module = importlib.import_module(f"hf_fwp.conversion.{stage}")
         assert set(getattr(recipe, stage)) <= set(inspect.signature(getattr(module, stage)).parameters)
+    assert set(recipe.rank) <= set(inspect.signature(rank_layers).parameters)
     assert copy_teacher(tiny_teacher("llama"), layers=[1], fwp=recipe.options(recipe.rule or "gated_delta_net"))
 
 
