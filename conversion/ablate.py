@@ -68,6 +68,7 @@ CHOICES: dict[str, Choice] = {
     "no constant": Choice("worse: a sink's value is a constant", {"fwp.o_bias": False}),
     "no bias of q and k": Choice("worse: the state cannot be asked for the mean value", {"fwp.state_bias": False}),
     "no gate": Choice("worse: nothing says 'nothing here'", {"fwp.output_gate": "none"}),
+    "grouped states": Choice("worse: fewer states, by as many as share a key", {"fwp.state_heads": "grouped"}),
     "lambda 0.01": Choice("worse: it overfits few tokens", {"solve.lambdas": (1e-2,)}),
     "lambda 1": Choice("worse: layers differ in what they need", {"solve.lambdas": (1.0,)}),
     "drawn to the copy": Choice("worse: W0 of the copied projection is far off", {"solve.per_head": False}),
@@ -117,7 +118,7 @@ def ablate(
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     rule: str = "gated_delta_net",
     keep: Keep = 0,
-    recipe: str | Sequence[str] = "closed-form",
+    recipe: str | Recipe | Sequence[str | Recipe] = "closed-form",
     budget: int | str | None = None,
     choices: str | Sequence[str] | None = None,
     sweep: str | None = None,
@@ -131,13 +132,12 @@ def ablate(
 ) -> list[dict[str, Any]]:
     """Convert `teacher` once per choice and measure each student on `tokens` held-out tokens; returns the table's rows.
 
-    Arguments as in convert. recipe: one or several names; one that is for a certain rule is run with it. choices: names
+    Arguments as in convert. recipe: one or several; one that is for a certain rule is run with it. choices: names
     of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with a sweep. sweep: a name of
     SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError for an unknown choice or
     sweep, and for results in `output` that belong to other arguments.
     """
-    recipes = [recipe] if isinstance(recipe, str) else list(recipe)
-    made = [find_recipe(name) for name in recipes]
+    made = [find_recipe(each) for each in ([recipe] if isinstance(recipe, (str, Recipe)) else recipe)]
     names = chosen(choices, alone=len(made) == 1 and sweep is None)
     if sweep is not None and sweep not in SWEEPS:
         raise ValueError(f"unknown sweep {sweep!r}; the sweeps are {', '.join(SWEEPS)}")

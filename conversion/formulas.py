@@ -44,13 +44,15 @@ def calibrate_by_formulas(
     heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
     fit_gates(mixer, x_NTD, heads)
     distance_H, entropy_H = statistics(heads.q_rotated, heads.k_rotated, softmax)
-    forget_H = torch.log1p(1 / distance_H.clamp_min(NEAREST))  # -g
-    found = {"half_life": math.log(2) / forget_H, "beta": (1 - entropy_H).clamp(*BETAS)}
+    states = mixer.options.heads_of_states  # one per head, or one for a group of heads: their mean
+    distance_S, entropy_S = (x.view(states, -1).mean(1) for x in (distance_H, entropy_H))
+    forget_S = torch.log1p(1 / distance_S.clamp_min(NEAREST))  # -g
+    found = {"half_life": math.log(2) / forget_S, "beta": (1 - entropy_S).clamp(*BETAS)}
     found |= {name: torch.full_like(found[name], value) for name, value in (fixed or {}).items() if name in found}
     inputs = {"half_life": "g", "beta": "beta"}
     setting = {name: value for name, value in found.items() if inputs[name] in mixer.rule.inputs}
     for scale in range(mixer.options.time_scales):
-        write_rates(mixer, slice(scale * len(distance_H), (scale + 1) * len(distance_H)), setting)
+        write_rates(mixer, slice(scale * states, (scale + 1) * states), setting)
     chosen = {name: value.tolist() for name, value in setting.items()}
     return {"time_scales": [chosen] * mixer.options.time_scales, "rope_heads": mixer.options.rope_heads}
 

@@ -159,7 +159,14 @@ def test_the_students_stream_is_what_later_layers_are_fitted_on(ids_NT):
     assert found[1]["residual"] == pytest.approx(float(plain), rel=1e-2)
 
 
-SHAPES = [{}, {"time_scales": 1}, {"value_skip": 0}, {"value_skip": 2}, {"time_scales": 3, "o_bias": False}]
+SHAPES = [
+    {},
+    {"state_heads": "grouped"},
+    {"time_scales": 1},
+    {"value_skip": 0},
+    {"value_skip": 2},
+    {"time_scales": 3, "o_bias": False},
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
