@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .ablate import ablate
 from .align import align
 from .calibrate import calibrate
 from .convert import convert
 from .distil import distil
 from .evaluate import evaluate
+from .extend import extend
 from .keep import keep_softmax, rank_layers
 from .recipes import RECIPES, Recipe
 from .report import write_report
@@ -20,11 +22,13 @@ __all__ = [
     "RECIPES",
     "DistilTrainer",
     "Recipe",
+    "ablate",
     "align",
     "calibrate",
     "convert",
     "distil",
     "evaluate",
+    "extend",
     "keep_softmax",
     "load_teacher",
     "rank_layers",

@@ -57,9 +57,9 @@ def align(
     """Train the mixers of `student` on the token blocks ids_NT; returns what was measured on the way.
 
     Without `steps`, one pass over the blocks. q/k/v/o projections learn at `lr_projections`, the rest of a mixer at
-    `lr`; both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every `save_every` steps and
-    when it is interrupted; `resume` continues it with the same result as if it had never stopped. `bf16`: matrix
-    products in bf16, weights in float32; None: where the device is made for it.
+    `lr` (0: it stays as it is); both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every
+    `save_every` steps and when it is interrupted; `resume` continues it with the same result as if it had never
+    stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
     """
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < 1:
@@ -238,8 +238,11 @@ def optimizer(mixers: dict[int, FastWeightLayer], *, lr: float, lr_projections: 
     copied = {name: p for name, p in named(mixers).items() if name.split(".")[1] in PROJECTIONS}
     fresh = [p for name, p in named(mixers).items() if name not in copied]
     groups = [{"params": list(copied.values()), "peak": lr_projections}, {"params": fresh, "peak": lr}]
+    groups = [group for group in groups if group["params"] and group["peak"]]
+    if not groups:
+        raise ValueError(f"nothing to train: lr is {lr} and lr_projections {lr_projections}; give one that is not 0")
     # fused: one pass over the weights instead of ten
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def fast_bf16(device: torch.device) -> bool:

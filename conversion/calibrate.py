@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from hf_fwp.features import QK_NORMS
 from hf_fwp.layer import FastWeightLayer, rotate
+from hf_fwp.options import refuse_unknown
 
 from .softmax import Softmax
 
@@ -97,17 +99,26 @@ def attention_heads(
     rotary = mixer.standard_rotary(rotary)
     q_rotated, k_rotated = (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
     out, sink, local = torch.empty_like(v), torch.empty_like(v[..., 0]), torch.empty_like(v[..., 0])
-    positions = torch.arange(x_NTD.shape[1], device=x_NTD.device)
-    for start in range(0, x_NTD.shape[1], QUERY_BLOCK):
-        rows = slice(start, start + QUERY_BLOCK)
-        back = positions[rows, None] - positions[None, : rows.stop]
-        scores = torch.einsum("nqhk,nthk->nhqt", q_rotated[:, rows], k_rotated[:, : rows.stop])
-        mass = softmax.mass(scores, back)
+    for rows, mass, back in masses(q_rotated, k_rotated, softmax):
         out[:, rows] = torch.einsum("nhqt,nthv->nqhv", mass, v[:, : rows.stop])
         sink[:, rows] = mass[..., 0].transpose(1, 2)
-        near = (back >= 0) & (back < LOCAL) & (positions[None, : rows.stop] > 0)
+        near = (back >= 0) & (back < LOCAL)
+        near[:, 0] = False
         local[:, rows] = (mass * near).sum(-1).transpose(1, 2)
     return Heads(q, k, q_rotated, k_rotated, v, out, sink, local)
+
+
+def masses(q: Tensor, k: Tensor, softmax: Softmax) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, mass [n,H,rows,t], back [rows,t]) of QUERY_BLOCK queries at a time, from rotated q and k [n,T,H,K].
+
+    `back` says how many tokens a key stands before its query, negative for later ones.
+    """
+    positions = torch.arange(q.shape[1], device=q.device)
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        rows = slice(start, start + QUERY_BLOCK)
+        back = positions[rows, None] - positions[None, : rows.stop]
+        scores = torch.einsum("nqhk,nthk->nhqt", q[:, rows], k[:, : rows.stop])
+        yield rows, softmax.mass(scores, back), back
 
 
 @torch.no_grad()
@@ -118,20 +129,19 @@ def calibrate(
     *,
     softmax: Softmax,
     heldout: int,
+    fixed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Set decay, write strength, rotation, bias and gate of a mixer that holds the teacher's projections.
 
     `x_NTD` are inputs of the teacher's attention; the last `heldout` sequences judge, the others fit. `softmax`
-    says how the teacher makes attention of q·k. Returns what was chosen, per time scale and head, with the residual of
-    each.
+    says how the teacher makes attention of q·k. `fixed` fields have this value in all heads and are not searched.
+    Returns what was chosen, per time scale and head, with the residual of each.
     """
     if not 0 < heldout < len(x_NTD):
         raise ValueError(f"heldout is {heldout} of {len(x_NTD)} sequences; keep at least one to fit and one to judge")
-    if mixer.options.state_heads != "query":
-        raise ValueError("calibrate needs a state per query head; set state_heads='query'")
     heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
-    gates_MNTH = _fit_gates(mixer, x_NTD, heads)
-    search = _Search(mixer, heads, heldout)
+    gates_MNTH = fit_gates(mixer, x_NTD, heads)
+    search = _Search(mixer, heads, heldout, fixed or {})
     chosen: list[dict[str, list[Any]]] = []
     found: list[Tensor] = []
     for m in range(mixer.options.time_scales):
@@ -146,15 +156,23 @@ def calibrate(
 
 
 class _Search:
-    """Settings are dicts of tensors [H]: every round tries some values of some fields in all heads at once."""
+    """Settings are dicts of tensors [S]: every round tries some values of some fields in all states at once.
 
-    def __init__(self, mixer: FastWeightLayer, heads: Heads, heldout: int) -> None:
+    A state belongs to one query head, or is read by all query heads of a group, which then judge it together.
+    """
+
+    def __init__(
+        self, mixer: FastWeightLayer, heads: Heads, heldout: int, fixed: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self.mixer, self.heads, self.fit = mixer, heads, len(heads.v) - heldout
-        self.num_heads, self.device = heads.v.shape[2], heads.v.device
-        plain, rotated = (heads.q, heads.k), (heads.q_rotated, heads.k_rotated)
-        self.unused = {False: _least_used(*plain), True: _least_used(*rotated)}
-        self.sizes = tuple(t.norm(dim=-1).mean((0, 1))[:, None] for t in plain)
-        self.fields = self._fields()
+        self.num_states, self.device = mixer.options.heads_of_states, heads.v.device
+        self.queries = heads.v.shape[2] // self.num_states  # of a state
+        k, k_rotated, self.v = (each[:, :, :: self.queries] for each in (heads.k, heads.k_rotated, heads.v))
+        self.q, self.k = {False: heads.q, True: heads.q_rotated}, {False: k, True: k_rotated}
+        self.unused = {rotated: _least_used(self.q[rotated], self.k[rotated]) for rotated in (False, True)}
+        self.sizes = tuple(each[False].norm(dim=-1).mean((0, 1))[:, None] for each in (self.q, self.k))
+        self.fields, self.fixed = self._fields(), fixed
+        refuse_unknown("fixed field", fixed, START[0])
 
     def _fields(self) -> set[str]:
         options = self.mixer.options
@@ -164,37 +182,42 @@ class _Search:
         return found | ({"rotate"} if options.rope_heads != "none" else set())
 
     def best(self, m: int, found: list[Tensor], gate: Tensor | None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(setting, read, residual per head) of the best candidate of time scale `m`, given the reads found before."""
+        """(setting, read, residual per state) of the best candidate of time scale `m`, given the reads found before."""
         which = min(m, len(START) - 1)
-        start = {name: value for name, value in START[which].items() if name in self.fields}
-        best = {name: torch.full((self.num_heads,), value, device=self.device) for name, value in start.items()}
-        kept_read, kept = None, torch.full((self.num_heads,), math.inf, device=self.device)
+        start = {name: value for name, value in {**START[which], **self.fixed}.items() if name in self.fields}
+        best = {name: torch.full((self.num_states,), value, device=self.device) for name, value in start.items()}
+        kept_read, kept = None, torch.full((self.num_states,), math.inf, device=self.device)
         for candidate in self._candidates(best, ROUNDS[which]):
             read = self.read(candidate, gate)
             residual = self.residual([*found, read])
             better = residual < kept
             kept = torch.where(better, residual, kept)
-            kept_read = read if kept_read is None else torch.where(better[:, None], read, kept_read)
+            kept_read = read if kept_read is None else torch.where(self.of_queries(better)[:, None], read, kept_read)
             for name, value in candidate.items():
                 best[name] = torch.where(better, value, best[name])
         assert kept_read is not None, "there is at least one candidate"
         return best, kept_read, kept
 
     def _candidates(self, best: dict[str, Tensor], rounds: Sequence[Round]) -> Iterator[dict[str, Tensor]]:
-        if not any(name in self.fields for name in rounds[0]):
+        searched = self.fields - set(self.fixed)
+        if not any(name in searched for name in rounds[0]):
             yield dict(best)
         for tried in rounds:
-            names = [name for name in tried if name in self.fields]
+            names = [name for name in tried if name in searched]
             base = dict(best)
             for values in product(*(tried[name] for name in names)) if names else ():
                 changes = {n: torch.full_like(base[n], v) for n, v in zip(names, values, strict=True)}
                 yield {**base, **changes}
 
+    def of_queries(self, x_S: Tensor) -> Tensor:
+        """[H, ...]: for every query head what belongs to the state it reads."""
+        return x_S.repeat_interleave(self.queries, 0)
+
     def features(self, setting: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """q and k as the mixer would make them, [n,T,H,K]."""
+        """q [n,T,H,K] and k [n,T,S,K] as the mixer would make them."""
         turned = self._turned(setting)[:, None]
-        pairs = ((self.heads.q, self.heads.q_rotated), (self.heads.k, self.heads.k_rotated))
-        q, k = (torch.where(turned, rotated, plain) for plain, rotated in pairs)
+        q = torch.where(self.of_queries(turned), self.q[True], self.q[False])
+        k = torch.where(turned, self.k[True], self.k[False])
         if "bias" in setting:
             q_bias, k_bias = self.biases(setting)
             q, k = q + q_bias, k + k_bias
@@ -203,34 +226,36 @@ class _Search:
         return norm(q), norm(k)
 
     def biases(self, setting: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """[H, K] each: the constant components of q and k."""
+        """[H, K] and [S, K]: the constant components of q and k."""
         direction = torch.where(self._turned(setting)[:, None], self.unused[True], self.unused[False])
         size_q, size_k = self.sizes
-        return setting["bias"][:, None] * size_q * direction, setting["bias"][:, None] * size_k * direction
+        towards = setting["bias"][:, None] * direction
+        return size_q * self.of_queries(towards), size_k * towards
 
     def _turned(self, setting: Mapping[str, Tensor]) -> Tensor:
         if "rotate" in setting:
             return setting["rotate"]
-        return torch.full((self.num_heads,), self.mixer.options.rope_heads == "all", device=self.device)
+        return torch.full((self.num_states,), self.mixer.options.rope_heads == "all", device=self.device)
 
     def read(self, setting: Mapping[str, Tensor], gate: Tensor | None) -> Tensor:
         q, k = self.features(setting)
-        options, shape = self.mixer.options, self.heads.v.shape[:3]
+        options, shape = self.mixer.options, self.v.shape[:3]
         rates = {}
         if "beta" in self.mixer.rule.inputs:
             rates["beta"] = setting["beta"].expand(shape) if "beta" in setting else torch.full(shape, 0.5)
         if "g" in self.mixer.rule.inputs:
             rates["g"] = (-math.log(2) / setting["half_life"]).expand(shape)
         out, _ = self.mixer.rule.apply(
-            q, k, self.heads.v, **rates, scale=options.scale, options=options.rule_options, backend=options.backend
+            q, k, self.v, **rates, scale=options.scale, options=options.rule_options, backend=options.backend
         )
         return out if gate is None else out * gate[..., None]
 
     def residual(self, reads: list[Tensor]) -> Tensor:
-        """[H]: ||W r - y||² / ||y||² on the held-out sequences, W by ridge regression on the others."""
+        """[S]: ||W r - y||² / ||y||² on the held-out sequences, W by ridge regression of each head on the others."""
         weight = self.weights([read[: self.fit] for read in reads])
         r_HNK, y_HNV = _per_head([read[self.fit :] for read in reads], self.heads.out[self.fit :])
-        return (r_HNK @ weight - y_HNV).square().sum((1, 2)) / y_HNV.square().sum((1, 2))
+        missed, energy = (part.square().sum((1, 2)) for part in (r_HNK @ weight - y_HNV, y_HNV))
+        return missed.view(-1, self.queries).sum(1) / energy.view(-1, self.queries).sum(1)
 
     def weights(self, reads: list[Tensor]) -> Tensor:
         """[H, M V + 1, V]: the ridge regression of each head on its reads and 1, over the sequences of `reads`."""
@@ -242,17 +267,24 @@ class _Search:
 
     def write(self, m: int, setting: Mapping[str, Tensor]) -> None:
         """Put a setting into the mixer's parameters, as constants: their projections of x start at zero."""
-        mixer, heads = self.mixer, slice(m * self.num_heads, (m + 1) * self.num_heads)
-        if "half_life" in setting:
-            mixer.a_proj.weight[heads] = 0
-            mixer.dt_bias[heads] = math.log(math.e - 1)  # softplus of it is 1
-            mixer.A_log[heads] = torch.log(math.log(2) / setting["half_life"]).to(mixer.A_log.dtype)
-        if "beta" in setting:
-            most = 2.0 if mixer.options.allow_neg_eigval else 1.0
-            mixer.b_proj.weight[heads] = 0
-            mixer.b_proj.bias[heads] = torch.logit(setting["beta"] / most)
+        mixer, first = self.mixer, m * self.num_states
+        states = slice(first, first + self.num_states)
+        write_rates(mixer, states, setting)
         if "bias" in setting:
-            mixer.q_bias[heads], mixer.k_bias[heads] = self.biases(setting)
+            reads = slice(first * self.queries, (first + self.num_states) * self.queries)
+            mixer.q_bias[reads], mixer.k_bias[states] = self.biases(setting)
+
+
+def write_rates(mixer: FastWeightLayer, states: slice, setting: Mapping[str, Tensor]) -> None:
+    """Put half-lives and write strengths, [states] each, into the mixer's parameters, the same for every token."""
+    if "half_life" in setting:
+        mixer.a_proj.weight[states] = 0
+        mixer.dt_bias[states] = math.log(math.e - 1)  # softplus of it is 1
+        mixer.A_log[states] = torch.log(math.log(2) / setting["half_life"]).to(mixer.A_log.dtype)
+    if "beta" in setting:
+        most = 2.0 if mixer.options.allow_neg_eigval else 1.0
+        mixer.b_proj.weight[states] = 0
+        mixer.b_proj.bias[states] = torch.logit(setting["beta"] / most)
 
 
 def _per_head(reads: list[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,12 +295,13 @@ def _per_head(reads: list[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _least_used(q: Tensor, k: Tensor) -> Tensor:
-    """[H, K]: per head the unit vector along which L2-normalised q and k have the least energy."""
-    both = torch.cat([F.normalize(q, dim=-1), F.normalize(k, dim=-1)]).permute(2, 0, 1, 3).flatten(1, 2)
+    """[S, K]: per state the unit vector along which L2-normalised q [n,T,H,K] and k [n,T,S,K] have the least energy."""
+    parts = [F.normalize(x, dim=-1).unflatten(2, (k.shape[2], -1)).permute(2, 0, 1, 3, 4).flatten(1, 3) for x in (q, k)]
+    both = torch.cat(parts, dim=1)
     return torch.linalg.eigh(both.mT @ both)[1][:, :, 0]
 
 
-def _fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | None:
+def fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | None:
     """Set g_proj, and return the gates [M,n,T,H]; None where the mixer has none of this kind."""
     if mixer.options.output_gate != "head_sigmoid":
         return None

@@ -4,6 +4,7 @@
     solve     calibrate and solve all layers in closed form; rank them if `keep` asks for it, and solve again (solve.py)
     align     each mixer to its attention, by gradient (align.py)
     distil    the whole student to the teacher's predictions (distil.py)
+    extend    the student by itself on longer sequences (extend.py)
     report    measure on text that no stage has read (report.py)
 
 A finished stage is saved beside `output`, in `output`.partial, until the finished model is renamed into place.
@@ -23,16 +24,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import converted_layers
+from hf_fwp.layer import layers_of
 
 from .align import align
+from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
 from .data import demo_corpus, read_data, token_blocks
 from .distil import distil
+from .extend import extend
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .offload import LAYERS, finish_offloaded
 from .plan import Plan, describe, offloads, within
-from .recipes import find_recipe, student_options
+from .recipes import Recipe, find_recipe
 from .report import environment, measure, peak_memory
 from .run import Run, as_begun, begin, check_output, fingerprint
 from .solve import solve
@@ -47,7 +51,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     rule: str = "gated_delta_net",
     keep: Keep = 0.25,
-    recipe: str = "quick",
+    recipe: str | Recipe = "quick",
     budget: int | str | None = None,
     data: Any = None,
     output: str | Path | None = None,
@@ -61,16 +65,17 @@ def convert(
     """Swap the softmax attention of `teacher` for fast weights and repair what that broke; returns the student.
 
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
-    budget: tokens for the stages that take gradient steps, or a time ("20m"). data: a text, a Path, a list of texts or
-    a datasets object; with splits "train" and "test" the report is measured on "test". output: a new folder for model,
-    tokenizer, report and card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by
+    recipe: the name of one, or one of your own (recipes.py). budget: tokens for the stages that take gradient steps,
+    or a time ("20m"). data: a text, a Path, a list of texts or a datasets object; with splits "train" and "test" the
+    report is measured on "test". output: a new folder for model, tokenizer, report and card; an interrupted run
+    continues with `resume`. max_memory: bytes, or a size ("8GiB"), by
     default what is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student
     returned has its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return
     the teacher without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be
     done, before it starts.
     """
     options, output = find_recipe(recipe), None if output is None else Path(output)
-    student_options(rule)
+    options.options(rule)
     check_output(output, resume=resume)
     given = isinstance(teacher, PreTrainedModel)
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype, weights=False)
@@ -152,20 +157,26 @@ def _texts(data: Any) -> tuple[Any, Any]:
 def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own."""
     recipe, length = plan.recipe, plan.recipe.sequence_length
+    report_tokens = recipe.report.get("tokens", REPORT_TOKENS)
     counts = {
-        "report": 0 if heldout is not None else REPORT_TOKENS // length,
+        "report": 0 if heldout is not None else report_tokens // length,
         "rank": -(-recipe.rank_tokens // length) if plan.ranked else 0,
         "rank_solve": recipe.rank_solve_tokens // length if plan.ranked else 0,
         "solve": recipe.solve_tokens // length,
         "align": -(-recipe.align_tokens // length),
         "distil": -(-recipe.distil_tokens // length),
     }
-    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=sum(counts.values()) * length)
+    used = sum(counts.values()) * length
+    longer = -(-recipe.extend_tokens // recipe.extend_length) * recipe.extend_length
+    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=used + longer)
+    ids_NT, rest_NT = ids_NT.split([used // length, len(ids_NT) - used // length])
     # documents are long: without a shuffle a stage would read few of them
     order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
     parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
+    if longer:
+        parts["extend"] = rest_NT.flatten()[:longer].view(-1, recipe.extend_length)
     if heldout is not None:
-        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=REPORT_TOKENS)
+        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
     return parts
 
 
@@ -176,20 +187,27 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
         student = run.stage("align", student, lambda: _aligned(run, student))
     if recipe.distil_tokens:
         student = run.stage("distil", student, lambda: _distilled(run, student))
+    if recipe.extend_tokens:
+        student = run.stage("extend", student, lambda: _extended(run, student))
     run.report |= {
         "kept_layers": [i for i in range(run.plan.num_layers) if i not in converted_layers(student.config)],
         "peak_memory_bytes": peak_memory(),
     }
     if output is None:
-        run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+        run.report |= _measured(run, student)
         return student.eval()
     assert run.work is not None
     unfinished = run.work / "finished"
     shutil.rmtree(unfinished, ignore_errors=True)
     student.save_pretrained(unfinished)
-    run.report |= measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **_MEASURES)
+    run.report |= _measured(run, student)
     run.publish(unfinished, output)
     return student.eval()
+
+
+def _measured(run: Run, student: PreTrainedModel) -> dict[str, Any]:
+    settings = {**_MEASURES, **run.plan.recipe.report}
+    return measure(student, run.teacher, run.blocks["report"], tokenizer=run.tokenizer, **settings)
 
 
 _MEASURES: dict[str, Any] = {
@@ -206,26 +224,29 @@ def _solved(run: Run) -> PreTrainedModel:
     plan, teacher, recipe = run.plan, run.teacher, run.plan.recipe
     named = plan.named()
     layers = [layer for layer in range(plan.num_layers) if layer not in named]
-    student = copy_teacher(teacher, layers=layers, fwp=student_options(plan.rule), share=run.share)
+    student = copy_teacher(teacher, layers=layers, fwp=recipe.options(plan.rule), share=run.share)
     found: dict[int, dict[str, Any]] = {}
     if plan.ranked:
         assert plan.kept is not None
-        found = solve(student, teacher, run.blocks["rank_solve"], heldout=2, stream="teacher", progress=run.progress)
+        found = _start(run, student, run.blocks["rank_solve"], **{**recipe.solve, "heldout": 2, "stream": "teacher"})
         swapped = run.blocks["rank"]
         swapped = swapped[:, : recipe.rank_tokens // len(swapped)]
-        ranking = rank_layers(student, teacher, swapped, progress=run.progress)
+        ranking = rank_layers(student, teacher, swapped, seed=plan.seed, progress=run.progress, **recipe.rank)
         run.report["ranking"] = ranking
         student = keep_softmax(student, teacher, most_needed(ranking, plan.kept), share=run.share)
-    solved = solve(
-        student,
-        teacher,
-        run.blocks["solve"],
-        calibrated=plan.ranked,
-        stream=recipe.stream,
-        progress=run.progress,
-    )
+    given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}
+    solved = _start(run, student, run.blocks["solve"], **given)
     run.note_choices({layer: {**found.get(layer, {}), **solved[layer]} for layer in solved})
     return student
+
+
+def _start(run: Run, student: PreTrainedModel, ids_NT: Tensor, **settings: Any) -> dict[int, dict[str, Any]]:
+    """Solve, or, in a recipe without that stage, the same rates in all heads."""
+    if run.plan.recipe.solve_tokens:
+        return solve(student, run.teacher, ids_NT, progress=run.progress, **settings)
+    for mixer in layers_of(student).values():
+        set_plain_rates(mixer, half_life=HALF_LIFE)
+    return {}
 
 
 def _aligned(run: Run, student: PreTrainedModel) -> PreTrainedModel:
@@ -260,6 +281,23 @@ def _distilled(run: Run, student: PreTrainedModel) -> PreTrainedModel:
         **settings,
     )
     run.report["stages"]["distil"] = {"tokens": blocks.numel(), **log}
+    return student
+
+
+def _extended(run: Run, student: PreTrainedModel) -> PreTrainedModel:
+    if run.share:
+        _own_weights(student)
+    blocks = run.blocks["extend"]
+    log = extend(
+        student,
+        blocks,
+        output_dir=None if run.work is None else run.work / "extend.steps",
+        resume=True,
+        seed=run.plan.seed,
+        progress=run.progress,
+        **run.plan.recipe.extend,
+    )
+    run.report["stages"]["extend"] = {"tokens": blocks.numel(), **log}
     return student
 
 

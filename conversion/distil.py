@@ -2,7 +2,7 @@
 
     minimise  1/N sum_t KL(p_t ‖ q_t)       p_t, q_t: next-token distributions of teacher and student, temperature 1
 
-over the N valid tokens; no cross-entropy. Everything but the loss is transformers' own Trainer.
+over the N valid tokens; no cross-entropy unless it is asked for. Everything but the loss is transformers' own Trainer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_fwp.layer import layers_of
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .memory import freed_memory_kept
@@ -29,9 +32,11 @@ LOGGED = 50  # entries of the history, about
 
 def distil(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     ids_NT: Tensor,
     *,
+    labels_NT: Tensor | None = None,
+    losses: Mapping[str, float] = MappingProxyType({"kl": 1.0}),
     tokenizer: Any = None,
     steps: int | None = None,
     batch_size: int = 4,
@@ -45,19 +50,26 @@ def distil(
     bf16: bool | None = None,
     gradient_checkpointing: bool = False,
     peft_config: Any = None,
+    lora: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train all of `student` (with `peft_config` what that says) on the token blocks ids_NT; returns the history.
 
-    Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest`; both rise over the first
-    `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the Trainer saves a checkpoint
-    every `save_every` steps, from which `resume` continues with the same result as if it had never stopped.
-    `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
+    `losses`: the weights of "kl" and "cross_entropy"; without "kl" there is no teacher. `labels_NT`: -100 where a token
+    does not count. `lora`: what peft.LoraConfig is given, for one as peft_config; it is merged in the end.
+    Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest` (0: it stays as it is);
+    both rise over the first `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the
+    Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
+    never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
     check_student(student, teacher)
+    if lora is not None:
+        from peft import LoraConfig  # 2 s: only for those who ask for it
+
+        peft_config = LoraConfig(**lora)
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < batch_size:
         raise ValueError(f"{len(ids_NT)} sequences are not one step of {batch_size}; give more text or fewer a step")
@@ -65,7 +77,7 @@ def distil(
     with (
         tempfile.TemporaryDirectory() as scratch,
         as_before(student) as parameters,
-        evaluating(teacher),
+        nullcontext() if teacher is None else evaluating(teacher),
         freed_memory_kept(),
     ):
         args = training_arguments(
@@ -83,8 +95,9 @@ def distil(
         )
         model: Any = student
         if peft_config is None:
+            mixers = {id(p) for mixer in layers_of(student).values() for p in mixer.parameters()}
             for parameter in parameters:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(bool(lr if id(parameter) in mixers else lr_rest))
         else:
             from peft import get_peft_model  # 2 s: only for those who ask for it
 
@@ -93,10 +106,11 @@ def distil(
             model,
             args,
             data_collator=collate,
-            train_dataset=list(ids_NT),  # type: ignore[arg-type]
+            train_dataset=rows(ids_NT, labels_NT),  # type: ignore[arg-type]
             processing_class=tokenizer,
             teacher=teacher,
             lr_mixers=lr,
+            losses=losses,
         )
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:
@@ -104,7 +118,8 @@ def distil(
         trainer.finish(last)
         if peft_config is not None:
             model.merge_and_unload()
-    history = [{"step": e["step"], "kl": e["loss"]} for e in trainer.state.log_history if "loss" in e]
+    measure = "loss" if len(losses) > 1 else next(iter(losses))
+    history = [{"step": e["step"], measure: e["loss"]} for e in trainer.state.log_history if "loss" in e]
     tokens = steps * batch_size * ids_NT.shape[1]
     return {"steps": steps, "tokens": tokens, "seconds": trainer.seconds, "history": history}
 
@@ -152,14 +167,25 @@ def training_arguments(
     )
 
 
-def collate(blocks: list[Tensor]) -> dict[str, Tensor]:
-    """Full blocks need no mask and no labels: every token counts."""
-    return {"input_ids": torch.stack(blocks)}
+def rows(ids_NT: Tensor, labels_NT: Tensor | None) -> list[dict[str, Tensor]]:
+    """Full blocks need no mask, and no labels where every token counts."""
+    if labels_NT is None:
+        return [{"input_ids": ids_T} for ids_T in ids_NT]
+    if labels_NT.shape != ids_NT.shape:
+        raise ValueError(
+            f"labels are {tuple(labels_NT.shape)} for tokens {tuple(ids_NT.shape)}; give one for each token"
+        )
+    return [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in zip(ids_NT, labels_NT, strict=True)]
 
 
-def check_student(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def collate(blocks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Blocks of one length, side by side."""
+    return {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def check_student(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
     """Refuse a student that is not float32 or shares weights with its teacher."""
-    theirs = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
+    theirs = {p.untyped_storage().data_ptr() for p in (() if teacher is None else teacher.parameters())}
     for name, parameter in student.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {parameter.dtype}; train float32 weights: student.float(), with bf16=True")

@@ -33,7 +33,6 @@ from .checkpoint import latest, load, save
 from .evaluate import Forward, compare
 from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
 from .memory import give_back_freed_memory
-from .recipes import student_options
 from .report import peak_memory
 from .run import Run
 from .solve import solve
@@ -221,7 +220,7 @@ def finish_offloaded(run: Run, output: Path) -> PreTrainedModel:
     started, plan, teacher = time.perf_counter(), run.plan, run.teacher
     named = plan.named()
     layers = [layer for layer in range(plan.num_layers) if layer not in named]
-    student = empty_student(teacher, layers=layers, fwp=student_options(plan.rule)).eval()
+    student = empty_student(teacher, layers=layers, fwp=plan.recipe.options(plan.rule)).eval()
     pair = Offload(
         teacher,
         student,
@@ -230,7 +229,8 @@ def finish_offloaded(run: Run, output: Path) -> PreTrainedModel:
         run.blocks["report"],
         on_disk=run.blocks["solve"].numel() * teacher.config.hidden_size > IN_MEMORY,
     )
-    found = solve(student, teacher, run.blocks["solve"], stream="student", progress=run.progress, visit=pair.visit)
+    settings = {"stream": plan.recipe.stream, **plan.recipe.solve}
+    found = solve(student, teacher, run.blocks["solve"], progress=run.progress, visit=pair.visit, **settings)
     run.note_choices(found)
     run.report["stages"]["solve"] = {"seconds": time.perf_counter() - started}
     run.report |= {"kept_layers": named, "evaluation": pair.comparison(progress=run.progress)}

@@ -20,11 +20,11 @@ from hf_fwp.layer import layers_of
 
 from .families import empty_student
 from .keep import Keep, kept_layers
-from .recipes import Recipe, student_options
+from .recipes import TRAINING, Recipe
 from .report import peak_memory
 
 # Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
-COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8}
+COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8, "extend": 5.0}
 # Tensors [tokens, hidden size] that are in memory at once: while solving, and per layer for the backward of distil.
 STREAMS, ACTIVATIONS = 9, 40
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
@@ -106,12 +106,12 @@ def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list
     need = _needs(plan, model)
     solving = need.offloaded() if offload else need.solving()
     held = {"rank": solving, "solve": solving, "align": need.aligning(), "distil": need.distilling()}
+    held["extend"] = need.extending()
     ranking = recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
     tokens = {
         "rank": recipe.rank_solve_tokens + recipe.rank_tokens if plan.ranked else 0,
         "solve": recipe.solve_tokens,
-        "align": recipe.align_tokens,
-        "distil": recipe.distil_tokens,
+        **{stage: getattr(recipe, f"{stage}_tokens") for stage in TRAINING},
     }
     units = {name: count * COSTS[name] for name, count in tokens.items()} | {"rank": ranking}
     return [Stage(name, count, units[name] * second, held[name]) for name, count in tokens.items() if count]
@@ -140,6 +140,7 @@ class Needs:
     equations: float  # of the least squares of one layer, [regressors, regressors] and [regressors, hidden size]
     layer: float  # activations of one layer in a step with gradients
     steps: float  # those of all layers
+    longer: float  # those of all layers in a step on longer sequences
     num_layers: int
 
     def solving(self) -> float:
@@ -156,10 +157,19 @@ class Needs:
     def distilling(self) -> float:
         return self.process + self.weights + 4 * (self.weights + self.mixers) + self.steps
 
+    def extending(self) -> float:
+        return self.process + self.weights + 4 * (self.weights + self.mixers) + self.longer
+
+
+def _kept(recipe: Recipe, num_layers: int) -> int:
+    """Tensors [tokens, hidden size] that a backward of extend keeps: one per layer where it computes a layer anew."""
+    checkpointed = recipe.extend.get("gradient_checkpointing", False)
+    return num_layers + ACTIVATIONS if checkpointed else ACTIVATIONS * num_layers
+
 
 def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
     recipe, byte, hidden = plan.recipe, model.dtype.itemsize, model.config.hidden_size
-    student = empty_student(model, layers=[0], fwp=student_options(plan.rule))
+    student = empty_student(model, layers=[0], fwp=plan.recipe.options(plan.rule))
     mixer = layers_of(student)[0]
     weights, own = model.num_parameters(), sum(parameter.numel() for parameter in mixer.parameters())
     blocks = sum(p.numel() for p in blocks_of(model.base_model, find_host(model.config)).parameters())
@@ -167,7 +177,7 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
     reads = mixer.o_proj.in_features + skipped + mixer.options.o_bias
     empty = model.get_input_embeddings().weight.is_meta
     process = (peak_memory() or 0) - (0 if empty else byte * weights)
-    batch = {name: getattr(recipe, name).get("batch_size", BATCH) for name in ("align", "distil")}
+    batch = {name: getattr(recipe, name).get("batch_size", BATCH) for name in TRAINING}
     token = hidden * byte * recipe.sequence_length
     converted = plan.num_layers - (len(plan.named()) if plan.kept is None else plan.kept)
     return Needs(
@@ -180,6 +190,7 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
         equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
         layer=ACTIVATIONS * batch["align"] * token,
         steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,
+        longer=_kept(recipe, plan.num_layers) * batch["extend"] * hidden * byte * recipe.extend_length,
         num_layers=plan.num_layers,
     )
 
@@ -268,13 +279,12 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
         raise ValueError(
             f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
         )
-    scaled, least = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
-    wanted = {"align": plan.recipe.align_tokens, "distil": plan.recipe.distil_tokens}
-    left = {"align": scaled.align_tokens, "distil": scaled.distil_tokens}
-    for stage in wanted:
-        if wanted[stage] and left[stage] < least:
+    scaled, step = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
+    for stage, least in {"align": step, "distil": step, "extend": plan.recipe.extend_length}.items():
+        wanted, left = (getattr(recipe, f"{stage}_tokens") for recipe in (plan.recipe, scaled))
+        if wanted and left < least:
             raise ValueError(
-                f"a budget of {budget!r} leaves {max(0, left[stage])} tokens to {stage} on, and {least} are the least; "
+                f"a budget of {budget!r} leaves {max(0, left)} tokens to {stage} on, and {least} are the least; "
                 "give more, or 'closed-form'"
             )
     return replace(plan, recipe=scaled)

@@ -1,7 +1,9 @@
 """Recipes are data: which stages run, over how many tokens, with which settings. The code is in the stages' files.
 
 `tokens` of solve are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and
-measures the swaps on `rank_tokens`. Tokens of align and distil are read once.
+measures the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
+`extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `rank` those of
+rank_layers, `report` those of report.measure, `fwp` options of the mixers; every choice is an ablation of ablate.py.
 """
 
 from __future__ import annotations
@@ -50,19 +52,38 @@ class Recipe:
 
     name: str
     summary: str
+    rule: str | None = None
+    """the update rule that it is for; None: any that has a student"""
+    copied: bool = False
+    """whether mixers start as copied projections and nothing else, without what solve needs beside them"""
+    fwp: Mapping[str, Any] = field(default_factory=dict)
     sequence_length: int = 512
     solve_tokens: int = 16384
     stream: str = "student"
+    solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
     rank_tokens: int = 768
+    rank: Mapping[str, Any] = field(default_factory=dict)
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)
     distil_tokens: int = 0
     distil: Mapping[str, Any] = field(default_factory=dict)
+    extend_tokens: int = 0
+    extend_length: int = 4096
+    extend: Mapping[str, Any] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self, rule: str) -> dict[str, Any]:
+        """The mixer options of a student with this update rule, as `fwp` of its config."""
+        if self.rule not in (None, rule):
+            raise ValueError(
+                f"the recipe {self.name!r} is for the rule {self.rule!r}, not {rule!r}; give rule={self.rule!r}"
+            )
+        return {**({"rule": rule} if self.copied else student_options(rule)), **self.fwp}
 
     def trained(self) -> int:
         """Tokens of the stages that take gradient steps."""
-        return self.align_tokens + self.distil_tokens
+        return sum(getattr(self, f"{stage}_tokens") for stage in TRAINING)
 
     def tokens(self, *, ranked: bool) -> int:
         """All tokens that the recipe reads, so many must the data have."""
@@ -70,10 +91,44 @@ class Recipe:
         return self.solve_tokens + ranking + self.trained()
 
     def with_trained(self, tokens: int) -> Recipe:
-        """The same recipe with `tokens` for align and distil together, shared as before."""
-        align = round(tokens * self.align_tokens / max(1, self.trained()))
-        return replace(self, align_tokens=align, distil_tokens=tokens - align if self.distil_tokens else 0)
+        """The same recipe with `tokens` for all stages that take gradient steps, shared as before."""
+        total, before, shares = max(1, self.trained()), 0, {}
+        for name in (f"{stage}_tokens" for stage in TRAINING):
+            after = before + getattr(self, name)
+            shares[name] = round(tokens * after / total) - round(tokens * before / total)
+            before = after
+        return replace(self, **shares)
 
+    def changed(self, change: Mapping[str, Any]) -> Recipe:
+        """The same recipe but for some fields, a setting named with its stage ("align.lr"); as many trained tokens."""
+        fields: dict[str, Any] = {}
+        for name, value in change.items():
+            stage, _, setting = name.partition(".")
+            fields[stage] = {**fields.get(stage, getattr(self, stage)), setting: value} if setting else value
+        made = replace(self, **fields)
+        return made.with_trained(self.trained()) if made.trained() else made
+
+    def with_rates(self, factor: float) -> Recipe:
+        """The same recipe with every learning rate that it names times `factor`."""
+        stages = {stage: getattr(self, stage) for stage in TRAINING}
+        return replace(self, **{stage: _scaled(settings, factor) for stage, settings in stages.items()})
+
+
+# Stages that take gradient steps, and the learning rates among their settings.
+TRAINING = ("align", "distil", "extend")
+RATES = ("lr", "lr_projections", "lr_rest")
+
+
+def _scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {name: value * factor if name in RATES else value for name, value in settings.items()}
+
+
+# Learning rates for models of up to 200M parameters; papers give those of 7B models. ablate with sweep="lr" tries more.
+_ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4}
+_DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4}
+_EXTEND: dict[str, Any] = {"lr": 1e-5, "lr_rest": 1e-5, "gradient_checkpointing": True}
+_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+_COPIED: dict[str, Any] = {"copied": True, "solve_tokens": 0, "rank_solve_tokens": 0}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -83,17 +138,97 @@ RECIPES: dict[str, Recipe] = {
             "quick",
             "closed-form, then align and distil: 0.2M tokens in all",
             align_tokens=16384,
+            align=_ALIGN,
             distil_tokens=159744,
-            distil={"save_every": 10},
+            distil={**_DISTIL, "save_every": 10},
+        ),
+        Recipe(
+            "standard",
+            "closed-form on more text, then align, distil and 4k tokens of context: 40M tokens",
+            sequence_length=1024,
+            solve_tokens=65536,
+            rank_solve_tokens=8192,
+            rank_tokens=2048,
+            align_tokens=8_000_000,
+            align={**_ALIGN, "batch_size": 8},
+            distil_tokens=28_000_000,
+            distil={**_DISTIL, "batch_size": 8, "save_every": 200},
+            extend_tokens=4_000_000,
+            extend=_EXTEND,
+        ),
+        Recipe(
+            "long",
+            "as standard, with 16k tokens of context: 500M tokens",
+            sequence_length=2048,
+            solve_tokens=131072,
+            rank_solve_tokens=16384,
+            rank_tokens=4096,
+            align_tokens=60_000_000,
+            align={**_ALIGN, "batch_size": 8},
+            distil_tokens=400_000_000,
+            distil={**_DISTIL, "batch_size": 16, "save_every": 500},
+            extend_tokens=40_000_000,
+            extend_length=16384,
+            extend=_EXTEND,
+        ),
+        # What others have published, as far as it is public, on our operators, with the tokens they used.
+        Recipe(
+            "naive",
+            "copied projections, every rate the same, then distil: what every recipe has to beat",
+            **_COPIED,
+            distil_tokens=176128,
+            distil=_DISTIL,
+        ),
+        Recipe(
+            "lolcats",
+            "hedgehog features aligned with all else frozen, then LoRA by cross-entropy (Zhang et al. 2024)",
+            rule="linear_attention",
+            **_COPIED,
+            fwp={"feature_map": "hedgehog", "qk_norm": "none", "rope_heads": "all"},
+            align_tokens=20_000_000,
+            align={"lr": 1e-2, "lr_projections": 0.0},
+            distil_tokens=20_000_000,
+            distil={"losses": {"cross_entropy": 1.0}, "lora": _LORA, "lr": 1e-4, "lr_rest": 1e-4},
+        ),
+        Recipe(
+            "radlads",
+            "outputs of every layer aligned, then all parameters by KL (Goldstein et al. 2025)",
+            **_COPIED,
+            align_tokens=100_000_000,
+            align={"lr": 1e-3, "lr_projections": 1e-3},
+            distil_tokens=250_000_000,
+            distil=_DISTIL,
+            extend_tokens=100_000_000,
+            extend_length=16384,
+            extend=_EXTEND,
+        ),
+        Recipe(
+            "taylor-calibrate",
+            "decay from the mean distance of attention and beta from its entropy, then distil",
+            copied=True,
+            solve_tokens=4096,
+            stream="teacher",
+            solve={"rates": "formulas", "lambdas": (), "per_head": False, "heldout": 2},
+            distil_tokens=100_000_000,
+            distil=_DISTIL,
+        ),
+        Recipe(
+            "mamba-in-llama",
+            "copied projections, then mixers alone by KL and cross-entropy (Wang et al. 2024)",
+            **_COPIED,
+            distil_tokens=20_000_000_000,
+            distil={"losses": {"kl": 1.0, "cross_entropy": 1.0}, "lr": 5e-4, "lr_rest": 0.0},
         ),
     )
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`, or an error that names the closest one."""
-    refuse_unknown("recipe", [name], RECIPES)
-    return RECIPES[name]
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of this name, or an error that names the closest one; a recipe of one's own as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    refuse_unknown("recipe", [recipe], RECIPES)
+    return RECIPES[recipe]
 
 
 def student_options(rule: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def as_begun(work: Path, plan: Plan) -> Plan | None:
     saved = json.loads(file.read_text())
     if plan.budget is None or saved.get("budget") != plan.budget or saved["recipe"]["name"] != plan.recipe.name:
         return None
-    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens")}
+    tokens = {name: saved["recipe"][name] for name in ("align_tokens", "distil_tokens", "extend_tokens")}
     return replace(plan, recipe=replace(plan.recipe, **tokens))
 
 

@@ -14,7 +14,7 @@ stream, whose earlier layers are solved already; with "teacher" from the teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
+from hf_fwp.options import refuse_unknown
 
 from .calibrate import calibrate
+from .formulas import calibrate_by_formulas
 from .memory import give_back_freed_memory
 from .stream import ROWS, Walk
 
@@ -34,6 +36,7 @@ LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 HEAD_LAMBDA = 1e-3
 STREAMS = ("student", "teacher")
 Visit = Callable[[Iterable[int], "list[Walk]", dict[int, dict[str, Any]]], Iterable[int]]
+RATES = {"residual": calibrate, "formulas": calibrate_by_formulas}
 
 
 @dataclass
@@ -67,23 +70,24 @@ class Moments:
         return 1 - float(explained) / self.energy
 
 
-def ridge(fit: Moments, judge: Moments, prior_RD: Tensor) -> tuple[Tensor, dict[str, float]]:
+def ridge(
+    fit: Moments, judge: Moments, prior_RD: Tensor, lambdas: Sequence[float] = LAMBDAS
+) -> tuple[Tensor, dict[str, float]]:
     """The weights [R, D], drawn to `prior_RD` by the lambda that `judge` likes best, and the residuals on both."""
     gram, prior = fit.gram.to(torch.float64, copy=True), prior_RD.double()
     missing = fit.cross.double() - gram @ prior
     diagonal = gram.diagonal().clone()
     floor = 1e-9 * diagonal.mean()  # a regressor that is always zero
     best: tuple[float, float, Tensor] | None = None
-    for lam in LAMBDAS:
+    for lam in sorted(lambdas):
         gram.diagonal().copy_(diagonal * (1 + lam) + floor)
         weight = prior + torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
         residual = judge.residual(weight)
         if best is not None and residual > best[0]:
             break  # more of lambda would only be worse
         best = (residual, lam, weight)
-    assert best is not None, "LAMBDAS is not empty"
     alone = judge.residual(prior)
-    if alone < best[0]:
+    if best is None or (alone < best[0] and len(lambdas) > 1):  # a single lambda is no choice
         best = (alone, math.inf, prior)
     found = {"residual": best[0], "fitted": fit.residual(best[2]), "prior": alone, "lambda": best[1]}
     return best[2], found
@@ -99,16 +103,23 @@ def solve(
     calibrated: bool = False,
     search: int = 3,
     stream: str = "student",
+    rates: str = "residual",
+    fixed: Mapping[str, Any] | None = None,
+    lambdas: Sequence[float] = LAMBDAS,
+    per_head: bool = True,
     progress: bool = True,
     visit: Visit = lambda layers, walks, found: layers,
 ) -> dict[int, dict[str, Any]]:
     """Calibrate (unless `calibrated`) and solve every converted layer of `student`; returns what came out per layer.
 
     ids_NT: token blocks [N, T]; the last `heldout` choose lambda, the first `search` find the settings of heads.
+    `rates`, `fixed`: how those are found, and what is not looked for (calibrate.py, formulas.py). `lambdas`: those to
+    choose from; none: W0 itself. `per_head`: W0 is the regression of each head, else the projection that the mixer has.
     visit: gives the layers in turn, and sees to it that the weights of each are there (offload.py).
     """
     if stream not in STREAMS:
         raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
+    refuse_unknown("way to find rates", [rates], RATES)
     if len(ids_NT) < heldout + 2:
         raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")
     teacher_walk = Walk(teacher, ids_NT)
@@ -127,12 +138,13 @@ def solve(
         rotary, found[layer] = teacher_walk.rotary(layer), {}
         if not calibrated:
             judges = max(2, search // 2)
-            found[layer] = calibrate(
+            found[layer] = RATES[rates](
                 mixer,
                 torch.cat([x_NTD[:search], x_NTD[len(x_NTD) - judges :]]),
                 rotary,
                 softmax=teacher_walk.softmax(layer),
                 heldout=judges,
+                fixed=fixed,
             )
             _remember_options(student, layer)
             give_back_freed_memory()
@@ -140,7 +152,15 @@ def solve(
             x_NTD = student_walk.inputs(layer)
         projection = teacher_walk.output_projection(layer)
         outputs, fit = solve_layer(
-            mixer, projection, x_NTD, target_NTD, heads_NTC, rotary, heldout=heldout, answer=student_walk is not None
+            mixer,
+            projection if per_head else None,
+            x_NTD,
+            target_NTD,
+            heads_NTC,
+            rotary,
+            heldout=heldout,
+            lambdas=lambdas,
+            answer=student_walk is not None,
         )
         found[layer] |= fit
         if student_walk is not None:
@@ -152,16 +172,21 @@ def solve(
 
 def solve_layer(
     mixer: FastWeightLayer,
-    projection: nn.Linear,
+    projection: nn.Linear | None,
     x_NTD: Tensor,
     target_NTD: Tensor,
     heads_NTC: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     *,
     heldout: int,
+    lambdas: Sequence[float] = LAMBDAS,
     answer: bool,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target."""
+    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target.
+
+    They are drawn to the regression of each head, put through the teacher's `projection`, or, without one, to what the
+    mixer has.
+    """
     moments: tuple[Moments, Moments] | None = None
     fitted = len(x_NTD) - heldout
     for start in range(0, len(x_NTD), ROWS):
@@ -173,7 +198,8 @@ def solve_layer(
             if len(x_NTD[rows][part]):
                 moment.add(*(each[part] for each in tokens))
     assert moments is not None, "there are sequences"
-    weight, fit = ridge(*moments, head_weights(mixer, projection, moments[0]))
+    prior = own_weights(mixer) if projection is None else head_weights(mixer, projection, moments[0])
+    weight, fit = ridge(*moments, prior, lambdas)
     write_outputs(mixer, weight.to(x_NTD.dtype))
     if answer:
         for start in range(0, len(x_NTD), ROWS):
@@ -228,6 +254,14 @@ def write_outputs(mixer: FastWeightLayer, weight_RD: Tensor) -> None:
         mixer.o_proj.bias.copy_(weight_RD[-1])
     if mixer.options.value_skip:
         mixer.skip_proj.weight.copy_(weight_RD[width : width + mixer.skip_proj.in_features].mT)
+
+
+def own_weights(mixer: FastWeightLayer) -> Tensor:
+    """The weights [R, D] of all regressors that the mixer has: what write_outputs writes."""
+    parts = [mixer.o_proj.weight.mT]
+    parts += [mixer.skip_proj.weight.mT] if mixer.options.value_skip else []
+    parts += [mixer.o_proj.bias[None]] if mixer.options.o_bias else []
+    return torch.cat(parts)
 
 
 def _remember_options(student: PreTrainedModel, layer: int) -> None:

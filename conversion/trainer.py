@@ -1,10 +1,14 @@
-"""The Trainer of stage 3: transformers' own, with the teacher beside the model and a KL divergence for its loss."""
+"""The Trainer of stages 3 and 4: transformers' own, with the teacher beside the model and losses without logits.
+
+loss = sum of w_kl KL(teacher ‖ student) + w_ce (-log q(next token)),  over the tokens that count
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,34 +18,56 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from hf_fwp.cross_entropy import causal_loss
 from hf_fwp.layer import FastWeightLayer
+from hf_fwp.options import refuse_unknown
 
 from .kl import kl_of_heads
 
+LOSSES = ("kl", "cross_entropy")
+IGNORED = -100  # the label of a token that does not count
+
 
 class DistilTrainer(Trainer):
-    """A Trainer whose loss is the forward KL from `teacher`, per valid token.
+    """A Trainer whose loss is the forward KL from `teacher`, or cross-entropy, or both, per token that counts.
 
-    Valid are the tokens that neither attention_mask (0) nor labels (-100) exclude. The teacher stands beside the model,
-    is never trained or saved, and has to share the student's vocabulary. Mixers learn at `lr_mixers` where that is
-    given, all the rest at args.learning_rate.
+    `losses`: the weight of "kl" and of "cross_entropy". For the KL alone those tokens count that neither attention_mask
+    (0) nor labels (-100) exclude; with cross-entropy those whose next token is such a one. The teacher (None without
+    KL) stands beside the model, is never trained or saved, and has to share the student's vocabulary. Mixers learn at
+    `lr_mixers` where that is given, all the rest at args.learning_rate.
     """
 
     loss_is_scaled_for_ga = True  # by num_items_in_batch
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel, lr_mixers: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None,
+        lr_mixers: float | None = None,
+        losses: Mapping[str, float] = MappingProxyType({"kl": 1.0}),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        refuse_unknown("loss", losses, LOSSES)
+        self.losses = {name: weight for name, weight in losses.items() if weight}
+        if not self.losses or (teacher is None and "kl" in self.losses):
+            raise ValueError(f"the losses are {dict(losses)}; give one a weight, and for 'kl' also the teacher")
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs in one process; start one process each: accelerate launch")
         self.model_accepts_loss_kwargs = True
         self.lr_mixers = lr_mixers
         self.seconds = 0.0
-        self.teacher: Any = teacher.eval()
-        self.student_head, self.teacher_head = (output_head(m) for m in (bare(self.model), teacher))
+        self.student_head = output_head(bare(self.model))
+        if "cross_entropy" in self.losses and self.student_head.bias is not None:
+            raise ValueError("the output head has a bias, which the cross-entropy does not read; use the loss 'kl'")
+        self.teacher: Any = None
+        if teacher is None or "kl" not in self.losses:
+            return
+        self.teacher_head = output_head(teacher.eval())
         if len(self.student_head.weight) != len(self.teacher_head.weight):
             sizes = len(self.student_head.weight), len(self.teacher_head.weight)
             raise ValueError(f"the student has {sizes[0]} tokens, the teacher {sizes[1]}; they must share a vocabulary")
-        self.teacher = self._spread(self.teacher)
+        self.teacher = self._spread(teacher)
 
     def _spread(self, teacher: PreTrainedModel) -> Any:
         """The teacher in pieces over the processes, in place, where FSDP or ZeRO-3 spreads the student."""
@@ -65,32 +91,51 @@ class DistilTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The KL of all valid tokens over their number, in the accumulated batch when that is known."""
-        valid_BT = valid_positions(inputs)
+        """The losses of all tokens that count over their number, in the accumulated batch when that is known."""
+        counted_BT = self.counted(inputs)
         kept = {name: value for name, value in inputs.items() if name != "labels"}
+        teacher_BTD: Tensor | None = None
 
-        def kl(student_BTD: Tensor) -> Tensor:
-            student_ND, teacher_ND = (x[valid_BT.to(x.device)] for x in (student_BTD, teacher_BTD))
-            with gathered(self.teacher_head):
-                return kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head).view(1, 1, 1)
+        def total(student_BTD: Tensor) -> Tensor:
+            student_ND = student_BTD[counted_BT.to(student_BTD.device)]
+            loss = student_ND.new_zeros(())
+            if teacher_BTD is not None:
+                teacher_ND = teacher_BTD[counted_BT.to(teacher_BTD.device)]
+                with gathered(self.teacher_head):
+                    kl = kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head)
+                loss = loss + self.losses["kl"] * kl
+            if "cross_entropy" in self.losses:
+                next_N = nn.functional.pad(inputs["input_ids"], (0, 1))[:, 1:][counted_BT]
+                entropy = causal_loss(student_ND, self.student_head, next_N, shift_labels=next_N, num_items_in_batch=1)
+                loss = loss + self.losses["cross_entropy"] * entropy
+            return loss.view(1, 1, 1)
 
         with self.accelerator.autocast():  # accelerate puts it around the student alone
-            with torch.no_grad():
-                teacher_BTD = last_hidden_state(self.teacher, kept)
-            loss = output_of(self.student_head, kl, lambda: model(**kept, use_cache=False)).sum()
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_BTD = last_hidden_state(self.teacher, kept)
+            loss = output_of(self.student_head, total, lambda: model(**kept, use_cache=False)).sum()
         if num_items_in_batch is None:
-            loss = loss / valid_BT.sum().clamp_min(1)
+            loss = loss / counted_BT.sum().clamp_min(1)
         else:
             loss = loss / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def counted(self, inputs: dict[str, Any]) -> Tensor:
+        """[B, T], True for the tokens whose prediction counts."""
+        valid_BT = valid_positions(inputs)
+        if "cross_entropy" not in self.losses:
+            return valid_BT
+        attended_BT = valid_positions({**inputs, "labels": None})
+        return nn.functional.pad(valid_BT[:, 1:], (0, 1)) & attended_BT
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """The valid tokens: transformers would count labels after a shift, which a KL does not have."""
+        """The tokens that count: transformers would count labels after a shift, which a KL does not have."""
         if not batch_samples:
             return None
-        count = torch.stack([valid_positions(inputs).sum() for inputs in batch_samples]).sum().to(device)
+        count = torch.stack([self.counted(inputs).sum() for inputs in batch_samples]).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts: Any = self.accelerator.gather(count)
             count = counts.sum()
@@ -112,17 +157,18 @@ class DistilTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = parameter_groups(model, lr=self.lr_mixers or options["lr"], lr_rest=options["lr"])
+            lr = options["lr"] if self.lr_mixers is None else self.lr_mixers
+            groups = parameter_groups(model, lr=lr, lr_rest=options["lr"])
             self.optimizer = kind(groups, **{**options, "weight_decay": self.args.weight_decay})
         return self.optimizer
 
 
 def valid_positions(inputs: dict[str, Any]) -> Tensor:
-    """[B, T], True for the tokens whose prediction counts."""
+    """[B, T], True for the tokens that neither the mask nor the labels exclude."""
     valid_BT = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     if inputs.get("attention_mask") is not None:
         valid_BT &= inputs["attention_mask"] > 0
-    return valid_BT if inputs.get("labels") is None else valid_BT & (inputs["labels"] != -100)
+    return valid_BT if inputs.get("labels") is None else valid_BT & (inputs["labels"] != IGNORED)
 
 
 def last_hidden_state(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -92,6 +92,55 @@ def convert(
 
 @app.command()
 @reports_errors
+def ablate(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the teacher's.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0",
+    recipe: Annotated[str, typer.Option(help="One recipe, or several with commas between.")] = "closed-form",
+    budget: Annotated[str | None, typer.Option(help="Tokens (200k) of the gradient steps of every run.")] = None,
+    choices: Annotated[
+        str | None, typer.Option(help="Choices, or how they begin, with commas between; all if it is left out.")
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(help="lr: every run at several learning rates.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Training text: .txt or .jsonl, either with .gz.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
+    output: Annotated[Path, typer.Option(help="Folder for the results; what is there is not run again.")] = Path(
+        "out/ablation"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs with an estimate and stop.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Convert with one choice changed at a time, and print what each is worth."""
+    rows = conversion("ablate")(
+        teacher,
+        tokenizer=tokenizer,
+        rule=rule,
+        keep=parse_keep(keep),
+        recipe=recipe.split(","),
+        budget=budget,
+        choices=None if choices is None else choices.split(","),
+        sweep=sweep,
+        data=data,
+        tokens=tokens,
+        output=output,
+        seed=seed,
+        device=device,
+        dtype=parse_dtype(dtype),
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        table = conversion("ablate", "as_table")(rows)
+        sys.stdout.write(json_format.dumps(rows, indent=2) + "\n" if json else table)
+
+
+@app.command()
+@reports_errors
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 FUNCTIONS = {
     "convert": ("hf_fwp.conversion.convert", "convert"),
+    "ablate": ("hf_fwp.conversion.ablate", "ablate"),
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
     "inspect": ("hf_fwp.inspection", "inspect"),
     "info": ("hf_fwp.cli", "info"),

@@ -116,6 +116,21 @@ def test_earlier_runs_are_neither_overwritten_nor_mixed_up(teacher, ids, tmp_pat
         align(student_of(teacher), teacher, ids, **{**settings, "lr": 0.5}, resume=True)
 
 
+@pytest.mark.parametrize("still", ["lr", "lr_projections"])
+def test_what_has_no_rate_stays_as_it_is(still, teacher, ids):
+    student = student_of(teacher)
+    before = weights(student)
+    align(student, teacher, ids, **{**SETTINGS, "lr": 1e-2, "lr_projections": 1e-2, still: 0.0, "steps": 2})
+    changed = {
+        name.split("self_attn.")[1].split(".")[0] for name, x in weights(student).items() if (x != before[name]).any()
+    }
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert changed
+    assert changed <= projections if still == "lr" else not changed & projections
+    with pytest.raises(ValueError, match="nothing to train"):
+        align(student, teacher, ids, **{**SETTINGS, "lr": 0.0, "lr_projections": 0.0})
+
+
 def test_students_that_cannot_be_aligned_are_refused(teacher, ids):
     with pytest.raises(ValueError, match="no mixers in layers"):
         align(student_of(teacher), teacher, ids, layers=[1], **SETTINGS)

@@ -60,10 +60,10 @@ def some_setting(search, m):
     """Another value of every field for every head: no two heads can be confused."""
     generator = torch.Generator().manual_seed(m)
     random = {
-        "half_life": 2 + 30 * torch.rand(search.num_heads, generator=generator),
-        "beta": 0.05 + 0.9 * torch.rand(search.num_heads, generator=generator),
-        "bias": 0.1 + torch.rand(search.num_heads, generator=generator),
-        "rotate": torch.arange(search.num_heads) % 2 == m % 2,
+        "half_life": 2 + 30 * torch.rand(search.num_states, generator=generator),
+        "beta": 0.05 + 0.9 * torch.rand(search.num_states, generator=generator),
+        "bias": 0.1 + torch.rand(search.num_states, generator=generator),
+        "rotate": torch.arange(search.num_states) % 2 == m % 2,
     }
     return {name: value for name, value in random.items() if name in search.fields}
 
@@ -75,7 +75,7 @@ def searched(monkeypatch):
     def best(search, m, found, gate):
         setting = some_setting(search, m)
         reads.append(search.read(setting, gate))
-        return setting, reads[-1], torch.zeros(search.num_heads)
+        return setting, reads[-1], torch.zeros(search.num_states)
 
     monkeypatch.setattr(stage._Search, "best", best)
     return reads
@@ -98,6 +98,8 @@ VARIANTS = [
     {"allow_neg_eigval": True},
     {"qk_norm": "none", "scale": 0.3},
     {"value_skip": 0},
+    {"state_heads": "grouped"},
+    {"state_heads": "grouped", "output_gate": "none", "family": "qwen3"},
 ]
 
 
@@ -179,6 +181,40 @@ def test_a_known_setting_is_found(ids_NT, monkeypatch):
         assert values == pytest.approx(truth[name]), name
 
 
+@pytest.mark.parametrize("queries", [1, 2])
+@torch.no_grad()
+def test_the_queries_of_a_state_judge_it_together(queries, ids_NT):
+    kind = {1: "query", 2: "grouped"}[queries]
+    mixer, x_NTD, rotary, softmax = scene(ids_NT, dtype=torch.float64, state_heads=kind, output_gate="none")
+    heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
+    search = stage._Search(mixer, heads, 2)
+    read = search.read(some_setting(search, 0), None)
+    weight = search.weights([read[:2]])
+    inputs = torch.cat([read, torch.ones_like(read[..., :1])], dim=-1)[2:]
+    missed = torch.einsum("nthr,hrv->nthv", inputs, weight) - heads.out[2:]
+    expected = [
+        missed[:, :, group].square().sum() / heads.out[2:, :, group].square().sum()
+        for group in torch.arange(4).split(queries)
+    ]
+    torch.testing.assert_close(search.residual([read]), torch.stack(expected))
+    assert len(expected) == search.num_states == mixer.options.num_states // mixer.options.time_scales
+
+
+@torch.no_grad()
+def test_what_is_fixed_is_not_searched(ids_NT):
+    mixer, x_NTD, rotary, softmax = scene(ids_NT)
+    fixed = {"half_life": 38.0, "rotate": True}
+    chosen = calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=2, fixed=fixed)["time_scales"]
+    for scale in chosen:
+        assert scale["half_life"] == [38.0] * 4
+        assert scale["rotate"] == [True] * 4
+    assert all(mixer.options.rotates)
+    assert len({beta for scale in chosen for beta in scale["beta"]}) > 1
+    assert (-mixer.A_log.exp()).exp() == pytest.approx(2 ** (-1 / 38.0))
+    with pytest.raises(ValueError, match="unknown fixed field 'betas'; did you mean 'beta'"):
+        calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=2, fixed={"betas": 0.5})
+
+
 @torch.no_grad()
 def test_more_time_scales_explain_more(ids_NT):
     mixer, x_NTD, rotary, softmax = scene(ids_NT, time_scales=2)
@@ -201,6 +237,3 @@ def test_what_cannot_be_calibrated_is_refused(ids_NT):
     for heldout in (0, SEQUENCES):
         with pytest.raises(ValueError, match=f"heldout is {heldout} of {SEQUENCES}"):
             calibrate(mixer, x_NTD, rotary, softmax=softmax, heldout=heldout)
-    grouped, x_NTD, rotary, softmax = scene(ids_NT, state_heads="grouped", output_gate="none")
-    with pytest.raises(ValueError, match="state_heads='query'"):
-        calibrate(grouped, x_NTD, rotary, softmax=softmax, heldout=1)

@@ -217,3 +217,52 @@ def test_students_that_cannot_be_distilled_are_refused(teacher, ids):
         distil(student_of(teacher), teacher, ids[:1], **SETTINGS)
     with pytest.raises(ValueError, match="vocabulary"):
         distil(student_of(tiny_teacher("llama", vocab_size=50)), teacher, ids, **SETTINGS)
+
+
+@pytest.mark.parametrize("still", ["lr", "lr_rest"])
+def test_what_has_no_rate_stays_as_it_is(still, teacher, ids):
+    student = student_of(teacher)
+    before = weights(student)
+    distil(student, teacher, ids, **{**SETTINGS, "steps": 2, still: 0.0})
+    changed = {name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])}
+    mixers = {name for name in before if ".0.self_attn." in name or ".2.self_attn." in name}
+    assert changed
+    assert changed <= mixers if still == "lr_rest" else not changed & mixers
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("losses", [{"cross_entropy": 1.0}, {"kl": 0.5, "cross_entropy": 2.0}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_cross_entropy_counts_the_tokens_whose_next_one_counts(losses, padded, teacher, ids, tmp_path):
+    teacher, student = teacher.double(), student_of(teacher.double()).double()
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False)
+    trainer = DistilTrainer(student, args, teacher=teacher if "kl" in losses else None, losses=losses)
+    inputs = {"input_ids": ids[:3]}
+    counted = torch.ones(3, ids.shape[1] - 1, dtype=torch.bool)
+    if padded:
+        inputs["attention_mask"] = (torch.arange(ids.shape[1]).expand(3, -1) >= torch.tensor([[0], [2], [5]])).long()
+        inputs["labels"] = ids[:3].masked_fill(torch.arange(ids.shape[1]) == 9, -100)
+        counted = (inputs["attention_mask"][:, :-1] > 0) & (inputs["labels"][:, 1:] != -100)
+    model = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = [each(**model, use_cache=False).logits[:, :-1][counted] for each in (student, teacher)]
+    entropy = nn.functional.cross_entropy(logits[0], ids[:3, 1:][counted])
+    kl_part = plain_kl(logits[0], logits[1].detach()).mean()
+    expected = losses["cross_entropy"] * entropy + losses.get("kl", 0.0) * kl_part
+    loss = trainer.compute_loss(student, inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    count = trainer._get_num_items_in_batch([inputs], torch.device("cpu"))
+    assert int(count) == int(counted.sum())
+    torch.testing.assert_close(trainer.compute_loss(student, inputs, num_items_in_batch=count), expected)
+    names, leaves = zip(*student.named_parameters(), strict=True)
+    wanted = torch.autograd.grad(expected, leaves)
+    for name, given, gradient in zip(names, torch.autograd.grad(loss, leaves), wanted, strict=True):
+        torch.testing.assert_close(given, gradient, rtol=1e-7, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [({"kl": 1.0}, "also the teacher"), ({}, "give one a weight"), ({"klo": 1.0}, "unknown loss 'klo'; did you mean")],
+)
+def test_losses_that_cannot_be_are_refused(losses, told, teacher, ids):
+    with pytest.raises(ValueError, match=told):
+        distil(student_of(teacher), None, ids, losses=losses, **SETTINGS)

@@ -8,7 +8,7 @@ from teachers import LAYERS, tiny_teacher
 from torch.nn import functional as F
 
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.keep import keep_softmax, kept_count, kept_layers, most_needed, rank_layers
+from hf_fwp.conversion.keep import keep_softmax, kept_count, kept_layers, most_needed, rank_layers, recall_probe
 from hf_fwp.conversion.recipes import student_options
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import converted_layers
@@ -112,6 +112,27 @@ def test_the_ranking_is_the_kl_of_swapping_one_layer_alone(student, teacher, ids
         assert list(converted_layers(alone.config)) == [layer]
         assert kl == pytest.approx(plain_kl(alone, teacher, ids_NT), rel=1e-3)
         assert kl > 1e-4
+
+
+def test_recall_is_the_kl_where_only_looking_back_helps(student, teacher, ids_NT):
+    probe = recall_probe(ids_NT, seed=3)
+    half = ids_NT.shape[1] // 2
+    assert probe.shape == ids_NT.shape
+    assert torch.equal(probe[:, half : 2 * half], probe[:, :half])
+    assert torch.equal(probe[:, :half].sort(1)[0], ids_NT[:, :half].sort(1)[0])
+    assert not torch.equal(probe[:, :half], ids_NT[:, :half])
+    text = rank_layers(student, teacher, ids_NT, progress=False)
+    ranking = rank_layers(student, teacher, ids_NT, recall=0.7, seed=3, progress=False)
+    for layer, kl in ranking.items():
+        alone = keep_softmax(student, teacher, kept={1, 2, 3} - {layer})
+        with torch.no_grad():
+            ours, theirs = (
+                each(probe).logits.double().log_softmax(-1)[:, half : 2 * half - 1] for each in (alone, teacher)
+            )
+        recalled = float(F.kl_div(ours, theirs, log_target=True, reduction="sum")) / (half - 1) / len(probe)
+        assert kl - text[layer] == pytest.approx(0.7 * recalled, rel=1e-3)
+    with pytest.raises(ValueError, match="give at least 4"):
+        recall_probe(ids_NT[:, :3])
 
 
 @torch.no_grad()

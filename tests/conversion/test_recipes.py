@@ -1,10 +1,15 @@
 """Recipes are data: they can be read, found, counted, and scaled to a budget."""
 
+import importlib
+import inspect
+from dataclasses import replace
+
 import pytest
 from teachers import tiny_teacher
 
 from hf_fwp import RULES
 from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.keep import rank_layers
 from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe, student_options
 
 
@@ -17,8 +22,19 @@ def test_a_recipe_is_found_by_its_name(name):
     assert recipe.rank_solve_tokens % recipe.sequence_length == 0
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_settings_are_arguments_of_their_stages(name):
+    recipe = find_recipe(name)
+    for stage in ("solve", "align", "distil", "extend"):
+        module = importlib.import_module(f"hf_fwp.conversion.{stage}")
+        assert set(getattr(recipe, stage)) <= set(inspect.signature(getattr(module, stage)).parameters)
+    assert set(recipe.rank) <= set(inspect.signature(rank_layers).parameters)
+    assert copy_teacher(tiny_teacher("llama"), layers=[1], fwp=recipe.options(recipe.rule or "gated_delta_net"))
+
+
 def test_what_the_recipes_promise():
     assert find_recipe("closed-form").trained() == 0
+    assert [find_recipe(name).trained() for name in ("standard", "long")] == [40_000_000, 500_000_000]
     quick = find_recipe("quick")
     assert quick.align_tokens > 0
     assert quick.distil_tokens > 0
@@ -44,6 +60,8 @@ def test_a_budget_is_shared_as_before():
     scaled = recipe.with_trained(1000)
     assert (scaled.align_tokens, scaled.distil_tokens) == (250, 750)
     assert recipe.with_trained(0).trained() == 0
+    three = replace(recipe, extend_tokens=100).with_trained(999)
+    assert (three.align_tokens, three.distil_tokens, three.extend_tokens) == (200, 599, 200)
     only = Recipe("x", "x", align_tokens=100).with_trained(10)
     assert (only.align_tokens, only.distil_tokens) == (10, 0)
 

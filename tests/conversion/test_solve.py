@@ -9,7 +9,16 @@ from teachers import LAYERS, tiny_teacher
 
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.recipes import STUDENTS, student_options
-from hf_fwp.conversion.solve import Moments, head_weights, own_regressors, regressors, ridge, solve, solve_layer
+from hf_fwp.conversion.solve import (
+    LAMBDAS,
+    Moments,
+    head_weights,
+    own_regressors,
+    regressors,
+    ridge,
+    solve,
+    solve_layer,
+)
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import HOSTS, mixer_options
 
@@ -40,10 +49,9 @@ def problem(tokens=200):
     return r, target, moments
 
 
-def test_without_lambda_it_is_least_squares(monkeypatch):
-    monkeypatch.setattr(stage, "LAMBDAS", (0.0,))
+def test_without_lambda_it_is_least_squares():
     r, target, moments = problem()
-    weight, found = ridge(moments, moments, torch.randn(12, 5, dtype=torch.float64))
+    weight, found = ridge(moments, moments, torch.randn(12, 5, dtype=torch.float64), (0.0,))
     expected = torch.linalg.lstsq(r, target).solution
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
     missed = (r @ expected - target).square().sum() / target.square().sum()
@@ -51,26 +59,39 @@ def test_without_lambda_it_is_least_squares(monkeypatch):
     assert found["fitted"] == found["residual"]
 
 
-def test_with_infinite_lambda_it_is_the_prior(monkeypatch):
-    monkeypatch.setattr(stage, "LAMBDAS", (1e12,))
+def test_with_infinite_lambda_it_is_the_prior():
     r, target, moments = problem()
     prior = torch.randn(12, 5, dtype=torch.float64)
-    weight, found = ridge(moments, moments, prior)
+    weight, found = ridge(moments, moments, prior, (1e12,))
     torch.testing.assert_close(weight, prior, rtol=1e-6, atol=1e-8)
     missed = (r @ prior - target).square().sum() / target.square().sum()
     assert found["residual"] == pytest.approx(float(missed))
     assert found["prior"] == pytest.approx(float(missed))
 
 
-def test_lambda_is_the_one_with_the_least_heldout_residual(monkeypatch):
+def test_lambda_is_the_one_with_the_least_heldout_residual():
     (_, _, fit), (_, _, judge) = problem(20), problem()
     prior = torch.zeros(12, 5, dtype=torch.float64)
-    residuals = {}
-    for lam in stage.LAMBDAS:
-        monkeypatch.setattr(stage, "LAMBDAS", (lam,))
-        residuals[lam] = ridge(fit, judge, prior)[1]["residual"]
-    monkeypatch.setattr(stage, "LAMBDAS", tuple(residuals))
-    assert ridge(fit, judge, prior)[1]["residual"] == pytest.approx(min(residuals.values()))
+    residuals = [ridge(fit, judge, prior, (lam,))[1]["residual"] for lam in LAMBDAS]
+    assert len(set(residuals)) == len(LAMBDAS)
+    best = min([*residuals, judge.residual(prior)])
+    assert ridge(fit, judge, prior)[1]["residual"] == pytest.approx(best)
+
+
+@torch.no_grad()
+def test_without_the_heads_it_is_drawn_to_what_the_mixer_has(ids_NT):
+    teacher = tiny_teacher("qwen3")
+    before = student_of(teacher)
+    after = student_of(teacher)
+    after.load_state_dict(before.state_dict())
+    settings = {"heldout": HELDOUT, "stream": "teacher", "calibrated": True, "progress": False}
+    solve(after, teacher, ids_NT, **settings, per_head=False, lambdas=(1e9,))
+    for layer, mixer in after.hf_fwp_layers.items():
+        for name in ("o_proj.weight", "o_proj.bias", "skip_proj.weight"):
+            kept = before.hf_fwp_layers[layer].get_parameter(name)
+            torch.testing.assert_close(mixer.get_parameter(name), kept, rtol=1e-4, atol=1e-5)
+    solve(after, teacher, ids_NT, **settings, per_head=True, lambdas=(1e9,))
+    assert (after.hf_fwp_layers[1].o_proj.weight - before.hf_fwp_layers[1].o_proj.weight).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("rule", STUDENTS)
@@ -138,7 +159,14 @@ def test_the_students_stream_is_what_later_layers_are_fitted_on(ids_NT):
     assert found[1]["residual"] == pytest.approx(float(plain), rel=1e-2)
 
 
-SHAPES = [{}, {"time_scales": 1}, {"value_skip": 0}, {"value_skip": 2}, {"time_scales": 3, "o_bias": False}]
+SHAPES = [
+    {},
+    {"state_heads": "grouped"},
+    {"time_scales": 1},
+    {"value_skip": 0},
+    {"value_skip": 2},
+    {"time_scales": 3, "o_bias": False},
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

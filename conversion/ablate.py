@@ -1,0 +1,343 @@
+"""What each choice of a recipe is worth: the same conversion with one thing changed, run by run.
+
+    hf-fwp ablate TEACHER                                    every choice of CHOICES that the recipe makes
+    hf-fwp ablate TEACHER --keep 0.5 --choices "kept"        those whose names begin so
+    hf-fwp ablate TEACHER --recipe quick,radlads --sweep lr  recipes side by side, each at the rates of SWEEPS
+
+All runs read the same number of tokens. Every finished run is a file in OUTPUT/runs and is not repeated; an
+interrupted one that takes gradient steps goes on where it was. OUTPUT/ablation.json and ablation.md hold the table.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fwp.hosts.options import graft_defaults
+from hf_fwp.options import MixerOptions
+
+from .convert import convert
+from .keep import Keep, kept_count, kept_layers
+from .plan import Plan, estimate, within
+from .recipes import TRAINING, Recipe, find_recipe
+from .report import plain, write_whole
+from .teacher import Teacher, load_teacher
+
+AS_IT_IS = "as it is"
+SAME = 0.02  # the share by which the KL of a choice may differ and still count as the same
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that is done otherwise, and what is expected of it."""
+
+    expected: str
+    """better, worse or same, in KL against the recipe as it is, and why"""
+    change: Mapping[str, Any] = field(default_factory=dict)
+    """of the recipe: Recipe.changed"""
+    keep: str | None = None
+    """how kept layers are chosen instead: uniform, or random"""
+    seeds: int = 1
+    """runs with other kept layers on the same text, whose mean counts"""
+
+
+CHOICES: dict[str, Choice] = {
+    AS_IT_IS: Choice("same: this is what the others are compared with"),
+    "one time scale": Choice("worse: one half-life per head cannot be near and far", {"fwp.time_scales": 1}),
+    "three time scales": Choice("better: for the worst heads", {"fwp.time_scales": 3}),
+    "rates by formulas with one time scale": Choice(
+        "worse than one time scale: a sink spoils distance and entropy",
+        {"solve.rates": "formulas", "fwp.time_scales": 1, "fwp.state_bias": False},
+    ),
+    "beta fixed": Choice("worse: heads differ in how strongly they should write", {"solve.fixed": {"beta": 0.5}}),
+    "half-life fixed": Choice("worse: heads differ in how far they look", {"solve.fixed": {"half_life": 38.0}}),
+    "never rotated": Choice("worse: some heads need positions", {"fwp.rope_heads": "none"}),
+    "always rotated": Choice("worse: most heads prefer no RoPE", {"solve.fixed": {"rotate": True}}),
+    "no value regressor": Choice("worse: the current token's value is cheap", {"fwp.value_skip": 0}),
+    "two values": Choice("better: the last token's value is a frequent target", {"fwp.value_skip": 2}),
+    "no constant": Choice("worse: a sink's value is a constant", {"fwp.o_bias": False}),
+    "no bias of q and k": Choice("worse: the state cannot be asked for the mean value", {"fwp.state_bias": False}),
+    "no gate": Choice("worse: nothing says 'nothing here'", {"fwp.output_gate": "none"}),
+    "grouped states": Choice("worse: fewer states, by as many as share a key", {"fwp.state_heads": "grouped"}),
+    "lambda 0.01": Choice("worse: it overfits few tokens", {"solve.lambdas": (1e-2,)}),
+    "lambda 1": Choice("worse: layers differ in what they need", {"solve.lambdas": (1.0,)}),
+    "drawn to the copy": Choice("worse: W0 of the copied projection is far off", {"solve.per_head": False}),
+    "teacher inputs": Choice("worse: later layers never see the errors of earlier ones", {"stream": "teacher"}),
+    "half the text": Choice("worse: the solution overfits", {"solve_tokens": 8192}),
+    "twice the text": Choice("better: the solution overfits less", {"solve_tokens": 32768}),
+    "no align": Choice("worse: align is the cheapest way to a good start", {"align_tokens": 0}),
+    "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
+    "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),
+    "align mixers only": Choice("worse: q, k, v can help", {"align.lr_projections": 0.0}),
+    "distil mixers only": Choice("worse: the rest can make up for mixers", {"distil.lr_rest": 0.0}),
+    "kept for recall too": Choice("worse in KL on text: other layers matter for recall", {"rank.recall": 1.0}),
+    "kept uniformly": Choice("worse: layers differ by ten times in what they cost", keep="uniform"),
+    "kept at random": Choice("worse: layers differ by ten times in what they cost", keep="random", seeds=3),
+}
+
+# Factors on every learning rate of a recipe.
+SWEEPS: dict[str, tuple[float, ...]] = {"lr": (1.0, 0.3, 3.0)}
+SWEPT = "worse: the recipe names its best rates"
+
+HEADER = ("recipe", "choice", "expected", "came out", "of the teacher's", "KL", "agreement", "minutes", "runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion of the table."""
+
+    choice: str
+    expected: str
+    recipe: Recipe
+    rule: str
+    keep: Keep
+    seed: int
+    number: int = 0
+    """among the runs of this choice"""
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        words = f"{self.recipe.name} {self.choice} {self.seed + self.number}"
+        return "-".join(words.replace(",", " ").split())
+
+
+def ablate(
+    teacher: Teacher,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    rule: str = "gated_delta_net",
+    keep: Keep = 0,
+    recipe: str | Recipe | Sequence[str | Recipe] = "closed-form",
+    budget: int | str | None = None,
+    choices: str | Sequence[str] | None = None,
+    sweep: str | None = None,
+    data: Any = None,
+    tokens: int = 16384,
+    output: str | Path = "out/ablation",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    dry_run: bool = False,
+) -> list[dict[str, Any]]:
+    """Convert `teacher` once per choice and measure each student on `tokens` held-out tokens; returns the table's rows.
+
+    Arguments as in convert. recipe: one or several; one that is for a certain rule is run with it. choices: names
+    of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with a sweep. sweep: a name of
+    SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError for an unknown choice or
+    sweep, and for results in `output` that belong to other arguments.
+    """
+    made = [find_recipe(each) for each in ([recipe] if isinstance(recipe, (str, Recipe)) else recipe)]
+    names = chosen(choices, alone=len(made) == 1 and sweep is None)
+    if sweep is not None and sweep not in SWEEPS:
+        raise ValueError(f"unknown sweep {sweep!r}; the sweeps are {', '.join(SWEEPS)}")
+    model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
+    fitted = [within(planned(model, each.rule or rule, keep, each), budget, model).recipe for each in made]
+    asked: dict[str, Any] = {"keep": keep, "layers": model.config.num_hidden_layers, "seed": seed, "sweep": sweep}
+    runs = [run for each in fitted for run in runs_of(each, names, rule=each.rule or rule, **asked)]
+    place = Path(output) / "runs"
+    if dry_run:
+        _show_plan(runs, place, model)
+        return []
+    told = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
+    for number, run in enumerate(runs, start=1):
+        file = place / f"{run.name}.json"
+        if not _is_there(file, run, told):
+            Console(stderr=True).print(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}", highlight=False)
+            result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
+    rows = rows_of([json.loads((place / f"{run.name}.json").read_text()) for run in runs])
+    write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))
+    write_whole(Path(output) / "ablation.md", as_table(rows))
+    return rows
+
+
+def planned(model: PreTrainedModel, rule: str, keep: Keep, recipe: Recipe) -> Plan:
+    """What `convert` would do, for an estimate."""
+    layers = model.config.num_hidden_layers
+    kept = kept_count(keep, layers)
+    return Plan(str(model.name_or_path), rule, keep, recipe, seed=0, num_layers=layers, kept=kept, data="")
+
+
+def chosen(choices: str | Sequence[str] | None, *, alone: bool) -> list[str]:
+    """The names of CHOICES that are asked for, the one that all are compared with first."""
+    if choices is None:
+        return list(CHOICES) if alone else [AS_IT_IS]
+    wanted = [choices] if isinstance(choices, str) else list(choices)
+    for start in wanted:
+        if not any(name.startswith(start) for name in CHOICES):
+            raise ValueError(f"no choice begins with {start!r}; the choices are {', '.join(CHOICES)}")
+    return [name for name in CHOICES if name == AS_IT_IS or name.startswith(tuple(wanted))]
+
+
+def runs_of(
+    recipe: Recipe, names: Sequence[str], *, rule: str, keep: Keep, layers: int, seed: int, sweep: str | None
+) -> Iterator[Run]:
+    """The runs of one recipe: every choice that changes something in it, under every learning rate of the sweep."""
+    for factor in (1.0,) if sweep is None else SWEEPS[sweep]:
+        rated = recipe.with_rates(factor)
+        if factor != 1 and rated == recipe:
+            continue  # it takes no gradient steps
+        for name in names:
+            choice = CHOICES[name]
+            changed = rated.changed(choice.change)
+            if name != AS_IT_IS and not matters(rated, changed, choice, rule=rule, keep=keep, layers=layers):
+                continue
+            told = name if sweep is None else f"{name}, {sweep} x {factor:g}"
+            expected = choice.expected if factor == 1 else SWEPT
+            for number in range(choice.seeds):
+                kept = _kept(choice.keep, keep, layers=layers, seed=seed + number)
+                yield Run(told, expected, changed, rule, kept, seed, number)
+
+
+def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: Keep, layers: int) -> bool:
+    """Whether a choice makes a difference: to the mixers, to a stage that runs, or to which layers are kept."""
+    if choice.keep is not None:
+        return 0 < _count(keep, layers) < layers
+    ranked = kept_count(keep, layers) is not None and 0 < _count(keep, layers) < layers
+    off = [stage for stage in TRAINING if not getattr(before, f"{stage}_tokens")]
+    hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}} | ({} if ranked else {"rank": {}})
+    unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
+    mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]
+    return replace(before, **hidden) != replace(after, **hidden) or mixers[0] != mixers[1]
+
+
+def _count(keep: Keep, layers: int) -> int:
+    count = kept_count(keep, layers)
+    return len(kept_layers(keep, layers)) if count is None else count
+
+
+def _kept(way: str | None, keep: Keep, *, layers: int, seed: int) -> Keep:
+    """`keep` of a run: as many layers as asked for, chosen this way."""
+    if way is None:
+        return keep
+    count = _count(keep, layers)
+    if way == "uniform":
+        return kept_layers(f"uniform:{count / layers}", layers)
+    return sorted(random.Random(seed).sample(range(layers), count))
+
+
+def said(run: Run, told: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a run's result depends on, as JSON has it."""
+    return plain({**asdict(run), **told})
+
+
+def _is_there(file: Path, run: Run, told: Mapping[str, Any]) -> bool:
+    if not file.is_file():
+        return False
+    before, asked = json.loads(file.read_text())["run"], said(run, told)
+    changed = [name for name in asked if name != "expected" and before.get(name) != asked[name]]
+    if changed:
+        raise ValueError(f"{file} is the result of a run with another {', '.join(changed)}; give another output")
+    return True
+
+
+def _measured(
+    run: Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    *,
+    tokens: int,
+    work: Path,
+) -> dict[str, Any]:
+    """Convert and evaluate. The model itself is not kept; its stages are, until the run has been measured."""
+    report = {"tokens": tokens, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    student: Any = convert(
+        model,
+        tokenizer=tokenizer,
+        rule=run.rule,
+        keep=run.keep,
+        recipe=replace(run.recipe, report=report),
+        data=data,
+        seed=run.seed,
+        output=work if run.recipe.trained() else None,
+        resume=bool(run.recipe.trained()),
+    )
+    found = student.conversion_report
+    shutil.rmtree(work, ignore_errors=True)
+    wanted = ("evaluation", "kept_layers", "ranking", "residuals", "environment")
+    seconds = sum(stage["seconds"] for stage in found["stages"].values())
+    return plain({"seconds": seconds, **{name: found[name] for name in wanted if name in found}})
+
+
+def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per recipe and choice, over its seeds, compared with the first row of the same recipe."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["run"]["recipe"]["name"], result["run"]["choice"]), []).append(result)
+    rows: list[dict[str, Any]] = []
+    for (recipe, choice), runs in groups.items():
+        measured = [run["evaluation"] for run in runs]
+        row: dict[str, Any] = {"recipe": recipe, "choice": choice, "expected": runs[0]["run"]["expected"]}
+        row |= {name: mean(each[name] for each in measured) for name in ("ratio", "kl", "agreement")}
+        row |= {"ratios": [each["ratio"] for each in measured], "seconds": mean(run["seconds"] for run in runs)}
+        row |= {"tokens": measured[0]["tokens"], "teacher_perplexity": measured[0]["teacher_perplexity"]}
+        row |= {"environment": runs[0]["environment"], "run": runs[0]["run"]}
+        first = next((before for before in rows if before["recipe"] == recipe), row)
+        row["outcome"] = outcome(row["kl"], first["kl"])
+        rows.append(row)
+    return rows
+
+
+def outcome(kl: float, reference: float) -> str:
+    """Better, worse or same than the reference."""
+    if abs(kl - reference) <= SAME * reference:
+        return "same"
+    return "better" if kl < reference else "worse"
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown, with what they were measured on below."""
+    run, on = rows[0]["run"], rows[0]["environment"]
+    lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
+    commits = dict.fromkeys(f"`{row['environment']['commit']}`" for row in rows)
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            f"{run['teacher']} (perplexity {rows[0]['teacher_perplexity']:.1f}), {run['rule']}, keep {run['keep']}, "
+            f"{rows[0]['tokens']} held-out tokens, commit {', '.join(commits)}, {on['date'][:10]}, {on['device']}, "
+            f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
+            f"minutes of the conversion without measuring it; the same: within {SAME:.0%} of the KL of the first row.",
+            "",
+        ]
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    spread = "" if len(row["ratios"]) == 1 else f" ({min(row['ratios']):.3f} to {max(row['ratios']):.3f})"
+    return (
+        row["recipe"],
+        row["choice"],
+        row["expected"],
+        row["outcome"],
+        f"{row['ratio']:.3f} x{spread}",
+        f"{row['kl']:.4f}",
+        f"{row['agreement']:.3f}",
+        f"{row['seconds'] / 60:.1f}",
+        str(len(row["ratios"])),
+    )
+
+
+def _show_plan(runs: Sequence[Run], place: Path, model: PreTrainedModel) -> None:
+    """What would be run, and how long the runs that are not there yet should take."""
+    console, total = Console(stderr=True), 0.0
+    for run in runs:
+        there = (place / f"{run.name}.json").is_file()
+        seconds = 0.0 if there else estimate(planned(model, run.rule, run.keep, run.recipe), model)
+        total += seconds
+        when = "there" if there else f"about {seconds / 60:.1f} minutes"
+        console.print(f"  {run.recipe.name}, {run.choice}: {when}", highlight=False)
+    console.print(f"{len(runs)} runs, about {total / 60:.0f} minutes", highlight=False)

@@ -1,0 +1,117 @@
+"""Stage 4, extend: the student goes on to learn by itself, on longer sequences than it was made with.
+
+    minimise  -1/N sum_t log q(x_t+1 | x_<=t)       over the N tokens that count
+
+No teacher: its own context may be shorter. For chat data only what the assistant says counts (`chat_blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .distil import distil
+
+LOSSES = {"cross_entropy": 1.0}
+IGNORED = -100  # the label of a token that does not count
+
+
+def extend(
+    student: PreTrainedModel,
+    ids_NT: Tensor,
+    *,
+    labels_NT: Tensor | None = None,
+    steps: int | None = None,
+    batch_size: int = 1,
+    lr: float = 1e-5,
+    lr_rest: float = 1e-5,
+    lr_end: float = 0.1,
+    warmup: float = 0.05,
+    output_dir: Path | None = None,
+    resume: bool = False,
+    save_every: int = 50,
+    bf16: bool | None = None,
+    gradient_checkpointing: bool = True,
+    lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train `student` by cross-entropy on the token blocks ids_NT (4096 to 16384 long); returns the history.
+
+    `labels_NT`: -100 where a token does not count, else the token. Everything else is as in distil; what is in memory
+    of a step grows with the sequence, so that blocks of the model are computed again in backward.
+    """
+    return distil(
+        student,
+        None,
+        ids_NT,
+        labels_NT=labels_NT,
+        losses=LOSSES,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        lr_rest=lr_rest,
+        lr_end=lr_end,
+        warmup=warmup,
+        output_dir=output_dir,
+        resume=resume,
+        save_every=save_every,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def chat_blocks(
+    conversations: Iterable[Sequence[Mapping[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [N, sequence_length] of conversations, each a list of {"role", "content"}, one to a row.
+
+    Only the assistant's words and the end of its turn have labels. Longer conversations are cut; the rest of a row is
+    padded, without labels. Raises ValueError for a tokenizer without a chat template, and for a template that rewrites
+    earlier turns when a later one follows.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give plain text")
+    filler: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = [_labelled(conversation, tokenizer) for conversation in conversations]
+    if not rows:
+        raise ValueError("there are no conversations; give lists of messages with 'role' and 'content'")
+    ids_NT = torch.full((len(rows), sequence_length), filler or 0)
+    labels_NT = torch.full_like(ids_NT, IGNORED)
+    for row, (ids, labels) in enumerate(rows):
+        count = min(len(ids), sequence_length)
+        ids_NT[row, :count] = torch.tensor(ids[:count])
+        labels_NT[row, :count] = torch.tensor(labels[:count])
+    return ids_NT, labels_NT
+
+
+def _labelled(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    ids = _chat_ids(messages, tokenizer, prompt=False)
+    labels = [IGNORED] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _chat_ids(messages[:turn], tokenizer, prompt=True)
+        answered = _chat_ids(messages[: turn + 1], tokenizer, prompt=False)
+        if answered[: len(asked)] != asked or ids[: len(answered)] != answered:
+            raise ValueError("the chat template rewrites earlier turns; give conversations of one answer each")
+        labels[len(asked) : len(answered)] = answered[len(asked) :]
+    return ids, labels
+
+
+def _chat_ids(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> list[int]:
+    given: Any = [dict(message) for message in messages]
+    text = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt))
+    found: Any = tokenizer(text, add_special_tokens=False)
+    return list(found["input_ids"])
