@@ -16,18 +16,8 @@ from torch import Tensor
 from ..rules.base import States
 from ..rules.continuous_fwp import WALKED, rate
 from . import walk as frame
-from .cells import load_tile, load_vector, outer, read, softmax, softmax_back, spread, store_tile, store_vector, tanh
-
-
-@triton.jit
-def load(s, K, V, BK: tl.constexpr, BV: tl.constexpr):
-    """S."""
-    return (load_tile(s, K, V, V, BK, BV),)
-
-
-@triton.jit
-def store(s, state, K, V, BK: tl.constexpr, BV: tl.constexpr):
-    store_tile(s, state[0], K, V, V, BK, BV)
+from .cells import load_vector, outer, read, softmax, softmax_back, spread, store_vector, tanh
+from .fwp_1991 import load, store
 
 
 @triton.jit
