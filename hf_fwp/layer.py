@@ -29,7 +29,7 @@ from .own import OwnWeights
 from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
-from .rules.gating import Decay, Rate, start_rates, start_steps, value_of
+from .rules.gating import Decay, Rate, scaled, start_rates, start_steps, value_of
 from .slow_net import SlowLstm
 
 States = dict[str, Tensor]
@@ -369,7 +369,7 @@ class FastWeightLayer(nn.Module):
         them, and the rule's own; with `raw` what beta and g are computed from, for a kernel that does it."""
         rates: dict[str, Any] = {} if self.gates is None else self.gates(x_BTD)
         reach = 2.0 if self.options.allow_neg_eigval else 1.0
-        rates |= {name: reach * rates[name] for name in ("beta", "erase") if name in rates}
+        rates |= {name: scaled(rates[name], reach) for name in ("beta", "erase") if name in rates}
         if self.projects("beta"):
             b_BTS = self.b_proj(x_BTD) if b_BTS is None else b_BTS
             rates["beta"] = Rate(b_BTS.unflatten(-1, (self.writes, -1)).mT if self.rule.writes else b_BTS, reach)

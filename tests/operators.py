@@ -201,21 +201,26 @@ def outcome(apply: Callable[..., Any], given: Tensors, backend: str | None) -> d
 
 
 def raw_gates(given: Tensors) -> Tensors:
-    """The same with beta and g as what they are computed from, for the function `from_raw`; others as they are."""
-    leaves = {name: torch.randn(x.shape) if name in ("beta", "g") else x for name, x in given.leaves.items()}
+    """The same with gates as what they are computed from, for the function `from_raw`; others as they are."""
+    names = ("beta", "g", "erase", "write")
+    leaves = {name: torch.randn(x.shape) if name in names else x for name, x in given.leaves.items()}
     if "g" in leaves:
-        heads = leaves["g"].shape[-1]
-        leaves |= {"A_log": torch.rand(heads), "dt_bias": torch.randn(heads) - 3}
+        states = leaves["g"].shape[2:]
+        leaves |= {"A_log": torch.rand(states[0]), "dt_bias": torch.randn(states.numel()) - 3}
     return Tensors({name: x.double() for name, x in leaves.items()}, given.states, given.keywords)
 
 
-def from_raw(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply` for the leaves of `raw_gates`: β = 2 sigmoid(beta), g = -exp(A_log) softplus(g + dt_bias)."""
+RANGES = {"beta": 2.0, "erase": 1.5, "write": 1.0}
 
-    def applied(*, beta: Any = None, g: Any = None, A_log: Any = None, dt_bias: Any = None, **rest: Any) -> Any:
-        beta = None if beta is None else Rate(beta, 2.0)
-        g = None if g is None else Decay(g, A_log, dt_bias)
-        return apply(beta=beta, g=g, **rest)
+
+def from_raw(apply: Callable[..., Any], lower_bound: float | None = None) -> Callable[..., Any]:
+    """`apply` for the leaves of `raw_gates`: β = 2 sigmoid(beta), g = -exp(A_log) softplus(g + dt_bias) or, if channels
+    have a bound, lower_bound · sigmoid(exp(A_log) (g + dt_bias))."""
+
+    def applied(*, g: Any = None, A_log: Any = None, dt_bias: Any = None, **rest: Any) -> Any:
+        gates = {name: Rate(rest[name], reach) for name, reach in RANGES.items() if name in rest}
+        g = {} if g is None else {"g": Decay(g, A_log, dt_bias, lower_bound)}
+        return apply(**rest | gates | g)
 
     return applied
 

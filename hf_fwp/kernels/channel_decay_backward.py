@@ -22,16 +22,20 @@ import triton.language as tl
 
 from .channel_decay_tiles import (
     chunk_decay,
+    computed_step,
     inverse_lengths,
     level_decay,
     lies_between,
     load_erase,
+    load_gate,
     load_keys,
     load_steps,
     load_turned,
+    load_values,
     meets,
     next_level,
     pair_products,
+    sigmoid_backward,
     store_turned,
     with_diagonal,
 )
@@ -55,13 +59,13 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_backward(
-    q, k, erase, beta, g, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale,
+    q, k, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, d_out, d_final, d_initial, d_states, d_written, scale,
     length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
-    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr, ACROSS: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    RAW_G: tl.constexpr, LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr,
+    RANGE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, L2NORM: tl.constexpr,
+    ACROSS: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dY, and dS at the end of every chunk and at the start, of one sequence, value head and BV value columns. With
     SEGMENTED, of one segment: first dS at its start alone, then with KEEP the rest. With ACROSS, states of whole
@@ -70,6 +74,7 @@ def scan_backward(
     pair = tl.program_id(0) // parts
     hv = pair % HV
     h = hv // (HV // H)
+    gate = (g, a_log, dt_bias)
     n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
@@ -84,7 +89,9 @@ def scan_backward(
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
-        k_tile, k_norm, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
+        k_tile, k_norm, decay, remaining, left = load_keys(
+            k, gate, at, h, H, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER, L2NORM
+        )  # fmt: skip
         if KEEP:
             store_matrix(d_states, (slot + i) * HV + hv, keys, values, K, V, d_state)
         dw = dot(k_tile * remaining, d_state, DOT, PRECISION)
@@ -95,7 +102,8 @@ def scan_backward(
             else:
                 hq, heads = hv * R + r, HV * R
             p, same = pair_products(
-                q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+                q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+                PRECISION,
             )  # fmt: skip
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
             q_norm = scale * inverse_length(q_tile, L2NORM)
@@ -105,8 +113,8 @@ def scan_backward(
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
         dw = tl.where(valid[:, None], solve_dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
-        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
         if KEEP:
             store_tile(d_written, at, hv, HV, V, rows, values, here, dw)
@@ -141,14 +149,16 @@ def _add_pairs(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
-    q, k, erase, v, beta, g, mask, cu, solve, states, d_states, d_written, out, d_out, written,
-    dq, dk, d_erase, dv, d_beta, d_g, scale, length, span, sequences, halvings,
+    q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, written,
+    dq, dk, dv, d_erase, d_write, d_beta, d_g, d_rates, scale, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
-    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    L2NORM: tl.constexpr, ACROSS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr,
+    LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_WRITE: tl.constexpr,
+    WRITE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, L2NORM: tl.constexpr, ACROSS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later.
+    """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later,
+    those of A and d, `d_rates` [slots, HV R, 2, K], over the tokens too.
 
     What does not depend on the query is added by the first reader of a state. `written` is room for R. With ACROSS,
     `q` is the gradient of the outputs and `d_out` the query, and `dq` gets the outputs for that.
@@ -156,6 +166,7 @@ def gradients(
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
     h = hv // (HV // H)
+    gate = (g, a_log, dt_bias)
     leads = reader % R == 0
     if SHARE:
         hq, heads = h, H
@@ -167,7 +178,7 @@ def gradients(
     rows, others = tl.arange(0, C), tl.arange(0, C)
     here = rows < left
     valid = valid_rows(mask, at, rows, here, HAS_MASK)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
     k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
     q_norm = inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
     share = tl.where(leads, 1.0, 0.0)
@@ -179,11 +190,14 @@ def gradients(
     along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
     along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
     if ACROSS:
-        p, same = pair_products(q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION)
+        p, same = pair_products(
+            q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+            PRECISION,
+        )  # fmt: skip
         p = scale * with_diagonal(p, same)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
-        v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        u_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
         dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
         do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid).to(tl.float32)
         before = tl.zeros([C, BV], tl.float32)
@@ -191,26 +205,33 @@ def gradients(
         for piece in range(0, K, KB):
             keys = piece + tl.arange(0, KB)
             s = load_matrix(states, index, keys, values, K, V)
-            decay, _rest, _last = chunk_decay(load_steps(g, at, hv, HV, rows, keys, valid, K, GK))
+            decay, _rest, _last = chunk_decay(load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER))
             k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
-            e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
+            e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
             before += dot(e_tile * decay, s, DOT, PRECISION)
             if ACROSS:
                 q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
                 read += scale * dot(q_tile * decay, s, DOT, PRECISION)
         t = load_matrix(solve, index, rows, others, C, C)
-        r = solve_dot(t, rate[:, None] * (v_tile - before), DOT, PRECISION)
+        r = solve_dot(t, rate[:, None] * (u_tile - before), DOT, PRECISION)
         store_tile(written, at, reader, HV * R, V, rows, values, here, r)
         if ACROSS:
             store_tile(dq, at, reader, HV * R, V, rows, values, here, read + dot(p, r, DOT, PRECISION))
         d_a -= dot(dw, tl.trans(r), DOT, PRECISION)
         d_p += dot(do, tl.trans(r), DOT, PRECISION)
-        along_value += tl.sum(dw * v_tile, 1)
+        along_value += tl.sum(dw * u_tile, 1)
         along_written += tl.sum(dw * r, 1)
         if L2NORM:
             along_read += tl.sum(do * load_tile(out, at, reader, HV * R, V, rows, values, valid).to(tl.float32), 1)
-        if HAS_BETA:
-            store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
+        du = rate[:, None] * dw
+        if HAS_WRITE:
+            v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+            gate_tile = load_gate(write, at, hv, HV, V, rows, values, valid, WRITE_RANGE)
+            d_gate = sigmoid_backward(du * v_tile, gate_tile, WRITE_RANGE)
+            store_tile(d_write, at, hv, HV, V, rows, values, here & leads, d_gate)
+            du *= gate_tile
+        if HAS_BETA or HAS_WRITE:
+            store_tile(dv, at, hv, HV, V, rows, values, here & leads, du)
     tl.debug_barrier()  # `written` is read by other threads than wrote it
 
     d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
@@ -238,8 +259,8 @@ def gradients(
             along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
         q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
-        step = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+        step = load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER)
         decay, remaining, after = chunk_decay(step)
         d_e *= share * decay
         d_k *= share * remaining
@@ -259,10 +280,23 @@ def gradients(
         if GK == 1:
             d_steps += tl.sum(d_step, 1)
         elif GK > 1:
-            store_tile(d_g, at, reader, HV * R, K, rows, keys, here, tl.where(valid[:, None], d_step, 0.0))
-        if HAS_ERASE:
+            d_step = tl.where(valid[:, None], d_step, 0.0)
+            if RAW_G:
+                a = load_tile(g, at, hv, HV, K, rows, keys, valid).to(tl.float32)
+                _, slope, by_rate = computed_step(a, gate, hv, keys, K, LOWER)
+                at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * (2 * K) + keys
+                tl.store(at_rates, tl.sum(d_step * by_rate, 0), mask=keys < K)
+                d_step *= slope
+                tl.store(at_rates + K, tl.sum(d_step, 0), mask=keys < K)
+            store_tile(d_g, at, reader, HV * R, K, rows, keys, here, d_step)
+        if ERASE == 2:
+            gate_tile = load_gate(erase, at, hv, HV, K, rows, keys, valid, ERASE_RANGE)
+            d_gate = sigmoid_backward(d_e * k_tile, gate_tile, ERASE_RANGE)
+            store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_gate)
+            d_e *= gate_tile
+        elif ERASE == 1:
             store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_e)
-        else:
+        if ERASE != 1:
             d_k += d_e
         if L2NORM:
             d_q -= q_tile * along_read[:, None]
@@ -275,5 +309,5 @@ def gradients(
         tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here)
     if HAS_BETA:
         at_row = at * HV + hv + rows * HV
-        found = tl.where(valid, eta, 0.0).to(d_beta.dtype.element_ty)
-        tl.store(d_beta + at_row, found, mask=here & leads)
+        found = sigmoid_backward(tl.where(valid, eta, 0.0), rate, RANGE)
+        tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)

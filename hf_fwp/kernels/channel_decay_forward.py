@@ -23,9 +23,11 @@ from .channel_decay_tiles import (
     load_keys,
     load_steps,
     load_turned,
+    load_values,
     meets,
     next_level,
     pair_products,
+    replace_in_chunk,
     store_turned,
     with_diagonal,
 )
@@ -40,7 +42,6 @@ from .tiles import (
     load_rate,
     load_tile,
     sequence_span,
-    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -49,39 +50,47 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def invert_chunks(
-    k, erase, beta, g, mask, cu, solve, length, span, sequences, halvings,
+    k, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    GK: tl.constexpr, RAW_G: tl.constexpr, LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr,
+    HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, L2NORM: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T of one chunk and value head."""
     slot, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
     h = hv // (HV // H)
+    gate = (g, a_log, dt_bias)
     _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows = tl.arange(0, C)
     valid = valid_rows(mask, at, rows, rows < left, HAS_MASK)
-    if HAS_ERASE:
+    if ERASE > 0:
         a, _ = pair_products(
-            erase, k, g, at, hv, HV, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+            erase, k, gate, at, hv, HV, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, ERASE == 2,
+            ERASE_RANGE, DOT, PRECISION,
         )  # fmt: skip
     else:
-        a, _ = pair_products(k, k, g, at, h, H, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION)
+        a, _ = pair_products(
+            k, k, gate, at, h, H, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+            PRECISION,
+        )  # fmt: skip
     k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
+    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
     a *= (rate * k_norm)[:, None] * k_norm[None, :]
     store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, tl.arange(0, C), C, C, inverse(a, LEVELS, PRECISION))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_forward(
-    q, k, erase, v, beta, g, mask, cu, initial, solve, out, final, states, scale, length, span, sequences, halvings,
+    q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, initial, solve, out, final, states, scale, length, span,
+    sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
-    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    RAW_G: tl.constexpr, LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_WRITE: tl.constexpr,
+    WRITE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and final state of one sequence, one value head and BV of its value columns. With SEGMENTED, outputs of
     one segment, whose `initial` state `carry` has left."""
@@ -89,10 +98,11 @@ def scan_forward(
     pair = tl.program_id(0) // parts
     hv = pair % HV
     h = hv // (HV // H)
+    gate = (g, a_log, dt_bias)
     n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
     slot = first_slot(n, first, length, C, PACKED)
-    rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
+    rows, keys = tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_STATE:
@@ -102,23 +112,24 @@ def scan_forward(
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
-        k_tile, k_norm, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
-        written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
-        written -= dot(e_tile * decay, state, DOT, PRECISION)
-        if HAS_BETA:
-            written *= load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)[:, None]
-        t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
-        written = solve_dot(t, written, DOT, PRECISION)
+        k_tile, k_norm, decay, remaining, left = load_keys(
+            k, gate, at, h, H, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER, L2NORM
+        )  # fmt: skip
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+        v_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
+        kept = (slot + i) * HV + hv
+        written = replace_in_chunk(v_tile, e_tile * decay, rate, solve, kept, state, C, DOT, PRECISION)
         if KEEP:
-            store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
+            store_matrix(states, kept, keys, values, K, V, state)
         for r in range(R):
             if SHARE:
                 hq, heads = h, H
             else:
                 hq, heads = hv * R + r, HV * R
             p, same = pair_products(
-                q, k, g, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, DOT, PRECISION
+                q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+                PRECISION,
             )  # fmt: skip
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
             q_norm = scale * inverse_length(q_tile, L2NORM)
@@ -134,12 +145,14 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_across(
-    q, k, erase, v, beta, g, mask, cu, initial, solve, out, room, states, scale, length, span, sequences, halvings,
+    q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, initial, solve, out, room, states, scale, length, span,
+    sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr,
-    HAS_ERASE: tl.constexpr, HAS_BETA: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr,
+    LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_WRITE: tl.constexpr,
+    WRITE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_MASK: tl.constexpr,
+    PACKED: tl.constexpr, HAS_STATE: tl.constexpr, L2NORM: tl.constexpr, KEEP: tl.constexpr, SEGMENTED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and final state of one sequence or segment and one value head. An output takes all columns of the state,
     which need not fit the chip together: it lies in `room`, where the final state will be, and is walked through by BV
@@ -147,6 +160,7 @@ def scan_across(
     pair = tl.program_id(0)
     hv = pair % HV
     h = hv // (HV // H)
+    gate = (g, a_log, dt_bias)
     index = pair.to(tl.int64)
     n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
     first, count = sequence_span(n, cu, length, PACKED)
@@ -165,31 +179,32 @@ def scan_across(
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
-        k_tile, _, decay, remaining, left = load_keys(k, g, at, h, H, hv, HV, rows, keys, valid, K, GK, L2NORM)
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, HAS_ERASE)
-        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, 0)
-        t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
+        k_tile, _, decay, remaining, left = load_keys(
+            k, gate, at, h, H, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER, L2NORM
+        )  # fmt: skip
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
+        kept = (slot + i) * HV + hv
         for r in range(R):
             o = tl.zeros([C, BK], tl.float32)
             similar = tl.zeros([C, C], tl.float32)
             for part in range(0, V, BV):
                 values = part + tl.arange(0, BV)
                 state = load_turned(room, index, keys, values, K, V, not SEGMENTED)
-                written = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
-                written = rate[:, None] * (written - dot(e_tile * decay, state, DOT, PRECISION))
-                written = solve_dot(t, written, DOT, PRECISION)
+                v_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
+                written = replace_in_chunk(v_tile, e_tile * decay, rate, solve, kept, state, C, DOT, PRECISION)
                 q_tile = load_tile(q, at, hv * R + r, HV * R, V, rows, values, valid)
                 o += dot(q_tile, tl.trans(state), DOT, PRECISION)
                 similar += dot(q_tile, tl.trans(written), DOT, PRECISION)
                 if r == R - 1:  # every query has met the state
                     if KEEP:
-                        store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
+                        store_matrix(states, kept, keys, values, K, V, state)
                     state = left[:, None] * state
                     state += dot(tl.trans(k_tile * remaining), written, DOT, PRECISION)
                     store_turned(room, index, keys, values, K, V, state, not SEGMENTED)
             itself = tl.sum(tl.where(rows[:, None] == others[None, :], similar, 0.0), 1)
             o = o * decay + itself[:, None] * k_tile
-            before = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+            before = load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER)
             after = before * 0.0
             for level in range(LEVELS):
                 between = level_decay(before, after, level)

@@ -12,20 +12,56 @@ The exponents are sums of g over a part of a block, so nothing cancels.
 import triton
 import triton.language as tl
 
-from .tiles import EPS, dot, inverse_length, load_column, load_matrix, load_tile, split_sum, store_matrix
+from .tiles import (
+    EPS,
+    dot,
+    inverse_length,
+    load_column,
+    load_matrix,
+    load_tile,
+    softplus,
+    solve_dot,
+    split_sum,
+    store_matrix,
+)
 
 LOWEST = tl.constexpr(-104.0)  # exp is 0 in float32 from here on; -inf would make NaN of a sum
 
 
 @triton.jit
-def load_steps(g, first, head, heads, rows, columns, valid, K: tl.constexpr, GK: tl.constexpr):
-    """g of some tokens and key channels in float32; GK is K, 1 for one decay per head, 0 for none."""
+def computed_step(a, gate, head, columns, K: tl.constexpr, LOWER: tl.constexpr):
+    """g of a, and its derivatives by a and by A (gating.Decay); `gate` is (a, A, d)."""
+    speed = tl.exp(tl.load(gate[1] + head).to(tl.float32))
+    a += tl.load(gate[2] + head * K + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
+    if LOWER < 0.0:
+        fraction = tl.sigmoid(speed * a)
+        step = LOWER * fraction
+        slope = speed * step * (1.0 - fraction)
+        by_rate = a * slope
+    else:
+        step = -speed * softplus(a)
+        slope = -speed * tl.sigmoid(a)
+        by_rate = step
+    return step, slope, by_rate
+
+
+@triton.jit
+def load_steps(
+    gate, first, head, heads, rows, columns, valid,
+    K: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr, LOWER: tl.constexpr,
+):  # fmt: skip
+    """g of some tokens and key channels in float32; GK is K, 1 for one decay per head, 0 for none. `gate` is (g, A, d),
+    with RAW_G (a, A, d)."""
     if GK == 0:
         step = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     elif GK == 1:
-        step = load_column(g, first, head, heads, rows, valid)[:, None] + tl.zeros([1, columns.shape[0]], tl.float32)
+        step = load_column(gate[0], first, head, heads, rows, valid)[:, None]
+        step += tl.zeros([1, columns.shape[0]], tl.float32)
     else:
-        step = load_tile(g, first, head, heads, K, rows, columns, valid).to(tl.float32)
+        step = load_tile(gate[0], first, head, heads, K, rows, columns, valid).to(tl.float32)
+        if RAW_G:
+            step, _, _ = computed_step(step, gate, head, columns, K, LOWER)
+            step = tl.where(valid[:, None] & (columns < K)[None, :], step, 0.0)
     return tl.maximum(step, LOWEST)
 
 
@@ -49,11 +85,41 @@ def store_turned(x, index, rows, columns, n_rows, n_columns, matrix, TURNED: tl.
 
 
 @triton.jit
-def load_erase(erase, k_tile, first, hv, HV, rows, columns, valid, K: tl.constexpr, HAS_ERASE: tl.constexpr):
-    """e, which is k unless it is given."""
+def load_gate(x, first, head, heads, size, rows, columns, valid, RANGE: tl.constexpr):
+    """A gate of some tokens and channels in float32; with RANGE it is RANGE · sigmoid of what is loaded."""
+    tile = load_tile(x, first, head, heads, size, rows, columns, valid).to(tl.float32)
+    return RANGE * tl.sigmoid(tile) if RANGE > 0.0 else tile
+
+
+@triton.jit
+def sigmoid_backward(gradient, gate, RANGE: tl.constexpr):
+    """The gradient of what a gate was computed from, by that of the gate."""
+    return gradient * gate * (1.0 - gate / RANGE) if RANGE > 0.0 else gradient
+
+
+@triton.jit
+def load_erase(
+    erase, k_tile, first, hv, HV, rows, columns, valid,
+    K: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """e, which is k unless it is given (ERASE = 1), or a gate on k (ERASE = 2)."""
     tile = k_tile
-    if HAS_ERASE:
-        tile = load_tile(erase, first, hv, HV, K, rows, columns, valid).to(tl.float32)
+    if ERASE > 0:
+        tile = load_gate(erase, first, hv, HV, K, rows, columns, valid, ERASE_RANGE)
+    if ERASE == 2:
+        tile *= k_tile
+    return tile
+
+
+@triton.jit
+def load_values(
+    v, write, first, hv, HV, rows, columns, valid,
+    V: tl.constexpr, HAS_WRITE: tl.constexpr, WRITE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """u, which is v unless it has a gate."""
+    tile = load_tile(v, first, hv, HV, V, rows, columns, valid).to(tl.float32)
+    if HAS_WRITE:
+        tile *= load_gate(write, first, hv, HV, V, rows, columns, valid, WRITE_RANGE)
     return tile
 
 
@@ -69,13 +135,25 @@ def chunk_decay(step):
 
 @triton.jit
 def load_keys(
-    k, g, first, h, H, hv, HV, rows, columns, valid, K: tl.constexpr, GK: tl.constexpr, L2NORM: tl.constexpr
+    k, gate, first, h, H, hv, HV, rows, columns, valid,
+    K: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr, LOWER: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
     """k, of length 1 with L2NORM, and by what it was divided for that; and exp(G), exp(G_C - G), exp(G_C)."""
-    decay, remaining, left = chunk_decay(load_steps(g, first, hv, HV, rows, columns, valid, K, GK))
+    decay, remaining, left = chunk_decay(load_steps(gate, first, hv, HV, rows, columns, valid, K, GK, RAW_G, LOWER))
     k_tile = load_tile(k, first, h, H, K, rows, columns, valid).to(tl.float32)
     k_norm = inverse_length(k_tile, L2NORM)
     return k_tile * k_norm[:, None], k_norm, decay, remaining, left
+
+
+@triton.jit
+def replace_in_chunk(
+    v_tile, e_decayed, rate, solve, index, state,
+    C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R, what a chunk writes along its keys, from its values and the state at its start."""
+    rows = tl.arange(0, C)
+    written = rate[:, None] * (v_tile - dot(e_decayed, state, DOT, PRECISION))
+    return solve_dot(load_matrix(solve, index, rows, rows, C, C), written, DOT, PRECISION)
 
 
 @triton.jit
@@ -113,20 +191,22 @@ def meets(level, C: tl.constexpr):
 
 @triton.jit
 def pair_products(
-    x, k, g, at, hx, x_heads, h, H, hv, HV, rows, valid,
-    K: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, k, gate, at, hx, x_heads, h, H, hv, HV, rows, valid,
+    K: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr, LOWER: tl.constexpr,
+    GATED: tl.constexpr, RANGE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_d x_i k_j exp(G_i - G_j) for the tokens i > j of a chunk, else 0; and for i = j, a column. LEVELS products of
-    C x C x K."""
+    C x C x K. With GATED, x is a gate on k."""
     found = tl.zeros([rows.shape[0], rows.shape[0]], tl.float32)
     same = tl.zeros([rows.shape[0]], tl.float32)
     for part in range(0, K, KB):
         keys = part + tl.arange(0, KB)
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32)
-        x_tile = load_tile(x, at, hx, x_heads, K, rows, keys, valid).to(tl.float32)
+        x_tile = load_gate(x, at, hx, x_heads, K, rows, keys, valid, RANGE)
+        if GATED:
+            x_tile *= k_tile
         same += tl.sum(x_tile * k_tile, 1)
-        before = load_steps(g, at, hv, HV, rows, keys, valid, K, GK)
+        before = load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER)
         after = before * 0.0
         for level in range(LEVELS):
             decay = level_decay(before, after, level)

@@ -20,7 +20,7 @@ from ..rules.chunked_op import new_gradients, new_outputs
 from ..rules.gating import Decay, Rate
 from .linear_class_backward import gradients, scan_backward
 from .linear_class_forward import invert_chunks, scan_forward
-from .linear_class_launches import SOLVE, TABLE, Call, Launch, Launches, Sizes, padded, readers_of, sizes_of
+from .linear_class_launches import SOLVE, TABLE, Call, Launch, Launches, Sizes, only_if, padded, readers_of, sizes_of
 from .linear_class_segments import carry, map_segments
 from .tiles import dot
 
@@ -124,17 +124,14 @@ def linear_class_forward(
             width = min(launches.invert.columns, call.constants["BK"])
             call.run(invert_chunks, sizes.inverses * v.shape[2], launches.invert, k, *gates, solve, KB=width)
         if sizes.segments:
-            added = transitions.new_empty(sizes.segments, *final.shape[1:])
-            start = torch.empty_like(added)
-            call.map_segments(map_segments, k, v, *gates, solve, added, transitions)
-            call.carry(
-                carry, gates[-1], state, added, transitions, start, final, HAS_START=state is not None, BACKWARDS=False
+            start = call.segment_starts(
+                map_segments, carry, (k, v, *gates, solve), gates[-1], state, transitions, final
             )
         call.scan(
             scan_forward, launches.forward, q, k, v, *gates, start, solve, out, final, states, scale,
             HAS_STATE=start is not None, KEEP=keep,
         )  # fmt: skip
-    return (out, final, *_kept(solve, states, transitions, keep))
+    return (out, final, *only_if(keep, solve, states, transitions))
 
 
 def new_results(
@@ -148,15 +145,10 @@ def new_results(
     return out, final, solve, states, final.new_empty(sizes.segments, heads, key_size, key_size)
 
 
-def _kept(solve: Tensor, states: Tensor, transitions: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What the backward needs, or nothing."""
-    return (solve, states, transitions) if keep else (solve.new_empty(0), states, transitions.new_empty(0))
-
-
 @linear_class_forward.register_fake
 def _(q, k, v, beta, g, a_log, dt_bias, state, mask, cu_seqlens, scale, beta_range, erase, l2norm, keep):
     out, final, solve, states, transitions = new_results(q, k, v, cu_seqlens, erase, keep)
-    return (out, final, *_kept(solve, states, transitions, keep))
+    return (out, final, *only_if(keep, solve, states, transitions))
 
 
 @torch.library.custom_op("hf_fwp::linear_class_triton_backward", mutates_args=())
@@ -191,22 +183,12 @@ def linear_class_backward(
     d_states = torch.empty_like(states)
     # without β what was written is v, and its gradient that of v
     d_written = dv if beta is None else torch.empty_like(v)
-    inputs, end = (q, k, *gates, solve, d_out), d_final
+    inputs, outputs, end = (q, k, *gates, solve, d_out), (d_states, d_written, scale), d_final
     with device_of(v):
         if sizes.segments:
-            added = transitions.new_empty(sizes.segments, *d_initial.shape[1:])
-            end = torch.empty_like(added)
-            call.scan(
-                scan_backward, launches.backward, *inputs, None, added, d_states, d_written, scale,
-                HAS_FINAL=False, KEEP=False,
-            )  # fmt: skip
-            call.carry(
-                carry, gates[-1], d_final, added, transitions, end, d_initial, HAS_START=d_final is not None,
-                BACKWARDS=True,
-            )  # fmt: skip
+            end = call.segment_ends(scan_backward, carry, inputs, outputs, gates[-1], d_final, transitions, d_initial)
         call.scan(
-            scan_backward, launches.backward, *inputs, end, d_initial, d_states, d_written, scale,
-            HAS_FINAL=end is not None, KEEP=True,
+            scan_backward, launches.backward, *inputs, end, d_initial, *outputs, HAS_FINAL=end is not None, KEEP=True
         )  # fmt: skip
         call.run(
             gradients, sizes.chunks * readers, launches.gradients, q, k, v, *gates, solve, states, d_states, d_written,

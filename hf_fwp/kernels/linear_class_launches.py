@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,8 +97,10 @@ def sizes_of(
     v: Tensor,
     cu_seqlens: Tensor | None,
     table: Mapping[tuple[int, int], Launches] | None = None,
+    whole: bool = False,
 ) -> Sizes:
-    """Everything that follows from shapes, types and device alone; no tensor is read. `table` is TABLE by itself."""
+    """Everything that follows from shapes, types and device alone; no tensor is read. `table` is TABLE by itself; with
+    `whole`, one program of a scan takes all value columns."""
     batch, length, _, key_size = k.shape
     value_heads, value_size = v.shape[2:]
     word = computing_word(q, k, v)
@@ -108,7 +110,9 @@ def sizes_of(
     def slots(tokens: int) -> int:
         return batch * pieces(length, tokens) if cu_seqlens is None else length // tokens + sequences
 
-    programs = sequences * value_heads * pieces(value_size, min(launches.forward.columns, padded(value_size)))
+    programs = sequences * value_heads
+    if not whole:
+        programs *= pieces(value_size, min(launches.forward.columns, padded(value_size)))
     at_once = programs_at_once(v.device)
     span = launches.chunk * segment_chunks(programs, pieces(length, launches.chunk), at_once)
     chunks, segments = slots(launches.chunk), slots(span) if span else 0
@@ -131,27 +135,61 @@ class Call(NamedTuple):
         warps = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         kernel[(programs,)](*arguments, *self.dynamic.values(), **chosen, **warps)
 
-    def scan(self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, **flags: Any) -> None:
-        """One program for every sequence or segment, value head and tile of value columns."""
+    def scan(
+        self, kernel: Any, launch: Launch, *arguments: Tensor | float | None, whole: bool = False, **flags: Any
+    ) -> None:
+        """One program for every sequence or segment, value head and, unless it takes them `whole`, tile of columns."""
         width, values = self.width(launch), self.constants["V"]
-        walks = self.walks
-        while width > NARROW and walks * pieces(values, width) < self.sizes.at_once:
+        while not whole and width > NARROW and self.walks * pieces(values, width) < self.sizes.at_once:
             width //= 2
+        programs = self.walks * (1 if whole else pieces(values, width))
         segmented = self.sizes.segments > 0
-        self.run(kernel, walks * pieces(values, width), launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
+        self.run(kernel, programs, launch, *arguments, BV=width, SEGMENTED=segmented, **flags)
 
-    def map_segments(self, kernel: Any, *arguments: Tensor | None) -> None:
-        """One program for every segment, value head and tile of columns of B and M."""
+    def segment_starts(
+        self,
+        map_segments: Any,
+        carry: Any,
+        given: Sequence[Tensor | None],
+        cu_seqlens: Tensor | None,
+        state: Tensor | None,
+        transitions: Tensor,
+        final: Tensor,
+    ) -> Tensor:
+        """The state at the start of every segment; `transitions` and `final` are written. The kernel that maps segments
+        gets one program for every segment, value head and tile of columns of B and M."""
         launch = self.sizes.launches.forward
-        width = self.width(launch)
+        width, added = self.width(launch), transitions.new_empty(self.sizes.segments, *final.shape[1:])
         parts = pieces(self.constants["V"], width) + pieces(self.constants["K"], width)
-        self.run(kernel, self.walks * parts, launch, *arguments, BV=width)
+        self.run(map_segments, self.walks * parts, launch, *given, added, transitions, BV=width)
+        return self._carried(carry, (cu_seqlens, state, added, transitions), final, False)
 
-    def carry(self, kernel: Any, *arguments: Tensor | None, **flags: bool) -> None:
+    def segment_ends(
+        self,
+        scan_backward: Any,
+        carry: Any,
+        given: Sequence[Tensor | None],
+        rest: Sequence[Tensor | float | None],
+        cu_seqlens: Tensor | None,
+        d_final: Tensor | None,
+        transitions: Tensor,
+        d_initial: Tensor,
+    ) -> Tensor:
+        """The gradient of the state at the end of every segment; `d_initial` is written. `given` and `rest` are what
+        the scan takes before and after the gradients of its last and first state."""
+        added = transitions.new_empty(self.sizes.segments, *d_initial.shape[1:])
+        flags = {"HAS_FINAL": False, "KEEP": False}
+        self.scan(scan_backward, self.sizes.launches.backward, *given, None, added, *rest, **flags)
+        return self._carried(carry, (cu_seqlens, d_final, added, transitions), d_initial, True)
+
+    def _carried(self, carry: Any, given: Sequence[Tensor | None], end: Tensor, backwards: bool) -> Tensor:
         """One program for every sequence, value head and tile of value columns."""
-        width = self.width(CARRY)
+        _, start, added, _ = given
+        between, width = torch.empty_like(added), self.width(CARRY)
         programs = self.sizes.sequences * self.constants["HV"] * pieces(self.constants["V"], width)
-        self.run(kernel, programs, CARRY, *arguments, BV=width, KB=CARRIED, **flags)
+        flags = {"HAS_START": start is not None, "BACKWARDS": backwards}
+        self.run(carry, programs, CARRY, *given, between, end, BV=width, KB=CARRIED, **flags)
+        return between
 
     def width(self, launch: Launch) -> int:
         return min(launch.columns, padded(self.constants["V"]))
@@ -165,6 +203,11 @@ class Call(NamedTuple):
     def readers(self) -> int:
         """Query heads, as those of the outputs are counted."""
         return self.constants["HV"] * self.constants["R"]
+
+
+def only_if(keep: bool, solve: Tensor, states: Tensor, transitions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward needs, or nothing; of the states there is nothing then."""
+    return (solve, states, transitions) if keep else (solve.new_empty(0), states, transitions.new_empty(0))
 
 
 def readers_of(call: Call, gradient: Tensor) -> Tensor:

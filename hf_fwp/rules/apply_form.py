@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .base import BACKENDS, Rule, States, keep_valid, recurrence
 from .checks import check_arguments, sequence_bounds
+from .gating import Gate, tensors_of, value_of
 from .general import Form, run_form, run_kernels, run_token
 from .linear_class import LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
 
@@ -23,7 +24,7 @@ def apply_form(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    inputs: Mapping[str, Tensor | None],
+    inputs: Mapping[str, Gate | None],
     *,
     first: Before | None = None,
     renames: bool = False,
@@ -40,28 +41,30 @@ def apply_form(
 ) -> tuple[Tensor, States]:
     """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
     without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`.
-    A form that `renames` its tensors and computes nothing leaves everything to the kernels. `word` is the type of
-    their products, that of q, k and v when left out."""
+    A form that `renames` its tensors and computes nothing leaves everything to the kernels, gates that are not computed
+    yet (gating.py) too. `word` is the type of their products, that of q, k and v when left out."""
     chosen = rule.resolve_options(options)
     states = states or {}
-    given = check_inputs(rule, chosen, inputs, k, v)
+    given = check_inputs(rule, chosen, {name: next(iter(tensors_of(x)), None) for name, x in inputs.items()}, k, v)
+    gates = {name: inputs[name] for name in given}
     one_k, one_v = (x.select(3, 0) if rule.writes and x.ndim == 5 else x for x in (k, v))
     plain = {name: x for name, x in states.items() if name not in rule.shapes}
     check_arguments(q, one_k, one_v, beta=None, g=None, states=plain, mask=mask, cu_seqlens=cu_seqlens)
     out_dtype = v.dtype
     word = word or (q.dtype if q.dtype == k.dtype == v.dtype else torch.float32)
     q, k, v = (x.to(torch.promote_types(x.dtype, word)) for x in (q, k, v))
-    tensors = (q, k, v, *given.values(), *states.values())
+    tensors = (q, k, v, *(x for gate in gates.values() for x in tensors_of(gate)), *states.values())
     backend = pick_backend(rule, backend, cu_seqlens, *tensors, kernels=make_form is not None)
     if ran is not None:
         ran.append(backend)
     factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
     if renames and backend == "triton" and not (qk_l2norm and q.shape[2] > v.shape[2]):
         assert make_form is not None
-        form = make_form(q=q, k=k, v=v, **given, **chosen)
+        form = make_form(q=q, k=k, v=v, **gates, **chosen)
         call = {"mask": mask, "cu_seqlens": cu_seqlens, "scale": factor, "l2norm": qk_l2norm}
         out, state = run_kernels(form, states.get("state"), word, **call)
         return out.to(out_dtype), {"state": state}
+    given = {name: value_of(x) for name, x in gates.items()}
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
     tokens["q"] = tokens["q"] * factor
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

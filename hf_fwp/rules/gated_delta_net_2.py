@@ -10,12 +10,11 @@ The transition I - k (b ⊙ k)ᵀ is not symmetric: it may lengthen a state even
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .apply_form import apply_form
 from .base import MODERN_SHELL, Rule, States, read
-from .gating import ChannelDecay, check_lower_bound
+from .gating import ChannelDecay, Decay, Gate, Rate, check_lower_bound
 from .general import Form
 
 
@@ -40,7 +39,7 @@ def step(
 
 def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, erase: Tensor, write: Tensor, **_: Any) -> Form:
     """w = k, e = b ⊙ k, u = w ⊙ v."""
-    return Form(q, w=k, e=erase * k, u=write * v, g=g)
+    return Form(q, w=k, e=k, u=v, g=g, erase=erase, write=write)
 
 
 def apply(
@@ -48,13 +47,13 @@ def apply(
     k: Tensor,
     v: Tensor,
     *,
-    g: Tensor | None = None,
-    erase: Tensor | None = None,
-    write: Tensor | None = None,
+    g: Tensor | Decay | None = None,
+    erase: Tensor | Rate | None = None,
+    write: Tensor | Rate | None = None,
     **call: Any,
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors; `call` holds the keywords of `apply_form`."""
-    return apply_form(RULE, form, q, k, v, {"g": g, "erase": erase, "write": write}, **call)
+    return apply_form(RULE, form, q, k, v, {"g": g, "erase": erase, "write": write}, renames=True, **call)
 
 
 class EraseAndWrite(ChannelDecay):
@@ -67,10 +66,9 @@ class EraseAndWrite(ChannelDecay):
         self.erase_proj = nn.Linear(hidden, states * key_size, bias=False)
         self.write_proj = nn.Linear(hidden, states * value_size, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        erase, write = (y(x_BTD).to(wide).sigmoid() for y in (self.erase_proj, self.write_proj))
-        gates = {"erase": erase.unflatten(-1, (self.states, -1)), "write": write.unflatten(-1, (self.states, -1))}
+    def forward(self, x_BTD: Tensor) -> dict[str, Gate]:
+        maps = {"erase": self.erase_proj, "write": self.write_proj}
+        gates = {name: Rate(linear(x_BTD).unflatten(-1, (self.states, -1))) for name, linear in maps.items()}
         return super().forward(x_BTD) | gates
 
 
@@ -87,5 +85,6 @@ RULE = Rule(
     options={"lower_bound": None},
     shapes={"g": ("HV", "K"), "erase": ("HV", "K"), "write": ("HV", "V")},
     gates=EraseAndWrite,
+    raw_gates=True,
     check=check_lower_bound,
 )

@@ -28,16 +28,20 @@ class Rate:
 
 @dataclass(frozen=True)
 class Decay:
-    """g = -exp(A) softplus(a + d), a = logits [B,T,HV], A and d [HV]: not computed yet."""
+    """g = -exp(A) softplus(a + d), a = logits [B,T,HV] or, for one decay per channel, [B,T,HV,K], A [HV], d [HV] or
+    [HV · K]: not computed yet. With a `lower_bound` l of channels, g = l · sigmoid(exp(A) (a + d))."""
 
     logits: Tensor
     A_log: Tensor
     dt_bias: Tensor
+    lower_bound: float | None = None
 
     def value(self) -> Tensor:
         """In float32 (float64 for float64 logits)."""
-        dtype = wide(self.logits)
-        return -self.A_log.to(dtype).exp() * F.softplus(self.logits.to(dtype) + self.dt_bias.to(dtype))
+        dtype, states = wide(self.logits), self.logits.shape[2:]
+        rate = self.A_log.to(dtype).exp().view(-1, *(1,) * (len(states) - 1))
+        a = self.logits.to(dtype) + self.dt_bias.to(dtype).view(states)
+        return -rate * F.softplus(a) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * a)
 
 
 Gate = Tensor | Rate | Decay
@@ -52,8 +56,13 @@ def value_of(gate: Any) -> Any:
     return gate.value() if isinstance(gate, (Rate, Decay)) else gate
 
 
+def scaled(gate: Any, factor: float) -> Any:
+    """A gate that is computed or not, times a number."""
+    return Rate(gate.logits, factor * gate.range) if isinstance(gate, Rate) else factor * gate
+
+
 def tensors_of(gate: Gate | None) -> tuple[Tensor, ...]:
-    """What a gate is computed from; [B,T,HV] comes first."""
+    """What a gate is computed from; what every token brings comes first."""
     if isinstance(gate, Rate):
         return (gate.logits,)
     if isinstance(gate, Decay):
@@ -100,10 +109,6 @@ class ChannelDecay(Gates):
         rates = start_rates(self.A_log, 1.0) if self.lower_bound is None else torch.zeros(self.states)
         return {"A_log": rates, "dt_bias": start_steps(self.dt_bias)}
 
-    def forward(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        f = (self.f_up(self.f_down(x_BTD)).to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.states, -1))
-        rate = self.A_log.to(wide).exp()[:, None]
-        if self.lower_bound is not None:
-            return {"g": self.lower_bound * torch.sigmoid(rate * f)}
-        return {"g": -rate * F.softplus(f)}
+    def forward(self, x_BTD: Tensor) -> dict[str, Gate]:
+        f = self.f_up(self.f_down(x_BTD)).unflatten(-1, (self.states, -1))
+        return {"g": Decay(f, self.A_log, self.dt_bias, self.lower_bound)}

@@ -39,13 +39,17 @@ class Form:
     g: Tensor | None  # [B, T, HV, K] or [B, T, HV, 1]
     transposed: bool = False  # M = Sᵀ: w, e and g have size V, u has size K
     rate: Tensor | None = None  # [B, T, HV], multiplies e and u
+    erase: Tensor | None = None  # [B, T, HV, K], multiplies e
+    write: Tensor | None = None  # [B, T, HV, V], multiplies u
 
     def rated(self) -> tuple[Tensor, Tensor]:
         """e and u at their rate."""
+        e = self.e if self.erase is None else self.erase * self.e
+        u = self.u if self.write is None else self.write * self.u
         if self.rate is None:
-            return self.e, self.u
+            return e, u
         rate = self.rate.unsqueeze(-1)
-        return rate * self.e, rate * self.u
+        return rate * e, rate * u
 
 
 def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +106,14 @@ def run_kernels(
 ) -> tuple[Tensor, Tensor]:
     """Reads [B, T, HQ, V] and the state after the last token, by Triton; products have operands of type `word`.
 
-    Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q and bring it and w to
-    length 1. That needs e = w and one query per state, and not a transposed form.
+    Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q, bring it and w to length 1
+    and compute gates. That needs e = w and one query per state, and not a transposed form.
     """
     q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
     tensors = (q.to(word), form.w.to(word), form.u.to(word))
-    erase = None if form.e is form.w else form.e.to(word)
-    rates = {"erase": erase, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
+    erase = form.erase if form.e is form.w else form.e.to(word)
+    rates = {"erase": erase, "write": form.write, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
+    rates["erase_gates"] = form.erase is not None
     call = {"state": state_BHKV, "mask": mask, "scale": scale, "l2norm": l2norm, "across": form.transposed}
     from ..kernels.channel_decay import chunked
 

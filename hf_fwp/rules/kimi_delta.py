@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .apply_form import apply_form
 from .base import MODERN_SHELL, Rule, States, read
-from .gating import ChannelDecay, check_lower_bound
+from .gating import ChannelDecay, Decay, Rate, check_lower_bound
 from .general import Form
 
 
@@ -33,7 +33,7 @@ def form(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: Any) -> 
 
 
 def apply(
-    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor | None = None, beta: Tensor | None = None, **call: Any
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor | Decay | None = None, beta: Tensor | Rate | None = None, **call: Any
 ) -> tuple[Tensor, States]:
     """Run the rule over [B, T, heads, size] tensors; `call` holds the keywords of `apply_form`."""
     return apply_form(RULE, form, q, k, v, {"g": g, "beta": beta}, renames=True, **call)
@@ -52,5 +52,6 @@ RULE = Rule(
     options={"lower_bound": None},
     shapes={"g": ("HV", "K")},
     gates=ChannelDecay,
+    raw_gates=True,
     check=check_lower_bound,
 )

@@ -33,6 +33,8 @@ MATRIX = [
     for row in COVERING
     for n, initial in LENGTHS
 ]
+# with rules whose kernels have a decay for every channel: with gates, without, and read across
+SERVED = (*problems.SERVED, "kimi_delta", "gated_delta_net_2", "gated_oja")
 KERNELS = pytest.mark.skipif("triton" not in BACKENDS, reason="this version has no Triton backend")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,7 +93,8 @@ def long_problem(rule: str, length: int, *, sizes=(64, 64), heads=2, cosine=0.0,
     common, own = torch.randn(1, 1, heads, sizes[0]), torch.randn(1, length, heads, sizes[0])
     k = unit(cosine**0.5 * unit(common, dim=-1) + (1 - cosine) ** 0.5 * unit(own, dim=-1), dim=-1)
     leaves = {"q": unit(torch.randn_like(k), dim=-1), "k": k, "v": torch.randn(1, length, heads, sizes[1])}
-    gates = {"beta": 1.9 * torch.rand(1, length, heads), "g": -0.05 * torch.rand(1, length, heads)}
+    channels = sizes[:1] if RULES[rule].shape("g") == ("HV", "K") else ()
+    gates = {"beta": 1.9 * torch.rand(1, length, heads), "g": -0.05 * torch.rand(1, length, heads, *channels)}
     leaves |= {name: gates[name] for name in RULES[rule].inputs}
     options = {"options": {n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
     return on_device(problems.Tensors({n: x.double() for n, x in leaves.items()}, {}, options))
@@ -115,10 +118,11 @@ def test_long_sequences(rule, dtype, length, cosine):
 @KERNELS
 @pytest.mark.parametrize("bounds", [None, (0, 100, 100, 4096)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_long_sequence_is_cut_by_itself(dtype, bounds):
-    given = rounded(long_problem("gated_delta_net", 4096, sizes=(128, 128)), dtype)
+@pytest.mark.parametrize("rule", ["gated_delta_net", "kimi_delta"])
+def test_a_long_sequence_is_cut_by_itself(rule, dtype, bounds):
+    given = rounded(long_problem(rule, 4096, sizes=(128, 128)), dtype)
     given.keywords["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, device=DEVICE)
-    problem, tensors = Problem("gated_delta_net", dtype, 4096), given.copy(dtype).leaves
+    problem, tensors = Problem(rule, dtype, 4096), given.copy(dtype).leaves
     assert linear_class_launches.sizes_of(*(tensors[n] for n in "qkv"), given.keywords["cu_seqlens"]).segments > 4
     expected = outcome(given.copy(torch.float64), problem, "reference")
     problems.assert_agrees(outcome(given.copy(dtype), problem, None), expected, problems.TOLERANCE[dtype])
@@ -145,7 +149,7 @@ def test_4096_decode_steps_do_not_drift(rule):
 
 @pytest.mark.parametrize("segment", [0, 2])
 @pytest.mark.parametrize("layout", ["plain", "packed"])
-@pytest.mark.parametrize("rule", problems.SERVED)
+@pytest.mark.parametrize("rule", SERVED)
 def test_the_same_call_twice_gives_the_same_bits(rule, layout, segment, monkeypatch):
     monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.bfloat16, 400, layout=layout, sizes=(128, 128), heads=(2, 4, 4), option=1)
@@ -195,7 +199,7 @@ class Guarded:
 @pytest.mark.parametrize("segment", [0, 1])
 @pytest.mark.parametrize("length", [1, 65, 130])
 @pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
-@pytest.mark.parametrize("rule", problems.SERVED)
+@pytest.mark.parametrize("rule", SERVED)
 def test_every_output_is_written_and_nothing_else(rule, layout, length, segment, monkeypatch):
     monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.float32, length, layout=layout, sizes=(24, 40), heads=(2, 4, 4), option=1)
@@ -245,7 +249,7 @@ def test_addresses_beyond_32_bits():
 
 @KERNELS
 @pytest.mark.parametrize("segment", [0, 2])
-@pytest.mark.parametrize("rule", problems.SERVED)
+@pytest.mark.parametrize("rule", SERVED)
 def test_packed_sequences_do_not_wait_for_the_device(rule, segment, monkeypatch):
     monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
     problem = Problem(rule, torch.bfloat16, 400, layout="packed", sizes=(64, 64), initial=False, option=1)

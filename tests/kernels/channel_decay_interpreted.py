@@ -9,11 +9,11 @@ import dataclasses
 import operators as problems
 import pytest
 import torch
-from interpreted import Changed, agrees, not_at_all, one_program_less, without
+from interpreted import Changed, agrees, constants_of_a_layer, not_at_all, one_program_less, without
 from operators import Problem
 
 from hf_fwp import ops
-from hf_fwp.kernels import channel_decay, channel_decay_tiles
+from hf_fwp.kernels import channel_decay, channel_decay_tiles, linear_class_launches
 from hf_fwp.rules import RULES
 
 CHOICES = problems.CHOICES | {
@@ -24,7 +24,12 @@ CHOICES = problems.CHOICES | {
     "sizes": ((16, 16), (5, 7), (36, 20)),  # the last takes two tiles of keys
     "heads": ((1, 2, 1), (1, 2, 2), (1, 1, 2)),
 }
-COVERING = [Problem(**row) for row in problems.pairwise(CHOICES)]
+# chunks of a segment (0 = whole sequences); gates that are not computed yet, or a bound for their decay
+WAYS = {"segment": (0, 1, 2), "raw": (False, True, -5.0)}
+COVERING = [
+    (Problem(**{name: x for name, x in row.items() if name not in WAYS}), row["segment"], row["raw"])
+    for row in problems.pairwise(CHOICES | WAYS)
+]
 KIMI = Problem("kimi_delta", torch.float32, 65, layout="padded", heads=(1, 2, 1), qk_l2norm=True)
 
 
@@ -36,9 +41,14 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("problem", COVERING, ids=str)
-def test_kernels_agree_with_the_recurrence(problem):
-    agrees(problem)
+def in_segments(monkeypatch, segment: int) -> None:
+    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
+
+
+@pytest.mark.parametrize(("problem", "segment", "raw"), COVERING, ids=str)
+def test_kernels_agree_with_the_recurrence(problem, segment, raw, monkeypatch):
+    in_segments(monkeypatch, segment)
+    agrees(problem, raw=raw)
 
 
 @pytest.mark.parametrize("rule", ["kimi_delta", "gated_delta_net_2", "gated_oja"])
@@ -68,7 +78,9 @@ def test_one_token():
     judged(kimi(1), 2e-6)
 
 
-def test_many_short_sequences_find_their_chunks():
+@pytest.mark.parametrize("segment", [0, 1])
+def test_many_short_sequences_find_their_chunks(segment, monkeypatch):
+    in_segments(monkeypatch, segment)
     given = kimi(131, initial=False, layout="packed")
     given.keywords["cu_seqlens"] = torch.tensor([0, 1, 1, 65, 66, 67, 131, 131], dtype=torch.int32)
     judged(given, 3e-6)
@@ -106,13 +118,27 @@ def test_the_inverse_keeps_its_digits_with_correlated_keys(monkeypatch):
     k, rate = (64 * k).round() / 64, 122 / 64
     monkeypatch.setitem(channel_decay.TABLE, (4, 64), channel_decay.TABLE[4, 64]._replace(chunk=64))
     beta = torch.full((1, 64, 1), rate)
-    settings = (1.0, False, False, True)
-    _, _, solve, *_ = channel_decay.channel_decay_forward(k, k, k, None, beta, *[None] * 4, *settings)
+    gates, settings = (None, None, beta, None, None, None), channel_decay.Form(1.0, 0, 0, 0, 0, False, False, False)
+    _, _, solve, *_ = channel_decay.channel_decay_forward(k, k, k, *gates, *[None] * 3, *settings, True)
     size = solve.shape[-1]
     for chunk, keys in zip(solve[:, 0], k[0, :, 0].double().split(size), strict=True):
         exact = torch.linalg.inv(torch.eye(size).double() + (rate * keys @ keys.mT).tril(-1))
         assert (chunk - exact).norm() <= 1e-6 * exact.norm()
         assert torch.equal(chunk, chunk.tril())
+
+
+GATES = {
+    ("kimi_delta", None): {"RANGE": 2.0, "RAW_G": True, "LOWER": 0.0},
+    ("kimi_delta", -5.0): {"RANGE": 2.0, "RAW_G": True, "LOWER": -5.0},
+    ("gated_delta_net_2", None): {"ERASE": 2, "ERASE_RANGE": 2.0, "HAS_WRITE": True, "WRITE_RANGE": 1.0, "RAW_G": True},
+}
+
+
+@pytest.mark.parametrize(("rule", "bound"), GATES)
+def test_a_layer_leaves_its_gates_to_the_kernels(rule, bound, monkeypatch):
+    options = {"rule_options": {"lower_bound": bound}}
+    constants = constants_of_a_layer(rule, channel_decay, monkeypatch, **options)
+    assert {name: constants[name] for name in GATES[rule, bound]} == GATES[rule, bound]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -123,9 +149,25 @@ def test_opcheck(packed):
     bounds = torch.tensor([0, 9, 20]) if packed else None
     torch.use_deterministic_algorithms(False)  # NaN where nothing is written differs from itself
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    given = (q, k, v, None, beta, g, state, torch.ones(1, 20).bool(), bounds, 0.5)
+    rates, mask = (torch.randn(1, requires_grad=True), torch.randn(4, requires_grad=True)), torch.ones(1, 20).bool()
     for across in (False, True):
-        torch.library.opcheck(channel_decay.channel_decay_forward, (*given, not across, across, True), **checks)
+        form = channel_decay.Form(0.5, 1.0, 1.0, 1.0, 0.0, not across, not across, across)
+        given = (
+            q,
+            k,
+            v,
+            None if across else k,
+            None if across else v,
+            beta,
+            g,
+            *rates,
+            state,
+            mask,
+            bounds,
+            *form,
+            True,
+        )
+        torch.library.opcheck(channel_decay.channel_decay_forward, given, **checks)
 
 
 @pytest.mark.parametrize("rule", ["kimi_delta", "gated_oja"])
@@ -145,11 +187,12 @@ def test_compiles_without_graph_breaks(rule):
 def test_without_a_gradient_nothing_is_kept():
     q = torch.randn(1, 65, 1, 4)
     for keep in (False, True):
-        gates, settings = (torch.rand(1, 65, 1), -torch.rand(1, 65, 1, 4)), (1.0, True, False, keep)
-        _, _, *kept = channel_decay.channel_decay_forward(q, q, q, None, *gates, None, None, None, *settings)
+        gates = (None, None, torch.rand(1, 65, 1), -torch.rand(1, 65, 1, 4), None, None)
+        settings = channel_decay.Form(1.0, 0, 0, 0, 0, False, True, False)
+        _, _, *kept = channel_decay.channel_decay_forward(q, q, q, *gates, *[None] * 3, *settings, keep)
         chunk = channel_decay.TABLE[4, 64].chunk
         count = keep * -(-65 // chunk)
-        assert [x.numel() for x in kept] == [count * n for n in (chunk * chunk, 4 * 4)]
+        assert [x.numel() for x in kept] == [count * n for n in (chunk * chunk, 4 * 4, 0)]
 
 
 REFUSED = {
@@ -184,13 +227,13 @@ MUTATIONS = [
 ]
 
 
-def is_noticed(kernel, change, monkeypatch, problem):
+def is_noticed(kernel, change, monkeypatch, problem, **call):
     """With keys whose length matters."""
     drawn = problems.draw
     monkeypatch.setattr(problems, "draw", lambda name, shape: (1 + (name == "k")) * drawn(name, shape))
     monkeypatch.setattr(channel_decay, kernel, Changed(getattr(channel_decay, kernel), change))
     with pytest.raises(AssertionError, match="relative error"):
-        agrees(problem)
+        agrees(problem, **call)
 
 
 @pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
@@ -208,6 +251,49 @@ ACROSS = [
 @pytest.mark.parametrize(("kernel", "change"), ACROSS, ids=lambda x: getattr(x, "__name__", x))
 def test_a_broken_kernel_that_reads_across_is_noticed(kernel, change, monkeypatch):
     is_noticed(kernel, change, monkeypatch, dataclasses.replace(KIMI, rule="gated_oja", sizes=(4, 4), length=22))
+
+
+SEGMENT_MUTATIONS = [
+    *(("map_segments", change) for change in ANY),
+    *(("carry", change) for change in (not_at_all, one_program_less, without("BACKWARDS"), without("HAS_START"))),
+    ("scan_forward", without("HAS_STATE")),
+    ("scan_backward", other(HAS_FINAL=False)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "change"), SEGMENT_MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_kernel_is_noticed_in_segments(kernel, change, monkeypatch):
+    in_segments(monkeypatch, 1)
+    row = channel_decay.TABLE[4, 64]._replace(chunk=16)
+    monkeypatch.setitem(channel_decay.TABLE, (4, 64), row)
+    is_noticed(kernel, change, monkeypatch, dataclasses.replace(KIMI, sizes=(4, 4), length=34, heads=(1, 1, 1)))
+
+
+GATED_KERNELS = ("invert_chunks", "map_segments", "scan_forward", "scan_backward", "gradients")
+RAW_MUTATIONS = [
+    *((kernel, change) for kernel in GATED_KERNELS for change in (without("RAW_G"), other(LOWER=-4.0), other(ERASE=1))),
+    *((kernel, other(ERASE_RANGE=1.0)) for kernel in GATED_KERNELS),
+    *((kernel, other(WRITE_RANGE=2.0)) for kernel in ("map_segments", "scan_forward", "gradients")),
+    *((kernel, without("HAS_WRITE")) for kernel in ("map_segments", "scan_forward", "gradients")),
+]
+
+
+@pytest.mark.parametrize(("kernel", "change"), RAW_MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_a_broken_gate_is_noticed(kernel, change, monkeypatch):
+    in_segments(monkeypatch, 1)
+    row = channel_decay.TABLE[4, 64]._replace(chunk=16)
+    monkeypatch.setitem(channel_decay.TABLE, (4, 64), row)
+    problem = dataclasses.replace(KIMI, rule="gated_delta_net_2", sizes=(4, 4), length=20, heads=(1, 1, 1))
+    is_noticed(kernel, change, monkeypatch, problem, raw=-5.0)
+
+
+def test_long_sequences_are_cut_where_they_do_not_fill_the_device():
+    """4 heads of 128 columns: 16 programs, or 4 that read across, of the 128 that fill the device."""
+    k = torch.zeros(1, 4096, 4, 128, dtype=torch.bfloat16)
+    cut = [channel_decay.channel_sizes(k, k, k, None, across) for across in (False, True)]
+    assert [(sizes.span, sizes.segments) for sizes in cut] == [(64 * 4, 16)] * 2
+    full = k.expand(32, -1, -1, -1)
+    assert not channel_decay.channel_sizes(full, full, full, None, True).segments
 
 
 def test_the_levels_of_a_chunk_are_its_lower_triangle():

@@ -65,12 +65,12 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-def agrees(problem: Problem, given: problems.Tensors | None = None, raw: bool = False) -> None:
+def agrees(problem: Problem, given: problems.Tensors | None = None, raw: bool | float = False) -> None:
     """float32: at most twice the error of the PyTorch backend, tensor by tensor. Half precision: the common tolerance,
-    because the PyTorch backend multiplies in float32 there and only rounds its results."""
+    because the PyTorch backend multiplies in float32 there and only rounds its results. `raw` can be a bound of g."""
     clean, apply = problems.tensors(problem), RULES[problem.rule].apply
     if raw and RULES[problem.rule].raw_gates:
-        clean, apply = problems.raw_gates(clean), problems.from_raw(apply)
+        clean, apply = problems.raw_gates(clean), problems.from_raw(apply, None if raw is True else raw)
     clean.leaves = {name: x.to(problem.dtype).double() for name, x in clean.leaves.items()}
     expected = problems.outcome(apply, clean.copy(torch.float64), "reference")
     result = problems.outcome(apply, (given or clean).copy(problem.dtype), "triton")
@@ -184,30 +184,37 @@ def test_opcheck(packed, erase):
     torch.library.opcheck(kernels.linear_class_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.raw_gates])
-def test_a_layer_leaves_its_gates_to_the_kernels(rule, monkeypatch):
+def constants_of_a_layer(rule, module, monkeypatch, **options):
+    """What the last kernel of a layer's backward is launched with. The layer agrees with its PyTorch backend."""
     found = []
 
     def seen(grid, arguments, constants):
-        found.append((constants["RANGE"], constants["RAW_G"]))
+        found.append(constants)
         return grid, arguments, constants
 
-    monkeypatch.setattr(kernels, "gradients", Changed(kernels.gradients, seen))
+    monkeypatch.setattr(module, "gradients", Changed(module.gradients, seen))
     torch.use_deterministic_algorithms(False)
     x, results = torch.randn(2, 9, 12), {}
     for backend in ("torch", "triton"):
         torch.manual_seed(0)
         sizes = {"hidden_size": 12, "num_attention_heads": 2, "head_dim": 6}
-        options = MixerOptions(rule=rule, allow_neg_eigval=True, backend=backend, **sizes)
-        layer = FastWeightLayer(options, 0)
+        mixer = MixerOptions(rule=rule, allow_neg_eigval=True, backend=backend, **sizes, **options)
+        layer = FastWeightLayer(mixer, 0)
         out, _ = layer(x, attention_mask=torch.tensor([[1] * 9, [0] * 4 + [1] * 5]))
         names, weights = zip(*layer.named_parameters(), strict=True)
         grads = torch.autograd.grad(out.square().sum(), weights)
         results[backend] = {"out": out.detach()} | dict(zip(names, grads, strict=True))
         assert layer.backend_ran == backend
-    assert found == [(2.0, "g" in RULES[rule].inputs)]
     exact = {name: value.double() for name, value in results["torch"].items()}
     problems.assert_agrees(results["triton"], exact, 1e-5)
+    (constants,) = found
+    return constants
+
+
+@pytest.mark.parametrize("rule", [name for name in problems.SERVED if RULES[name].raw_gates])
+def test_a_layer_leaves_its_gates_to_the_kernels(rule, monkeypatch):
+    constants = constants_of_a_layer(rule, kernels, monkeypatch)
+    assert (constants["RANGE"], constants["RAW_G"]) == (2.0, "g" in RULES[rule].inputs)
 
 
 def test_compiles_without_graph_breaks():

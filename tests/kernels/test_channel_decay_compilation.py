@@ -5,7 +5,7 @@ import torch
 from test_compilation import Recorded, compiled, linear_class_launches, module, spilled  # noqa: F401 (module is a fixture)
 
 SHARED = 64 * 1024  # bytes of shared memory: an AMD GPU has no more, NVIDIA's have 99 KiB or more
-KERNELS = ("invert_chunks", "scan_forward", "scan_backward", "gradients", "scan_across")
+KERNELS = ("invert_chunks", "scan_forward", "scan_backward", "gradients", "scan_across", "map_segments", "carry")
 
 
 @pytest.fixture
@@ -21,17 +21,30 @@ def found(module, monkeypatch):  # noqa: F811
     return launches
 
 
-def run(dtype, size, *, heads=(2, 2, 2), packed=False, padded=False, erase=False, channels=None, across=False):
-    """A forward and a backward; with unit vectors where the kernels make them."""
-    from hf_fwp.kernels import channel_decay
+def run(
+    dtype,
+    size,
+    *,
+    heads=(2, 2, 2),
+    packed=False,
+    padded=False,
+    erase=False,
+    channels=None,
+    across=False,
+    raw=False,
+):
+    """A forward and a backward; with unit vectors where the kernels make them. `raw` gates are computed in them."""
+    from hf_fwp.kernels.channel_decay import Form, channel_decay_backward, channel_decay_forward
 
     q, k, v = (torch.zeros(1, 128, n, size, dtype=dtype) for n in (heads[2], heads[0], heads[1]))
     e = torch.zeros(1, 128, heads[1], size, dtype=dtype) if erase else None
     beta, g = torch.zeros(1, 128, heads[1]), torch.zeros(1, 128, heads[1], channels or size)
     mask, bounds = torch.ones(1, 128).bool() if padded else None, torch.tensor([0, 60, 128]) if packed else None
-    given, settings = (q, k, v, e, beta, g), (1.0, not erase and not across, across)
-    out, final, *kept = channel_decay.channel_decay_forward(*given, None, mask, bounds, *settings, True)
-    channel_decay.channel_decay_backward(out, final, out, *given, mask, bounds, *kept, *settings)
+    rates, reach = (torch.zeros(heads[1]), torch.zeros(heads[1] * size)) if raw else (None, None), float(raw)
+    given = (q, k, v, v if raw else e, v if raw else None, beta, g, *rates)
+    form = Form(1.0, reach, reach, reach, 0.0, raw, not erase and not across, across)
+    out, final, *kept = channel_decay_forward(*given, None, mask, bounds, *form, True)
+    channel_decay_backward(out, final, out, *given, mask, bounds, *kept, *form)
 
 
 # type, size of a head, bytes a thread may spill: what the table of launches leaves, and a little
@@ -73,3 +86,14 @@ def test_reading_across_compiles(found, size):
     for kernel, arguments, keywords in found:
         built = compiled(kernel, arguments, keywords)
         assert built.metadata.shared <= SHARED, kernel.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("across", [False, True])
+def test_gates_and_segments_compile(found, monkeypatch, across):
+    monkeypatch.setattr(linear_class_launches(), "segment_chunks", lambda *_: 1)
+    run(torch.bfloat16, 24, heads=(1, 2, 2), packed=True, padded=True, across=across, raw=not across)
+    scans = ("scan_across" if across else "scan_forward", "scan_backward", "carry", "scan_backward", "gradients")
+    assert [kernel.__name__ for kernel, *_ in found] == ["invert_chunks", "map_segments", "carry", *scans]
+    for case in found:
+        compiled(*case)
