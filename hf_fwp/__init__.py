@@ -30,6 +30,7 @@ register_checkpoints()
 # Names whose modules are loaded when first used: name -> (module, attribute).
 _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
+    "export": ("hf_fwp.exporting", "export"),
     "push": ("hf_fwp.hub", "push"),
     "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
