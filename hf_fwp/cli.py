@@ -256,6 +256,19 @@ def bench_cpu(
     importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
 
 
+@bench.command(name="hybrids")
+@reports_errors
+def bench_hybrids(
+    json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 1024,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 2,
+) -> None:
+    """Time transformers' own hybrids on this processor, as they are and patched, in one process."""
+    module = importlib.import_module("hf_fwp.bench.hybrids")
+    module.bench_hybrids(json=json, tokens=tokens, repeats=repeats, threads=threads)
+
+
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
 Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]

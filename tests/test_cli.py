@@ -30,6 +30,7 @@ FUNCTIONS = {
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),
+    "bench hybrids": ("hf_fwp.bench.hybrids", "bench_hybrids"),
     "bench sequential": ("hf_fwp.bench.sequential", "bench_sequential"),
 }
 
