@@ -32,6 +32,7 @@ _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
     "export": ("hf_fwp.exporting", "export"),
     "push": ("hf_fwp.hub", "push"),
+    "OnnxDecoder": ("hf_fwp.interop.onnx", "OnnxDecoder"),
     "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),

@@ -234,7 +234,7 @@ def push(
 def export(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
-    format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention.")],
+    format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention; onnx: the decode step.")],
 ) -> None:
     """Write a model in a form that others run."""
     sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")

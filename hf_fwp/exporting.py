@@ -1,6 +1,7 @@
 """A model in a form that others run: `hf_fwp.export(model, output, format="fla")`; `hf-fwp export DIR OUT` is the same.
 
     fla     a checkpoint of flash-linear-attention (interop/to_fla.py)
+    onnx    one token of a model, with its states as inputs and outputs (interop/onnx.py), run by `OnnxDecoder`
 
 The model is not changed. What a format cannot hold is refused before anything is written.
 """
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .options import refuse_unknown
 
 # format -> the module whose `write(model, folder)` writes it
-FORMATS = {"fla": "hf_fwp.interop.to_fla"}
+FORMATS = {"fla": "hf_fwp.interop.to_fla", "onnx": "hf_fwp.interop.onnx"}
 # What goes along from the folder of a model, by name.
 COMPANIONS = (
     "tokenizer*",
