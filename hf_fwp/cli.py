@@ -286,6 +286,24 @@ def bench_kernels(
     importlib.import_module("hf_fwp.bench.kernels").bench_kernels(json=json, plot=plot, tune=tune, commit=commit)
 
 
+@bench.command(name="serve")
+@reports_errors
+def bench_serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    against: Annotated[str, typer.Option(help="The teacher.")],
+    contexts: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,2048,8192,32768",
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default a GPU where there is one.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time prefill and decode of a model beside its teacher after contexts of many lengths."""
+    lengths = [int(length) for length in contexts.split(",")]
+    settings = {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "device": device, "json": json}
+    importlib.import_module("hf_fwp.bench.serve").bench_serve(model, against=against, contexts=lengths, **settings)
+
+
 @bench.command(name="sequential")
 @reports_errors
 def bench_sequential(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:

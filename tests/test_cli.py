@@ -25,6 +25,7 @@ FUNCTIONS = {
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
+    "bench serve": ("hf_fwp.bench.serve", "bench_serve"),
     "export": ("hf_fwp.exporting", "export"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
