@@ -30,9 +30,11 @@ register_checkpoints()
 # Names whose modules are loaded when first used: name -> (module, attribute).
 _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
+    "export": ("hf_fwp.exporting", "export"),
     "push": ("hf_fwp.hub", "push"),
     "export_code": ("hf_fwp.bundle", "export_code"),
     "inspect": ("hf_fwp.inspection", "inspect"),
+    "OnnxDecoder": ("hf_fwp.interop.onnx", "OnnxDecoder"),
     "patch_hybrids": ("hf_fwp.interop.hybrids", "patch_hybrids"),
     "HOSTS": ("hf_fwp.hosts", "HOSTS"),
     "FwpModel": ("hf_fwp.modeling", "FwpModel"),

@@ -304,6 +304,17 @@ def export_code(
     sys.stdout.write(f"{len(written)} files in {folder}\n")
 
 
+@app.command()
+@reports_errors
+def export(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention; onnx: the decode step.")],
+) -> None:
+    """Write a model in a form that others run."""
+    sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
+
+
 def conversion(module: str, name: str | None = None) -> Any:
     """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
     return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)

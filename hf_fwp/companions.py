@@ -24,9 +24,16 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid2": lambda x: 2 * torch.sigmoid(x),
     "head_sigmoid": torch.sigmoid,
     "low_rank_sigmoid": torch.sigmoid,
+    "low_rank_sigmoid_bias": torch.sigmoid,
 }
 # The gates that the kernel of the gated norm knows, and its names for them.
-KERNEL_GATES = {"silu": "silu", "sigmoid": "sigmoid", "sigmoid2": "sigmoid2", "low_rank_sigmoid": "sigmoid"}
+KERNEL_GATES = {
+    "silu": "silu",
+    "sigmoid": "sigmoid",
+    "sigmoid2": "sigmoid2",
+    "low_rank_sigmoid": "sigmoid",
+    "low_rank_sigmoid_bias": "sigmoid",
+}
 LARGEST_ROW = 4096  # numbers that one program of that kernel holds
 
 

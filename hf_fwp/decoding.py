@@ -28,7 +28,8 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "value_skip": (0, 1),
     "backend": (None, "step"),
 }
-GATES = {"low_rank_sigmoid": "sigmoid"}  # the same function of another projection
+# the same function of another projection
+GATES = {"low_rank_sigmoid": "sigmoid", "low_rank_sigmoid_bias": "sigmoid"}
 # Modules whose weights the kernel reads itself, and the types it knows: an adapter around one would be passed over.
 READ = ("q_conv1d", "k_conv1d", "v_conv1d", "q_norm", "k_norm", "o_norm")
 READABLE = {ShortConvolution, nn.RMSNorm, type(None)}

@@ -80,8 +80,8 @@ class FastWeightLayer(nn.Module):
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
         if options.output_gate == "head_sigmoid":
             self.g_proj = nn.Linear(hidden, options.num_reads)
-        elif options.output_gate == "low_rank_sigmoid":  # Kimi Linear 2025
-            up = nn.Linear(V, options.num_reads * V, bias=False)
+        elif options.output_gate.startswith("low_rank_sigmoid"):  # Kimi Linear 2025
+            up = nn.Linear(V, options.num_reads * V, bias=options.output_gate.endswith("bias"))
             self.g_proj = nn.Sequential(nn.Linear(hidden, V, bias=False), up)
         elif options.output_gate != "none":
             self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)

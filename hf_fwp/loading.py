@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
+from .options import find_rule
 from .weights import check_finite, check_folder
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ TAGS = ("hf_fwp", "fast-weights")  # of every model on the Hub
 # `norm` is what o_norm was called in old ones.
 RENAMED = {
     r"^model\.embeddings\.": "model.embed_tokens.",
+    r"\.attn\.f_proj\.0\.": ".mixer.gates.f_down.",
+    r"\.attn\.f_proj\.1\.": ".mixer.gates.f_up.",
     r"\.attn_norm\.": ".mixer_norm.",
     r"\.attn\.(o_)?norm\.": ".mixer.o_norm.",
     r"\.attn\.": ".mixer.",
 }
+# The same where the rule has a module for its decay, which those checkpoints do not.
+DECAYS = {r"\.attn\.A_log$": ".mixer.gates.A_log", r"\.attn\.dt_bias$": ".mixer.gates.dt_bias"}
 
 
 def align_weights(model: nn.Module) -> None:
@@ -114,10 +119,18 @@ class RenamedLoading(AlignedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, key_mapping=RENAMED | (key_mapping or {}), **kwargs)
+        renamed = _renamed(kwargs.get("config"))
+        loaded = super().from_pretrained(*args, key_mapping=renamed | (key_mapping or {}), **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # what a model remembers of its loading is undone when it is saved
         model._weight_conversions = [
-            conversion for conversion in model._weight_conversions if conversion.source_patterns[0] not in RENAMED
+            conversion for conversion in model._weight_conversions if conversion.source_patterns[0] not in renamed
         ]
         return loaded
+
+
+def _renamed(config: Any) -> dict[str, str]:
+    """RENAMED, and with it DECAYS for a model of a rule that computes its own decay."""
+    layers = getattr(config, "fast_weight_layers", [])
+    gates = [find_rule(rule).gates for rule in {config.rules[layer_idx] for layer_idx in layers}]
+    return DECAYS | RENAMED if any("g" in getattr(gate, "gives", ()) for gate in gates) else RENAMED

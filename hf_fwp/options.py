@@ -16,7 +16,7 @@ from .features import FEATURES, HEAD_NORMS, QK_NORMS, feature_name, feature_size
 from .rules import RULES, Rule
 from .rules.base import BACKENDS, Own
 
-OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid", "low_rank_sigmoid")
+OUTPUT_GATES = ("none", "silu", "sigmoid", "sigmoid2", "head_sigmoid", "low_rank_sigmoid", "low_rank_sigmoid_bias")
 STATE_HEADS = ("query", "grouped")
 
 # Left at this, an option is resolved at construction, so whoever reads options never meets None.

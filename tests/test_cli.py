@@ -28,12 +28,15 @@ FUNCTIONS = {
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
     "export-code": ("hf_fwp.bundle", "export_code"),
+    "bench serve": ("hf_fwp.bench.serve", "bench_serve"),
+    "export": ("hf_fwp.exporting", "export"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
     "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
     "bench convert": ("hf_fwp.conversion.timing", "bench_convert"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
     "bench kernels": ("hf_fwp.bench.kernels", "bench_kernels"),
     "bench decode": ("hf_fwp.bench.decode", "bench_decode"),
+    "bench hybrids": ("hf_fwp.bench.hybrids", "bench_hybrids"),
     "bench sequential": ("hf_fwp.bench.sequential", "bench_sequential"),
 }
 

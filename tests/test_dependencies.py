@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "hf_fwp.auto_map": set(),
     "hf_fwp.registration": set(),
     "hf_fwp.weights": set(),
-    "hf_fwp.loading": {"hf_fwp.weights"},
+    "hf_fwp.loading": {"hf_fwp.options", "hf_fwp.weights"},
     "hf_fwp.cache": {"hf_fwp.rules", "hf_fwp.ops", "hf_fwp.packing"},
     "hf_fwp.ops": {"hf_fwp.rules"},
     "hf_fwp.options": {"hf_fwp.rules", "hf_fwp.features"},

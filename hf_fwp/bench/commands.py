@@ -111,6 +111,37 @@ def bench_cpu(
     importlib.import_module("hf_fwp.bench.cpu").bench_cpu(json=json, repeats=repeats, threads=threads)
 
 
+@bench.command(name="hybrids")
+@reports_errors
+def bench_hybrids(
+    json: JsonFile = None,
+    tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 1024,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 3,
+    threads: Annotated[int, typer.Option("--threads", help="Threads of PyTorch.")] = 2,
+) -> None:
+    """Time transformers' own hybrids on this processor, as they are and patched, in one process."""
+    module = importlib.import_module("hf_fwp.bench.hybrids")
+    module.bench_hybrids(json=json, tokens=tokens, repeats=repeats, threads=threads)
+
+
+@bench.command(name="serve")
+@reports_errors
+def bench_serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    against: Annotated[str, typer.Option(help="The teacher.")],
+    contexts: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,2048,8192,32768",
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default a GPU where there is one.")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Time prefill and decode of a model beside its teacher after contexts of many lengths."""
+    lengths = [int(length) for length in contexts.split(",")]
+    settings = {"batch": batch, "new_tokens": new_tokens, "repeats": repeats, "device": device, "json": json}
+    importlib.import_module("hf_fwp.bench.serve").bench_serve(model, against=against, contexts=lengths, **settings)
+
+
 @bench.command(name="kernels")
 @reports_errors
 def bench_kernels(

@@ -1,4 +1,4 @@
-"""Checkpoints of flash-linear-attention, loaded without it, on any device: DeltaNet, Gated DeltaNet, linear attention.
+"""Checkpoints of flash-linear-attention, loaded without it, on any device: five of its models.
 
 `AutoModelForCausalLM.from_pretrained(folder)` reads their config.json as a FwpConfig; their weights are renamed by
 loading.py. What `save_pretrained` then writes is a checkpoint of this package. The model types are theirs: they are
@@ -78,6 +78,31 @@ def _delta_net(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _gated_deltaproduct(c: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "rule": "delta_product",
+        "rule_options": {"num_householder": c["num_householder"], "forget_gate": c["use_forget_gate"]},
+        "num_attention_heads": c["num_heads"],
+        "head_dim": c["head_dim"],
+        "expand_v": c["expand_v"],
+        "output_gate": "silu" if c.get("use_gate", c["use_output_gate"]) else "none",
+        **_convolution(c),
+    }
+
+
+def _kda(c: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "rule": "kimi_delta",
+        "rule_options": {"lower_bound": c["lower_bound"]},
+        "num_attention_heads": c["num_heads"],
+        "num_value_heads": c["num_v_heads"],
+        "head_dim": c["head_dim"],
+        "expand_v": c["expand_v"],
+        "output_gate": "low_rank_sigmoid_bias",
+        **_convolution(c),
+    }
+
+
 def _linear_attn(c: Mapping[str, Any]) -> dict[str, Any]:
     size = round(c["hidden_size"] * c["expand_k"]) // c["num_heads"]
     return {
@@ -134,6 +159,31 @@ MODEL_TYPES: dict[str, tuple[Translation, dict[str, Any], dict[str, Any]]] = {
             "qk_activation": "silu",
         },
         {"qk_norm": "l2", "qk_activation": "silu"},
+    ),
+    "gated_deltaproduct": (
+        _gated_deltaproduct,
+        {
+            "num_hidden_layers": 21,
+            "num_heads": 6,
+            "head_dim": 256,
+            "expand_v": 2.0,
+            "use_output_gate": True,
+            "use_forget_gate": False,
+            "num_householder": 1,
+        },
+        {},
+    ),
+    "kda": (
+        _kda,
+        {
+            "num_hidden_layers": 24,
+            "num_heads": 16,
+            "num_v_heads": None,
+            "head_dim": 128,
+            "expand_v": 1.0,
+            "lower_bound": None,
+        },
+        {},
     ),
     "linear_attn": (
         _linear_attn,

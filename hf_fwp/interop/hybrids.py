@@ -1,4 +1,4 @@
-"""Faster functions for the hybrids of transformers: Qwen3-Next, Qwen3.5, OLMo Hybrid and their relatives.
+"""Faster functions for the hybrids of transformers: Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi Linear and their relatives.
 
 Their layers look up the gated delta rule and the short convolution in the globals of their modeling file. Without
 other packages these are fallbacks in plain PyTorch; with flash-linear-attention installed they are its kernels, on a
@@ -41,7 +41,8 @@ def chunk_rule(
     cu_seqlens: Tensor | None = None,
     **signals: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule under the stock names; q, k [B,T,H,K], v [B,T,HV,V], g, beta [B,T,HV]."""
+    """The gated delta rule under the stock names; q, k [B,T,H,K], v [B,T,HV,V], beta [B,T,HV], g the same or, with a
+    decay for every channel, [B,T,HV,K]."""
     tensors = (query, key, value, g, beta)
     batch, length = value.shape[:2]
     if cu_seqlens is None:
@@ -137,10 +138,12 @@ def _packing(signals: Mapping[str, Any]) -> dict[str, Any]:
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "torch_chunk_gated_delta_rule": (chunk_rule, ("query", "key", "value", "g", "beta")),
     "torch_recurrent_gated_delta_rule": (recurrent_rule, ("query", "key", "value", "g", "beta")),
+    "chunk_kimi_delta_attention": (chunk_rule, ("query", "key", "value", "g", "beta")),
+    "recurrent_kimi_delta_attention": (recurrent_rule, ("query", "key", "value", "g", "beta")),
     "causal_conv1d_fn": (convolution, ("hidden_states", "weight", "bias", "activation")),
     "causal_conv1d_update": (convolution_update, ("hidden_states", "conv_state", "weight", "bias", "activation")),
 }
-HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
+HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear")
 
 
 def patch_hybrids(model: nn.Module | None = None) -> ExitStack:

@@ -12,6 +12,7 @@ from hf_fwp import FwpConfig
 from hf_fwp.interop import fla
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "hidden_ratio": 4}
+WIDE = ("gated_deltanet", "gated_deltaproduct")  # whose values are twice as large as keys by default
 CONFIGS = {
     "gated": {"model_type": "gated_deltanet", "head_dim": 8},
     "gated, grouped values": {
@@ -22,6 +23,23 @@ CONFIGS = {
     },
     "gated, sigmoid": {"model_type": "gated_deltanet", "head_dim": 8, "output_gate_activation": "sigmoid"},
     "gated, bare": {"model_type": "gated_deltanet", "head_dim": 8, "use_gate": False, "use_short_conv": False},
+    "product": {"model_type": "gated_deltaproduct", "head_dim": 8, "num_householder": 3},
+    "product, gated": {
+        "model_type": "gated_deltaproduct",
+        "head_dim": 8,
+        "num_householder": 2,
+        "use_forget_gate": True,
+        "allow_neg_eigval": True,
+    },
+    "kda": {"model_type": "kda", "head_dim": 8},
+    "kda, grouped and bounded": {
+        "model_type": "kda",
+        "head_dim": 8,
+        "num_v_heads": 4,
+        "expand_v": 2.0,
+        "lower_bound": -5.0,
+        "allow_neg_eigval": True,
+    },
     "delta": {"model_type": "delta_net"},
     "delta, wide": {"model_type": "delta_net", "expand_v": 2.0, "use_gate": True, "allow_neg_eigval": True},
     "linear": {"model_type": "linear_attn", "feature_map": "elu"},
@@ -37,18 +55,21 @@ def shapes(c):
     """Names and shapes of one layer's mixer as they stand in such a checkpoint."""
     D, H = c["hidden_size"], c["num_heads"]
     K = c.get("head_dim", D // H)
-    V = int(K * c.get("expand_v", 2.0 if c["model_type"] == "gated_deltanet" else 1.0))
-    HV, HK = c.get("num_v_heads") or H, H
+    V = int(K * c.get("expand_v", 2.0 if c["model_type"] in WIDE else 1.0))
+    HV, HK, n = c.get("num_v_heads") or H, H, c.get("num_householder", 1)
     if c["model_type"] == "linear_attn":
         HV = HK = c.get("num_kv_heads") or H
         return {"q_proj": (H * K, D), "k_proj": (HK * K, D), "v_proj": (HV * V, D), "o_proj": (D, H * V), "norm": (V,)}
-    found = {"q_proj": (H * K, D), "k_proj": (H * K, D), "v_proj": (HV * V, D), "o_proj": (D, HV * V), "o_norm": (V,)}
-    found["b_proj"] = (HV, D)
+    found = {"q_proj": (H * K, D), "k_proj": (n * H * K, D), "v_proj": (n * HV * V, D), "o_proj": (D, HV * V)}
+    found |= {"o_norm": (V,), "b_proj": (n * HV, D)}
     if c.get("use_short_conv", True):
-        found |= {"q_conv1d": (H * K, 1, 4), "k_conv1d": (H * K, 1, 4), "v_conv1d": (HV * V, 1, 4)}
-    if c["model_type"] == "gated_deltanet":
+        found |= {"q_conv1d": (H * K, 1, 4), "k_conv1d": (n * H * K, 1, 4), "v_conv1d": (n * HV * V, 1, 4)}
+    if c["model_type"] == "gated_deltanet" or c.get("use_forget_gate"):
         found |= {"a_proj": (HV, D), "A_log": (HV,), "dt_bias": (HV,)}
-    if c.get("use_gate", c["model_type"] == "gated_deltanet"):
+    if c["model_type"] == "kda":
+        found |= {"f_proj.0": (V, D), "f_proj.1": (HV * K, V), "A_log": (HV,), "dt_bias": (HV * K,)}
+        return found | {"g_proj.0": (V, D), "g_proj.1": (HV * V, V), "g_proj.1.bias": (HV * V,)}
+    if c.get("use_gate", c["model_type"] in WIDE):
         found["g_proj"] = (HV * V, D)
     return found
 
@@ -69,7 +90,7 @@ def checkpoint(folder, c, *, old_names=False):
             weights[f"{at}.mlp.{name}.weight"] = shape
         for name, shape in shapes(c).items():
             name = "norm" if old_names and name == "o_norm" else name
-            weights[f"{at}.attn.{name}" if name in ("A_log", "dt_bias") else f"{at}.attn.{name}.weight"] = shape
+            weights[f"{at}.attn.{name}" if name.endswith(("A_log", "bias")) else f"{at}.attn.{name}.weight"] = shape
     tensors = {name: torch.randn(shape) * (0.3 if len(shape) > 1 else 1.0) for name, shape in weights.items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(
@@ -110,28 +131,43 @@ def mixer(w, c, x):
             q, k, v = (convolved(y, w[f"{n}_conv1d"][:, 0]) for y, n in ((q, "q"), (k, "k"), (v, "v")))
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     K = q.shape[-1] // H
-    q, k, v = q.unflatten(-1, (-1, K)), k.unflatten(-1, (-1, K)), v.unflatten(-1, (-1, V))
+    n = c.get("num_householder", 1)
+    q, k, v = q.unflatten(-1, (1, -1, K)), k.unflatten(-1, (n, -1, K)), v.unflatten(-1, (n, -1, V))
     if linear:
         q, k = (F.elu(q) + 1, F.elu(k) + 1) if c["feature_map"] == "elu" else (q.relu(), k.relu())
     else:
         q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
-    heads = max(H, v.shape[2])
-    q, k, v = (y.repeat_interleave(heads // y.shape[2], dim=2) for y in (q, k, v))
-    decay = torch.ones_like(v[..., 0])
-    if "A_log" in w:
-        decay = torch.exp(-w["A_log"].exp() * F.softplus(x @ w["a_proj"].T + w["dt_bias"]))
-    beta = None if linear else (x @ w["b_proj"].T).sigmoid() * (2 if c.get("allow_neg_eigval") else 1)
+    heads = max(H, v.shape[3])
+    q, k, v = (y.repeat_interleave(heads // y.shape[3], dim=3) for y in (q, k, v))
+    decay = decays(w, c, x, heads)
+    beta = torch.ones_like(v[..., 0])
+    if not linear:
+        beta = (x @ w["b_proj"].T).sigmoid().unflatten(-1, (n, -1)) * (2 if c.get("allow_neg_eigval") else 1)
     outs, state = [], torch.zeros(x.shape[0], heads, K, V, dtype=x.dtype)
     for t in range(x.shape[1]):
-        state = state * decay[:, t, :, None, None]
-        new = v[:, t] if linear else beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
-        state = state + k[:, t, :, :, None] * new[:, :, None]
-        outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * K**-0.5)
+        state = state * decay[:, t, ..., None]
+        for j in range(n):
+            old = 0 if linear else torch.einsum("bhkv,bhk->bhv", state, k[:, t, j])
+            new = beta[:, t, j, :, None] * (v[:, t, j] - old)
+            state = state + k[:, t, j, :, :, None] * new[:, :, None]
+        outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t, 0]) * K**-0.5)
     o = rms(torch.stack(outs, 1), w.get("o_norm", w.get("norm"))).flatten(2)
+    if "g_proj.1" in w:
+        o = o * (x @ w["g_proj.0"].T @ w["g_proj.1"].T + w["g_proj.1.bias"]).sigmoid()
     if "g_proj" in w:
         gate = x @ w["g_proj"].T
         o = o * (gate.sigmoid() if c.get("output_gate_activation") == "sigmoid" else F.silu(gate))
     return o @ w["o_proj"].T
+
+
+def decays(w, c, x, heads):
+    """exp(g) as [B, T, heads, 1] or, of every key channel, [B, T, heads, K]."""
+    if "A_log" not in w:
+        return torch.ones_like(x[..., :1, None]).expand(-1, -1, heads, 1)
+    f = x @ w["a_proj"].T if "a_proj" in w else x @ w["f_proj.0"].T @ w["f_proj.1"].T
+    f, rate = (f + w["dt_bias"]).unflatten(-1, (heads, -1)), w["A_log"].exp()[:, None]
+    bound = c.get("lower_bound")
+    return torch.exp(-rate * F.softplus(f) if bound is None else bound * (rate * f).sigmoid())
 
 
 def convolved(x, weight):

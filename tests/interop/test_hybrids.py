@@ -1,12 +1,14 @@
 """transformers' own hybrids with our functions: the same results, exact packing, and back as they were."""
 
 import importlib
+import json
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from hf_fwp import patch_hybrids
+from hf_fwp.bench import hybrids as bench_hybrids
 from hf_fwp.interop import hybrids
 
 SIZES = {
@@ -34,14 +36,33 @@ FAMILIES = {
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
     "olmo_hybrid": "olmo_hybrid",
+    "kimi_linear": "kimi_linear",
 }
+KIMI = {
+    "num_key_value_heads": 4,
+    "bos_token_id": 1,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_local_experts": 4,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+# What only some of the families have in their config.
+NOT_KIMI = ("head_dim", "num_experts", "linear_num_key_heads", "linear_num_value_heads")
+RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 LENGTHS = (5, 9, 70)
 
 
 @pytest.fixture(params=hybrids.HYBRIDS)
 def model(request):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(FAMILIES[request.param], **SIZES)
+    sizes = SIZES
+    if request.param == "kimi_linear":
+        sizes = {name: size for name, size in SIZES.items() if name not in NOT_KIMI} | KIMI
+    config = AutoConfig.for_model(FAMILIES[request.param], **sizes)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -109,13 +130,18 @@ def test_the_stock_layers_leak_from_one_packed_sequence_into_the_next(model):
     assert (together - apart).norm() > 1e-2 * apart.norm()
 
 
+def chunk_rule_of(file):
+    return next(getattr(file, name) for name in RULES if hasattr(file, name))
+
+
 def test_every_family_until_closed():
     names = [f"transformers.models.{family}.modeling_{family}" for family in hybrids.HYBRIDS]
-    before = [importlib.import_module(name).torch_chunk_gated_delta_rule for name in names]
+    files = [importlib.import_module(name) for name in names]
+    before = [chunk_rule_of(file) for file in files]
     patch = patch_hybrids()
-    assert {importlib.import_module(name).torch_chunk_gated_delta_rule for name in names} == {hybrids.chunk_rule}
+    assert {chunk_rule_of(file) for file in files} == {hybrids.chunk_rule}
     patch.close()
-    assert [importlib.import_module(name).torch_chunk_gated_delta_rule for name in names] == before
+    assert [chunk_rule_of(file) for file in files] == before
 
 
 def test_patches_nest(model):
@@ -139,8 +165,23 @@ def test_other_arguments_than_known_are_refused(model, monkeypatch):
     def changed(keys, queries):
         raise NotImplementedError
 
-    monkeypatch.setattr(file, "torch_chunk_gated_delta_rule", changed)
+    monkeypatch.setattr(file, next(name for name in RULES if hasattr(file, name)), changed)
     before = functions(model)
     with pytest.raises(ValueError, match=r"takes \(keys, queries, ...\) and not \(query, key"):
         patch_hybrids(model)
     assert functions(model) == before
+
+
+def test_bench_hybrids_compares_every_family_with_itself(tmp_path, capsys, monkeypatch):
+    assert tuple(bench_hybrids.FAMILIES) == hybrids.HYBRIDS
+    model_type, fields = bench_hybrids.FAMILIES["kimi_linear"]
+    smaller = fields | {"linear_head_dim": 8, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    monkeypatch.setitem(bench_hybrids.FAMILIES, "kimi_linear", (model_type, smaller | {"num_key_value_heads": 4}))
+    bench_hybrids.bench_hybrids(json=tmp_path / "b.json", families=["kimi_linear"], tokens=70, repeats=1, threads=1)
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert [row["what"] for row in written["rows"]] == ["forward", "forward + backward", "generate 16 tokens"]
+    assert all(row["ms"] > 0 and row["transformers_ms"] > 0 and row["error"] < 1e-4 for row in written["rows"])
+    assert "kimi_linear" in capsys.readouterr().out
+    for wrong in ({"families": ["llama"]}, {"tokens": 0}):
+        with pytest.raises(ValueError, match=r"choose from|at least 1"):
+            bench_hybrids.bench_hybrids(**wrong)

@@ -231,14 +231,15 @@ def test_rates(rule):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gate", ["sigmoid2", "low_rank_sigmoid"])
+@pytest.mark.parametrize("gate", ["sigmoid2", "low_rank_sigmoid", "low_rank_sigmoid_bias"])
 def test_norm_scale_and_gate(rule, gate):
     layer = mixer(rule, output_norm=True, output_gate=gate, output_scale=0.5)
     bare = mixer(rule)
     bare.load_state_dict(layer.state_dict(), strict=False)
     reads = bare.mixed_reads(hidden()).unflatten(-1, (-1, 6)) * 0.5
     normed = reads * torch.rsqrt(reads.square().mean(-1, keepdim=True) + 1e-6) * layer.o_norm.weight
-    gate = {"sigmoid2": 2, "low_rank_sigmoid": 1}[gate] * torch.sigmoid(layer.g_proj(hidden()))
+    assert (list(layer.g_proj.modules())[-1].bias is None) == (gate != "low_rank_sigmoid_bias")
+    gate = (2 if gate == "sigmoid2" else 1) * torch.sigmoid(layer.g_proj(hidden()))
     assert_close(layer.mixed_reads(hidden()), normed.flatten(2) * gate, 1e-6)
 
 

@@ -1,0 +1,53 @@
+"""A model in a form that others run: `hf_fwp.export(model, output, format="fla")`; `hf-fwp export DIR OUT` is the same.
+
+    fla     a checkpoint of flash-linear-attention (interop/to_fla.py)
+    onnx    one token of a model, with its states as inputs and outputs (interop/onnx.py), run by `OnnxDecoder`
+
+The model is not changed. What a format cannot hold is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .options import refuse_unknown
+
+# format -> the module whose `write(model, folder)` writes it
+FORMATS = {"fla": "hf_fwp.interop.to_fla", "onnx": "hf_fwp.interop.onnx"}
+# What goes along from the folder of a model, by name.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: str) -> Path:
+    """Write a model, or the one in a folder, to the new folder `output`, which is returned.
+
+    From a folder its tokenizer and generation_config.json go along.
+
+    Raises:
+        ValueError: an unknown format, an `output` that holds something, or a model that this format cannot hold; it
+            names the option, what it may be, and what to do.
+    """
+    refuse_unknown("export format", [format], FORMATS)
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; name a new one")
+    source = None if isinstance(model, PreTrainedModel) else Path(model)
+    loaded = model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(str(model))
+    importlib.import_module(FORMATS[format]).write(loaded, output)
+    if source is not None and source.is_dir():
+        for pattern in COMPANIONS:
+            for file in source.glob(pattern):
+                if file.is_file() and not (output / file.name).exists():
+                    shutil.copyfile(file, output / file.name)
+    return output
