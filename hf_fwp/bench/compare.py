@@ -18,7 +18,7 @@ import rich.table
 Row = Mapping[str, Any]
 
 # What says that two rows are about the same thing.
-IDENTITY = ("operator", "rule", "task", "shape", "dtype", "what", "implementation")
+IDENTITY = tuple("operator rule family task tokens context batch shape dtype what implementation".split())
 FLOOR, UNKNOWN = 0.05, 0.10
 VERDICTS = {-1: "worse", 0: "same", 1: "better"}
 
@@ -32,7 +32,12 @@ class Measure:
     relative: bool
 
 
-MEASURES = {"ms": Measure(-1, "ms_quartiles", True), "accuracy": Measure(1, "accuracy_spread", False)}
+MEASURES = {
+    "ms": Measure(-1, "ms_quartiles", True),
+    "accuracy": Measure(1, "accuracy_spread", False),
+    "prefill": Measure(1, "", True),  # tokens per second, of bench serve
+    "decode": Measure(1, "", True),
+}
 
 
 def compare(old: str | Path, new: str | Path, *, json: str | Path | None = None) -> dict[str, Any]:
@@ -42,8 +47,8 @@ def compare(old: str | Path, new: str | Path, *, json: str | Path | None = None)
     """
     before, after = (read(file) for file in (old, new))
     known = {identity(row): row for row in before["rows"]}
-    rows = [compared(known[identity(row)], row) for row in after["rows"] if identity(row) in known]
-    rows = [row for row in rows if row is not None]
+    shared = [row for row in after["rows"] if identity(row) in known]
+    rows = [line for row in shared for line in compared(known[identity(row)], row)]
     if not rows:
         raise ValueError(f"{old} and {new} have no row in common; compare two results of the same bench")
     result = {"old": before["machine"], "new": after["machine"], "rows": rows}
@@ -73,11 +78,13 @@ def identity(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in IDENTITY)
 
 
-def compared(old: Row, new: Row) -> dict[str, Any] | None:
-    """One line of the comparison; None where nothing was measured in one of them."""
-    name = next((name for name in MEASURES if old.get(name) is not None and new.get(name) is not None), None)
-    if name is None:
-        return None
+def compared(old: Row, new: Row) -> list[dict[str, Any]]:
+    """A line of the comparison for everything that was measured in both."""
+    measured = [name for name in MEASURES if old.get(name) is not None and new.get(name) is not None]
+    return [_line(old, new, name) for name in measured]
+
+
+def _line(old: Row, new: Row, name: str) -> dict[str, Any]:
     measure, first, second = MEASURES[name], float(old[name]), float(new[name])
     change = second / first - 1 if measure.relative else second - first
     noise = max(_noise(row, name) for row in (old, new))

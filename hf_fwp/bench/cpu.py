@@ -69,12 +69,8 @@ def time_shape(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> li
     }
     rows = []
     for what, (ours, stock) in pairs.items():
-        times, stock_times = in_turns(ours, stock, repeats if what != "decode step" else 20 * repeats)
-        ms, stock_ms = statistics.median(times), statistics.median(stock_times)
-        rows.append(
-            {"what": what, "shape": list(shape), "dtype": dtype, "ms": ms, "ms_quartiles": quartiles(times)}
-            | {"transformers_ms": stock_ms, "ratio": stock_ms / ms}
-        )
+        times = in_turns(ours, stock, repeats if what != "decode step" else 20 * repeats)
+        rows.append({"what": what, "shape": list(shape), "dtype": dtype, **times})
     return rows
 
 
@@ -118,8 +114,8 @@ def decode(operator: Operator, shape: tuple[int, int, int, int], dtype: str) -> 
     return run
 
 
-def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of both, after one unmeasured call of each."""
+def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> dict[str, Any]:
+    """Median milliseconds of both, after one unmeasured call of each, their ratio, and the quartiles of ours."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for run, found in zip((ours, stock), times, strict=True):
@@ -127,12 +123,9 @@ def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) 
             run()
             if turn:
                 found.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def quartiles(times: Sequence[float]) -> list[float]:
-    """The lower and the upper one."""
-    return np.quantile(times, [0.25, 0.75]).tolist()
+    lower, ms, upper = np.quantile(times[0], [0.25, 0.5, 0.75]).tolist()
+    stock_ms = statistics.median(times[1])
+    return {"ms": ms, "ms_quartiles": [lower, upper], "transformers_ms": stock_ms, "ratio": stock_ms / ms}
 
 
 def machine(threads: int) -> dict[str, Any]:

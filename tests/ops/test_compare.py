@@ -55,6 +55,12 @@ def test_rows_are_matched_by_what_they_are_about(tmp_path, capsys):
     assert "device: a → b" in " ".join(capsys.readouterr().out.split())
 
 
+def test_everything_that_was_measured_is_compared(tmp_path):
+    old, new = ({"context": 512, "batch": 1, "prefill": 100.0, "decode": decode} for decode in (50.0, 30.0))
+    found = compare(result(tmp_path, "old", old), result(tmp_path, "new", new))
+    assert [(row["measure"], row["verdict"]) for row in found["rows"]] == [("prefill", "same"), ("decode", "worse")]
+
+
 def test_the_command_says_by_its_exit_code_whether_something_is_worse(tmp_path):
     old, same, slow = (result(tmp_path, name, row(ms)) for name, ms in (("old", 10), ("same", 10), ("slow", 20)))
     codes = [CliRunner().invoke(cli.app, ["bench", "--compare", str(old), str(new)]).exit_code for new in (same, slow)]
