@@ -147,6 +147,73 @@ def _add_pairs(
     return d_q, d_e, d_k, d_g
 
 
+@triton.jit
+def _store_values(
+    dv, d_write, du, v, write, at, hv, HV, rows, columns, valid, here,
+    V: tl.constexpr, HAS_WRITE: tl.constexpr, WRITE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of v and of its gate, from that of u."""
+    if HAS_WRITE:
+        v_tile = load_tile(v, at, hv, HV, V, rows, columns, valid).to(tl.float32)
+        gate_tile = load_gate(write, at, hv, HV, V, rows, columns, valid, WRITE_RANGE)
+        store_tile(d_write, at, hv, HV, V, rows, columns, here, sigmoid_backward(du * v_tile, gate_tile, WRITE_RANGE))
+        du *= gate_tile
+    store_tile(dv, at, hv, HV, V, rows, columns, here, du)
+
+
+@triton.jit
+def _store_rates(at_rates, d_step, gate, at, hv, HV, rows, columns, valid, K: tl.constexpr, LOWER: tl.constexpr):
+    """This chunk's part of the gradients of A and d is stored; what is left is the gradient of a."""
+    a = load_tile(gate[0], at, hv, HV, K, rows, columns, valid).to(tl.float32)
+    _, slope, by_rate = computed_step(a, gate, hv, columns, K, LOWER)
+    tl.store(at_rates, tl.sum(d_step * by_rate, 0), mask=columns < K)
+    tl.store(at_rates + K, tl.sum(d_step * slope, 0), mask=columns < K)
+    return d_step * slope
+
+
+@triton.jit
+def _store_erase(
+    d_erase, d_e, erase, k_tile, at, reader, readers, hv, HV, rows, columns, valid, here,
+    K: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `erase` is stored; what is left is that of k."""
+    d_k = d_e
+    if ERASE == 1:
+        store_tile(d_erase, at, reader, readers, K, rows, columns, here, d_e)
+        d_k = d_e * 0.0
+    elif ERASE == 2:
+        gate_tile = load_gate(erase, at, hv, HV, K, rows, columns, valid, ERASE_RANGE)
+        d_gate = sigmoid_backward(d_e * k_tile, gate_tile, ERASE_RANGE)
+        store_tile(d_erase, at, reader, readers, K, rows, columns, here, d_gate)
+        d_k = d_e * gate_tile
+    return d_k
+
+
+@triton.jit
+def _through_states(
+    states, d_states, index, written, d_written, d_out, at, reader, readers, hv, HV, rows, keys, valid,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dO S0ᵀ, -dY S0ᵀ, R dSᵀ and, of every channel, Σ_v S0 ⊙ dS1."""
+    d_q = tl.zeros([C, KB], tl.float32)
+    d_e = tl.zeros([C, KB], tl.float32)
+    d_k = tl.zeros([C, KB], tl.float32)
+    along_state = tl.zeros([KB], tl.float32)
+    for part in range(0, V, BV):
+        values = part + tl.arange(0, BV)
+        s = load_matrix(states, index, keys, values, K, V)
+        ds = load_matrix(d_states, index, keys, values, K, V)
+        r = load_tile(written, at, reader, readers, V, rows, values, valid)
+        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid)
+        do = load_tile(d_out, at, reader, readers, V, rows, values, valid)
+        d_q += dot(do, tl.trans(s), DOT, PRECISION)
+        d_e -= dot(dw, tl.trans(s), DOT, PRECISION)
+        d_k += dot(r, tl.trans(ds), DOT, PRECISION)
+        along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+    return d_q, d_e, d_k, along_state
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
     q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, written,
@@ -184,8 +251,7 @@ def gradients(
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
-    d_a = tl.zeros([C, C], tl.float32)
-    d_p = tl.zeros([C, C], tl.float32)
+    d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ U
     along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
     along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
@@ -200,8 +266,7 @@ def gradients(
         u_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
         dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
         do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid).to(tl.float32)
-        before = tl.zeros([C, BV], tl.float32)
-        read = tl.zeros([C, BV], tl.float32)
+        before, read = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
         for piece in range(0, K, KB):
             keys = piece + tl.arange(0, KB)
             s = load_matrix(states, index, keys, values, K, V)
@@ -223,15 +288,11 @@ def gradients(
         along_written += tl.sum(dw * r, 1)
         if L2NORM:
             along_read += tl.sum(do * load_tile(out, at, reader, HV * R, V, rows, values, valid).to(tl.float32), 1)
-        du = rate[:, None] * dw
-        if HAS_WRITE:
-            v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
-            gate_tile = load_gate(write, at, hv, HV, V, rows, values, valid, WRITE_RANGE)
-            d_gate = sigmoid_backward(du * v_tile, gate_tile, WRITE_RANGE)
-            store_tile(d_write, at, hv, HV, V, rows, values, here & leads, d_gate)
-            du *= gate_tile
         if HAS_BETA or HAS_WRITE:
-            store_tile(dv, at, hv, HV, V, rows, values, here & leads, du)
+            _store_values(
+                dv, d_write, rate[:, None] * dw, v, write, at, hv, HV, rows, values, valid, here & leads,
+                V, HAS_WRITE, WRITE_RANGE,
+            )  # fmt: skip
     tl.debug_barrier()  # `written` is read by other threads than wrote it
 
     d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
@@ -242,21 +303,10 @@ def gradients(
     d_steps = tl.zeros([C], tl.float32)
     for piece in range(0, K, KB):
         keys = piece + tl.arange(0, KB)
-        d_q = tl.zeros([C, KB], tl.float32)
-        d_e = tl.zeros([C, KB], tl.float32)
-        d_k = tl.zeros([C, KB], tl.float32)
-        along_state = tl.zeros([KB], tl.float32)  # Σ_v S0 ⊙ dS1
-        for part in range(0, V, BV):
-            values = part + tl.arange(0, BV)
-            s = load_matrix(states, index, keys, values, K, V)
-            ds = load_matrix(d_states, index, keys, values, K, V)
-            r = load_tile(written, at, reader, HV * R, V, rows, values, valid)
-            dw = load_tile(d_written, at, hv, HV, V, rows, values, valid)
-            do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid)
-            d_q += dot(do, tl.trans(s), DOT, PRECISION)
-            d_e -= dot(dw, tl.trans(s), DOT, PRECISION)
-            d_k += dot(r, tl.trans(ds), DOT, PRECISION)
-            along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
+        d_q, d_e, d_k, along_state = _through_states(
+            states, d_states, index, written, d_written, d_out, at, reader, HV * R, hv, HV, rows, keys, valid,
+            K, V, C, KB, BV, DOT, PRECISION,
+        )  # fmt: skip
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
         q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
         e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
@@ -282,22 +332,12 @@ def gradients(
         elif GK > 1:
             d_step = tl.where(valid[:, None], d_step, 0.0)
             if RAW_G:
-                a = load_tile(g, at, hv, HV, K, rows, keys, valid).to(tl.float32)
-                _, slope, by_rate = computed_step(a, gate, hv, keys, K, LOWER)
                 at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * (2 * K) + keys
-                tl.store(at_rates, tl.sum(d_step * by_rate, 0), mask=keys < K)
-                d_step *= slope
-                tl.store(at_rates + K, tl.sum(d_step, 0), mask=keys < K)
+                d_step = _store_rates(at_rates, d_step, gate, at, hv, HV, rows, keys, valid, K, LOWER)
             store_tile(d_g, at, reader, HV * R, K, rows, keys, here, d_step)
-        if ERASE == 2:
-            gate_tile = load_gate(erase, at, hv, HV, K, rows, keys, valid, ERASE_RANGE)
-            d_gate = sigmoid_backward(d_e * k_tile, gate_tile, ERASE_RANGE)
-            store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_gate)
-            d_e *= gate_tile
-        elif ERASE == 1:
-            store_tile(d_erase, at, reader, HV * R, K, rows, keys, here, d_e)
-        if ERASE != 1:
-            d_k += d_e
+        d_k += _store_erase(
+            d_erase, d_e, erase, k_tile, at, reader, HV * R, hv, HV, rows, keys, valid, here, K, ERASE, ERASE_RANGE
+        )  # fmt: skip
         if L2NORM:
             d_q -= q_tile * along_read[:, None]
             d_k -= k_tile * (2.0 * along_written - rate * along_value)[:, None]
@@ -308,6 +348,5 @@ def gradients(
     if GK == 1:
         tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here)
     if HAS_BETA:
-        at_row = at * HV + hv + rows * HV
         found = sigmoid_backward(tl.where(valid, eta, 0.0), rate, RANGE)
-        tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
+        tl.store(d_beta + at * HV + hv + rows * HV, found.to(d_beta.dtype.element_ty), mask=here & leads)

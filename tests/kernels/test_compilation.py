@@ -130,10 +130,19 @@ CASES = [
     pytest.param(torch.float32, 128, 2500, marks=pytest.mark.slow),
     pytest.param(torch.float32, 256, 4000, marks=pytest.mark.slow),
 ]
+# where another version of Triton leaves more than the newest, 3.7
+OTHERWISE = {("3.6", torch.bfloat16, 64): 600, ("3.6", torch.bfloat16, 256): 1700}
+
+
+def version() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 @pytest.mark.parametrize(("dtype", "size", "allowed"), CASES)
 def test_compiles_for_an_h100(module, monkeypatch, tmp_path, dtype, size, allowed):
+    allowed = OTHERWISE.get((version(), dtype, size), allowed)
     for kernel, arguments, keywords in launches(module, monkeypatch, dtype, size, segmented=True):
         found = compiled(kernel, arguments, keywords)
         spill = spilled(found.asm["cubin"], tmp_path)
