@@ -196,6 +196,7 @@ def test_windowed_attention_is_a_softmax_over_what_is_let_through(name, implemen
     assert not any(module._forward_pre_hooks for module in teacher.modules())
 
 
+
 def test_a_window_as_long_as_the_sequence_changes_nothing(teacher, ids_NT):
     expected = forward_of(teacher)(ids_NT)
     assert not torch.allclose(sliding_window(teacher, layers=[0], window=3, sinks=1)(ids_NT), expected)
