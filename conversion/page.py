@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_fwp.card import TIMES, bytes_shown, number, quality_rows, teacher_name
+from hf_fwp.look import PAGE
 
 from .plots import draw
 
@@ -23,28 +24,16 @@ TEMPLATE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ report.name }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f5f6f8; margin: 0; }
-  main { max-width: 960px; margin: 0 auto; padding: 24px 16px 64px; }
-  h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 19px; margin: 40px 0 8px; }
-  .quiet { color: #5c6773; } p { margin: 4px 0 12px; }
-  .answer, .card { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 20px; }
+<style>{{ style|safe }}
   .answer { border-left: 10px solid; margin: 20px 0 14px; display: flex; gap: 28px; align-items: center; }
   .answer .big { font-size: 60px; font-weight: 700; line-height: 1; white-space: nowrap; }
   .good { border-left-color: #0b6e4f; } .good .big { color: #0b6e4f; }
   .fair { border-left-color: #8a8a12; } .fair .big { color: #77770c; }
   .weak { border-left-color: #c77410; } .weak .big { color: #b3660a; }
   .poor { border-left-color: #b3261e; } .poor .big { color: #b3261e; }
-  .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
-  .tiles b { display: block; font-size: 24px; line-height: 1.25; }
-  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-  th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid #e9ebee; vertical-align: top; }
-  th:first-child, td:first-child { text-align: left; } tr.ours { font-weight: 700; background: #eef7f3; }
   .said, .facts { table-layout: fixed; }
   .said td, .said th, .facts td { text-align: left; overflow-wrap: anywhere; white-space: pre-wrap; }
   .said th:first-child, .facts td:first-child { width: 24%; }
-  .scroll { overflow-x: auto; } img { width: 100%; height: auto; display: block; }
-  details { margin-top: 12px; } summary { cursor: pointer; }
 </style>
 </head>
 <body><main>
@@ -93,6 +82,11 @@ conversion at all; fast weights off shows what the rest of this model does alone
 (0 is exact). KL: what converting this layer alone does to the teacher.
 {% if report.kept_layers %}Grey: kept as softmax.{% endif %}</p></div>
 {% endif %}
+{% if plots.half_lives %}
+<h2>How long heads remember</h2>
+<div class="card"><img alt="half-life of each head" src="{{ plots.half_lives }}">
+<p class="quiet">A point for each head: after so many tokens half of what its fast weights hold is forgotten.</p></div>
+{% endif %}
 {% if report.decode %}
 <h2>Speed and memory with a growing context</h2>
 <div class="card scroll"><img alt="decode speed, prefill time and cache against context" src="{{ plots.decode }}">
@@ -132,6 +126,7 @@ def page(report: Mapping[str, Any]) -> str:
     }
     rows = [{"ratio": None, "kl": None, "agreement": None, "tokens": "-", **row} for row in quality_rows(report)]
     return environment.from_string(TEMPLATE).render(
+        style=PAGE,
         report=report,
         subtitle=subtitle(report),
         verdict=verdict(report.get("evaluation", {}).get("ratio")),

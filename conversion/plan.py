@@ -29,7 +29,7 @@ COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8, "extend": 5.0}
 STREAMS, ACTIVATIONS = 9, 40
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
-PASS = 1.5  # time of a forward pass over that of its products of matrices, SmolLM2-135M with 1 CPU core
+PASS = 1.5  # time of a forward pass over that of its products of matrices: assumed, not measured
 BATCH = 4  # sequences a step, where the recipe does not say
 
 

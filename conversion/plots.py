@@ -8,31 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fwp.card import TIMES, number
+from hf_fwp.look import FIGURES, OTHER, OURS, THEIRS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.typing import RcKeyType
-
-OURS, THEIRS, OTHER = "#0b6e4f", "#8d99a6", "#d08c2e"
-STYLE: dict[RcKeyType, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e8eb",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "hf_fwp",  # the same report gives the same file
-}
 
 
 def draw(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     """Each plot as the address of an image; None where the report (or the `rows` of its table) holds nothing for it."""
     from matplotlib import rc_context  # of the extra [demo]
 
-    with rc_context(STYLE):
+    with rc_context(FIGURES):
         return {
             "quality": _quality_plot(rows),
             "layers": _layers_plot(report),
+            "half_lives": _half_lives_plot(report),
             "decode": _decode_plot(report["decode"]) if report.get("decode") else None,
             "history": _history_plot(report.get("stages", {})),
         }
@@ -42,7 +32,7 @@ def _quality_plot(rows: Sequence[Mapping[str, Any]]) -> str | None:
     rows = [row for row in rows if row["ratio"] is not None][::-1]
     if len(rows) < 2:
         return None
-    figure = _figure((9, 0.55 + 0.42 * len(rows)))
+    figure = new_figure((9, 0.55 + 0.42 * len(rows)))
     axes = figure.subplots()
     colours = [{"model": OURS, None: THEIRS}.get(row.get("key"), OTHER) for row in rows]
     bars = axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color=colours, height=0.6, left=0)
@@ -61,7 +51,7 @@ def _layers_plot(report: Mapping[str, Any]) -> str | None:
     shown = [(label, values) for label, values in shown if values]
     if not shown:
         return None
-    figure = _figure((9, 2.3 * len(shown)))
+    figure = new_figure((9, 2.3 * len(shown)))
     kept = {int(layer) for layer in report.get("kept_layers", [])}
     last = report.get("num_layers", 1 + max(int(layer) for _, values in shown for layer in values)) - 1
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -78,10 +68,31 @@ def _layers_plot(report: Mapping[str, Any]) -> str | None:
     return _image(figure)
 
 
+def _half_lives_plot(report: Mapping[str, Any]) -> str | None:
+    """Every head's half-life over the layers, a colour for each time scale."""
+    points: dict[int, list[tuple[int, float]]] = {}
+    for layer, choice in report.get("choices", {}).items():
+        for scale, setting in enumerate(choice.get("time_scales", ())):
+            points.setdefault(scale, []).extend((int(layer), value) for value in setting.get("half_life", ()))
+    if not any(points.values()):
+        return None
+    figure = new_figure((9, 2.5))
+    axes = figure.subplots()
+    for scale, found in points.items():
+        offset = 0.3 * (scale - (len(points) - 1) / 2)  # side by side
+        layers, values = [layer + offset for layer, _ in found], [value for _, value in found]
+        axes.scatter(layers, values, s=14, alpha=0.5, color=(OURS, OTHER)[scale % 2], label=f"time scale {scale + 1}")
+    axes.set(xlabel="layer", ylabel="half-life (tokens)", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
+    return _image(figure)
+
+
 def _decode_plot(decode: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     from matplotlib.ticker import LogLocator
 
-    figure = _figure((9, 2.7))
+    figure = new_figure((9, 2.7))
     panels = (
         ("tokens_per_s", "decoded tokens per second", 1, "linear"),
         ("prefill_s", "seconds to read the context", 1, "log"),
@@ -111,19 +122,13 @@ def _history_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
     trained = {name: stage["history"] for name, stage in stages.items() if len(stage.get("history") or []) > 1}
     if not trained:
         return None
-    figure = _figure((9, 2.5))
+    figure = new_figure((9, 2.5))
     for axes, (name, history) in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained.items(), strict=True):
         measure = next(key for key in history[0] if key != "step")
         entries = [entry for entry in history if entry.get(measure) is not None]
         axes.plot([entry["step"] for entry in entries], [entry[measure] for entry in entries], color=OURS)
         axes.set(title=name, xlabel="step", ylabel=measure)
     return _image(figure)
-
-
-def _figure(width_height: tuple[float, float]) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot nothing global is touched, and no display is looked for
-
-    return Figure(figsize=width_height, layout="constrained")
 
 
 def _image(figure: Figure) -> str:

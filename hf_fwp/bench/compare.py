@@ -18,7 +18,8 @@ import rich.table
 Row = Mapping[str, Any]
 
 # What says that two rows are about the same thing.
-IDENTITY = tuple(["operator", "rule", "family", "task", "tokens", "context", "batch", "shape", "dtype", "what", "implementation"])
+SIZES = ("tokens", "context", "batch", "shape", "dtype")
+IDENTITY = ("operator", "rule", "family", "task", "what", *SIZES, "implementation")
 FLOOR, UNKNOWN = 0.05, 0.10
 VERDICTS = {-1: "worse", 0: "same", 1: "better"}
 

@@ -21,6 +21,7 @@ from typing import Any
 import rich.table
 import torch
 
+from ..look import FIGURES, new_figure
 from .cpu import commit as commit_of_checkout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -210,11 +211,16 @@ def write(result: Row, *, json: str | Path | None, plot: str | Path | None, titl
 
 def draw(result: Row, file: Path, title: str) -> None:
     """Milliseconds as bars, one group for everything that is comparable; the format is the file's ending."""
-    from matplotlib.figure import Figure
+    from matplotlib import rc_context
 
+    with rc_context(FIGURES):
+        _drawn(result, title).savefig(file)
+
+
+def _drawn(result: Row, title: str) -> Any:
     groups = list(dict.fromkeys(_group(row) for row in result["rows"]))
     names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
-    figure = Figure(figsize=(9, 1 + 0.18 * len(result["rows"])), layout="constrained")
+    figure = new_figure((9, 1 + 0.18 * len(result["rows"])))
     axes = figure.subplots()
     height = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -228,7 +234,7 @@ def draw(result: Row, file: Path, title: str) -> None:
     axes.invert_yaxis()
     axes.legend()
     axes.set_title(f"{title} on {result['machine']['device']}")
-    figure.savefig(file)
+    return figure
 
 
 def _group(row: Row) -> str:

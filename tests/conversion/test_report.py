@@ -15,6 +15,7 @@ from tiny import TEXTS, byte_tokenizer, tiny_llama
 from hf_fwp.card import bytes_shown, number
 from hf_fwp.conversion import report as reports
 from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.plots import draw
 from hf_fwp.conversion.report import license_of, measure, peak_memory, write_report
 
 HISTORY = [{"step": 1, "residual": 0.5}, {"step": 2, "residual": 0.3}]
@@ -165,6 +166,18 @@ def test_the_page_begins_with_the_answer(report, tmp_path):
 def test_any_part_may_be_missing(report, tmp_path, missing):
     write_report(tmp_path, {key: value for key, value in report.items() if key != missing})
     assert {file.name for file in tmp_path.iterdir()} == {"report.json", "report.html", "README.md"}
+
+
+def test_every_heads_half_life_is_drawn(report, tmp_path):
+    scales = [{"half_life": [2.0, 38.0]}, {"half_life": [4.0, 8.0]}]
+    drawn = [
+        draw({"choices": choices}, [])["half_lives"]
+        for choices in ({}, {1: {"residual": 0.1}}, {1: {"time_scales": scales[:1]}}, {"1": {"time_scales": scales}})
+    ]
+    assert drawn[:2] == [None, None]
+    assert len({*drawn[2:]}) == 2
+    write_report(tmp_path, {**report, "choices": {1: {"time_scales": scales}}})
+    assert drawn[3] in (tmp_path / "report.html").read_text()
 
 
 def test_an_empty_report_is_a_report(tmp_path):
