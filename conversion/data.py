@@ -154,7 +154,8 @@ def token_blocks(
 def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     text = document if isinstance(document, str) else _in_template(document, tokenizer)
     found: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    ids, end = list(found["input_ids"]), tokenizer.eos_token_id
+    ids: list[int] = list(found["input_ids"])
+    end: Any = tokenizer.eos_token_id
     ended = not isinstance(document, str) and ids[-1:] == [end]  # some templates end with it
     return ids if end is None or ended else [*ids, end]
 

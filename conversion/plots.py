@@ -83,7 +83,7 @@ def _half_lives_plot(report: Mapping[str, Any]) -> str | None:
         layers, values = [layer + offset for layer, _ in found], [value for _, value in found]
         axes.scatter(layers, values, s=14, alpha=0.5, color=(OURS, OTHER)[scale % 2], label=f"time scale {scale + 1}")
     axes.set(xlabel="layer", ylabel="half-life (tokens)", yscale="log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     return _image(figure)

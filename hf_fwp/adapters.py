@@ -59,7 +59,7 @@ def whole_adapter(folder: Path, base: str | None, *, token: str | None = None) -
     config = AutoConfig.from_pretrained(address, token=token)
     if not isinstance(config, WithAutoMap):
         raise ValueError(f"the base model {address} is a {config.model_type!r}, no model of this package")
-    given = PeftConfig.from_pretrained(folder)
+    given = PeftConfig.from_pretrained(str(folder))
     auto = AUTO.get(str(given.task_type)) or auto_class(config, (given.auto_mapping or {}).get("base_model_class"))
     given.base_model_name_or_path = None  # peft warns that the address is another
     with torch.device("meta"):
@@ -91,7 +91,8 @@ def check_adapter_weights(folder: Path, model: PeftModel) -> None:
 
 def adapter_card(adapter: Adapter, *, name: str, address: str) -> ModelCard:
     """README.md of an adapter: what it changes in which model, and how both are loaded from `address`."""
-    kind = str(adapter.model.peft_config["default"].peft_type.value)
+    method: Any = adapter.model.peft_config["default"].peft_type
+    kind = str(method.value)
     inner: Any = adapter.model.get_base_model()
     front = ModelCardData(
         base_model=adapter.base,

@@ -371,8 +371,8 @@ class FastWeightLayer(nn.Module):
         reach = 2.0 if self.options.allow_neg_eigval else 1.0
         rates |= {name: scaled(rates[name], reach) for name in ("beta", "erase") if name in rates}
         if self.projects("beta"):
-            b_BTS = self.b_proj(x_BTD) if b_BTS is None else b_BTS
-            rates["beta"] = Rate(b_BTS.unflatten(-1, (self.writes, -1)).mT if self.rule.writes else b_BTS, reach)
+            raw_BTS: Tensor = self.b_proj(x_BTD) if b_BTS is None else b_BTS
+            rates["beta"] = Rate(raw_BTS.unflatten(-1, (self.writes, -1)).mT if self.rule.writes else raw_BTS, reach)
         if self.projects("g"):
             rates["g"] = Decay(self.a_proj(x_BTD), self.A_log, self.dt_bias)
         return rates if raw else {name: value_of(rate) for name, rate in rates.items()}

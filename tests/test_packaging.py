@@ -122,7 +122,10 @@ def test_installed_from_the_wheel(checkout, environment, tmp_path):
     assert Path(inside["conversion"]).samefile(checkout / "conversion" / "data.py")
 
 
-@pytest.mark.parametrize("mode", EDITABLE)
+MODES = ["editable", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("compat", "strict"))]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_installed_editable(mode, checkout, environment, tmp_path):
     settings = [word for setting in EDITABLE[mode] for word in ("--config-settings", setting)]
     install = (

@@ -52,7 +52,8 @@ def bench_serve(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows: dict[int, dict[str, Any]] = {length: {"context": length, "batch": batch} for length in contexts}
     for prefix, source in (("", model), ("teacher_", against)):
-        loaded = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto").to(place).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
+        loaded = loaded.to(place).eval()
         for length, row in rows.items():
             measured = time_model(loaded, length, batch=batch, new_tokens=new_tokens, repeats=repeats)
             row |= {f"{prefix}{name}": value for name, value in measured.items()}

@@ -61,7 +61,7 @@ class DecodeStep(nn.Module):
         shapes += [{0: batch, 2: past} if grows(state) else {0: batch} for state in self.initial.values()]
         dynamic = {"input_ids": shapes[0], "position_ids": shapes[1], "states": tuple(shapes[2:])}
         # asserted when it runs: of grouped keys it cannot see that min(8 + 8T, 16 + 16T) is 8 + 8T
-        late = {"prefer_deferred_runtime_asserts_over_guards": True}
+        late: Any = {"prefer_deferred_runtime_asserts_over_guards": True}
         with torch.no_grad():
             return torch.export.export(self, inputs, dynamic_shapes=dynamic, strict=False, **late)
 

@@ -45,7 +45,8 @@ def write(model: Any, folder: Path) -> None:
     assert written is not None
     folder.mkdir(parents=True, exist_ok=True)
     written.save(folder / STEP)
-    np.savez(folder / INITIAL, **{name: state.cpu().numpy() for name, state in step.initial.items()})
+    initial: Any = {name: state.cpu().numpy() for name, state in step.initial.items()}
+    np.savez(folder / INITIAL, **initial)
 
 
 class OnnxDecoder:
@@ -81,7 +82,8 @@ class OnnxDecoder:
         """One token of every row: its logits [B, V], and the states after it."""
         ids_B1 = np.asarray(token_B, dtype=np.int64)[:, None]
         given = {"input_ids": ids_B1, "position_ids": np.full_like(ids_B1, position), **states}
-        logits_BV, *after = self.session.run(None, {name: x for name, x in given.items() if name in self.asked})
+        found: Any = self.session.run(None, {name: x for name, x in given.items() if name in self.asked})
+        logits_BV, *after = found
         return logits_BV, dict(zip(states, after, strict=True))
 
     def generate(

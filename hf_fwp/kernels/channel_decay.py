@@ -295,6 +295,7 @@ def chunked(
         g, a_log, dt_bias, lowest = g.logits, g.A_log, g.dt_bias, g.lower_bound or 0.0
     tensors = (q, k, v, erase, write, beta, g, a_log, dt_bias, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    settings = Form(float(scale), *map(float, ranges), float(lowest), erase_gates, l2norm, across)
+    erase_range, write_range, beta_range = map(float, ranges)
+    settings = Form(float(scale), erase_range, write_range, beta_range, float(lowest), erase_gates, l2norm, across)
     out, final, *_ = channel_decay_forward(*tensors, mask, cu_seqlens, *settings, keep)
     return out, final

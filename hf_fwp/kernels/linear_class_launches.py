@@ -185,6 +185,7 @@ class Call(NamedTuple):
     def _carried(self, carry: Any, given: Sequence[Tensor | None], end: Tensor, backwards: bool) -> Tensor:
         """One program for every sequence, value head and tile of value columns."""
         _, start, added, _ = given
+        assert added is not None
         between, width = torch.empty_like(added), self.width(CARRY)
         programs = self.sizes.sequences * self.constants["HV"] * pieces(self.constants["V"], width)
         flags = {"HAS_START": start is not None, "BACKWARDS": backwards}

@@ -213,7 +213,7 @@ def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def solve_dot(t, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """T x or Tᵀ x. Operands of 8 bits would lose here what correlated keys leave of a value: they have 11 at least."""
-    how: tl.constexpr = "tf32" if tl.float32 != DOT and PRECISION == "tf32x3" else PRECISION
+    how: tl.constexpr = "tf32" if tl.float32 != DOT and PRECISION == "tf32x3" else PRECISION  # pyright: ignore[reportAssignmentType] Triton makes it one
     return tl.dot(t.to(tl.float32), x.to(tl.float32), input_precision=how, out_dtype=tl.float32)
 
 

@@ -19,6 +19,7 @@ is one number per head, chunked.py does the same faster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def run_kernels(
     q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
     tensors = (q.to(word), form.w.to(word), form.u.to(word))
     erase = form.erase if form.e is form.w else form.e.to(word)
-    rates = {"erase": erase, "write": form.write, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
+    rates: Any = {"erase": erase, "write": form.write, "beta": form.rate, "g": form.g, "cu_seqlens": cu_seqlens}
     rates["erase_gates"] = form.erase is not None
     call = {"state": state_BHKV, "mask": mask, "scale": scale, "l2norm": l2norm, "across": form.transposed}
     from ..kernels.channel_decay import chunked

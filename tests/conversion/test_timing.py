@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 import tiny
 
 from hf_fwp.conversion.timing import bench_convert
 
 
+@pytest.mark.slow
 def test_a_conversion_is_timed_stage_by_stage(tmp_path, capsys):
     teacher = tiny.teacher_folder(tmp_path / "teacher")
     (tmp_path / "corpus.txt").write_text("\n".join(tiny.TEXTS * 8))

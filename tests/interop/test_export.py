@@ -158,6 +158,7 @@ def test_the_package_wins_and_saves_the_code_again(folder, tmp_path):
     assert maps[0] == maps[1] == bundle.auto_map_of(model.config)
 
 
+@pytest.mark.slow
 def test_the_package_is_used_where_it_is_installed_and_not_imported(folders, tmp_path):
     look = f"""
 import sys

@@ -47,6 +47,7 @@ def test_every_kind_of_rule_can_be_scored(rule, name):
     assert all(0 <= share <= 1 for share in found.values())
 
 
+@pytest.mark.slow
 def test_reflections_count():
     """Transitions that reach the eigenvalue -1 learn parity; a sum does not (Grazzi et al. 2024)."""
     steps = {"steps": 150, "seed": 0}
