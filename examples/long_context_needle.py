@@ -4,6 +4,17 @@ The model is trained on short texts and asked in longer ones, read in pieces fro
 the states, however long the text (task after Hsieh et al. 2024, arXiv 2404.06654, with single tokens as words).
 
     python examples/long_context_needle.py
+
+needles found: one seed (nothing is published at this size)
+
+|                  | 64 tokens | 256 tokens | 1024 tokens | 4096 tokens |
+|------------------|-----------|------------|-------------|-------------|
+| linear_attention | 1.000     | 1.000      | 0.188       | 0.000       |
+| delta_net        | 0.984     | 1.000      | 0.984       | 0.484       |
+| gated_delta_net  | 1.000     | 0.984      | 0.828       | 0.438       |
+
+Trained on 64 tokens. Took 418 s of one core (636 s on the clock: a machine of 2 Intel Xeon cores busy with other
+work), torch 2.13.
 """
 
 from collections import defaultdict
@@ -36,7 +47,7 @@ def main(
     trained: int = 64,
     width: int = 64,
     heads: int = 4,
-    steps: int = 600,
+    steps: int = 1200,
     batch: int = 32,
     seeds: int = 1,
     tests: int = 64,
@@ -56,7 +67,7 @@ def main(
             def texts(count: int, length: int, draw: torch.Generator = draw):
                 return tuple(part.to(device) for part in needle(count, length, symbols=SYMBOLS, generator=draw))
 
-            fit(model, lambda: texts(batch, trained), steps=steps, learning_rate=3e-3)
+            fit(model, lambda: texts(batch, trained), steps=steps, learning_rate=1e-3)
             model.eval()
             for length in map(int, lengths.split(",")):
                 tokens, labels = texts(tests, length)

@@ -3,7 +3,17 @@
 A small model reads pairs of key and value, then each key once more among random tokens, and names its value (Arora et
 al. 2023, arXiv 2312.04927; there up to 512 tokens and 64 pairs, here shorter and smaller).
 
-    python examples/mqar.py
+    python examples/mqar.py --rules linear_attention,delta_net,full_attention
+
+right answers: one seed (Arora et al. show curves at other sizes)
+
+|                  | 4 pairs | 8 pairs |
+|------------------|---------|---------|
+| linear_attention | 0.247   | 0.130   |
+| delta_net        | 0.982   | 0.988   |
+| full_attention   | 1.000   | 1.000   |
+
+Took 512 s of one core (738 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
 """
 
 from collections import defaultdict
@@ -21,11 +31,11 @@ RULES = "linear_attention,delta_net,gated_delta_net,full_attention"
 
 def main(
     rules: str = RULES,
-    pairs: str = "4,8,16",
-    length: int = 128,
+    pairs: str = "4,8",
+    length: int = 64,
     width: int = 64,
     heads: int = 2,
-    steps: int = 600,
+    steps: int = 1200,
     batch: int = 32,
     seeds: int = 1,
     tests: int = 256,
@@ -55,7 +65,7 @@ def main(
                     task = mqar(number, length, pairs=count, vocabulary=128, generator=draw)
                     return tuple(part.to(device) for part in task)
 
-                fit(model, lambda: sequences(batch), steps=steps, learning_rate=3e-3)
+                fit(model, lambda: sequences(batch), steps=steps, learning_rate=1e-3)
                 share = right_answers(model, sequences(tests)).nanmean().item()
                 measured[rule, f"{count} pairs"].append(share)
     print_beside("right answers", measured, {}, source="Arora et al. 2023 show curves at other sizes")

@@ -73,7 +73,7 @@ def bench_tasks(
     rules: Annotated[str, typer.Option(help="Names of rules, with commas between; full_attention too.")] = ",".join(
         ("full_attention", "linear_attention", "delta_net", "gated_delta_net")
     ),
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 400,
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Trainings of each, for mean and spread.")] = 1,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write every score to this file; a run that finds it goes on from it.")
