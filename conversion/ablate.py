@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.files import write_whole
 from hf_fwp.hosts.options import graft_defaults
 from hf_fwp.options import MixerOptions
 
@@ -30,7 +31,7 @@ from .convert import convert
 from .keep import Keep, kept_count, kept_layers
 from .plan import Plan, estimate, within
 from .recipes import TRAINING, Recipe, find_recipe
-from .report import plain, write_whole
+from .report import plain
 from .teacher import Teacher, load_teacher
 
 AS_IT_IS = "as it is"
@@ -155,7 +156,6 @@ def ablate(
         if not _is_there(file, run, told):
             Console(stderr=True).print(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}", highlight=False)
             result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
     rows = rows_of([json.loads((place / f"{run.name}.json").read_text()) for run in runs])
     write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))

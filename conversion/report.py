@@ -35,7 +35,6 @@ import platform
 import re
 import struct
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_fwp.card import commit, model_card
+from hf_fwp.files import write_whole
 
 from .baselines import baselines
 from .evaluate import PROMPTS, compare, decode_speed, forward_of, heldout_blocks, residuals, samples
@@ -139,14 +139,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write to a neighbour and rename: nobody ever sees half a file."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # a temporary file is for its owner only
-    os.replace(file.name, path)
 
 
 def hub_id(teacher: str) -> str | None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_fwp.bench.cpu import bench_cpu, markdown
+from hf_fwp.files import write_whole
 
 from .convert import convert
 from .data import brown
 from .evaluate import evaluate
-from .report import write_whole
 from .teacher import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.files import write_whole
+
 from .plan import Plan
 from .report import write_report
 
@@ -107,10 +109,7 @@ def begin(work: Path, plan: Plan, *, resume: bool) -> None:
                 f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
             )
         return
-    work.mkdir(parents=True, exist_ok=True)
-    unfinished = work / "plan.json.unfinished"
-    unfinished.write_text(json.dumps(plan.as_json(), indent=2))
-    unfinished.rename(file)
+    write_whole(file, json.dumps(plan.as_json(), indent=2))
 
 
 def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:

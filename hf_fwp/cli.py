@@ -15,13 +15,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
-from hf_fwp.bench.commands import bench, parse_keep, reports_errors
+from hf_fwp.bench.commands import bench
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
+from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, reports_errors, show, show_rows
 
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
@@ -318,54 +317,6 @@ def export(
 def conversion(module: str, name: str | None = None) -> Any:
     """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
     return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)
-
-
-def parse_layers(text: str) -> list[int]:
-    """`0,3,5`: indices of layers."""
-    try:
-        return [int(layer) for layer in text.split(",") if layer.strip()]
-    except ValueError as fault:
-        raise ValueError(f"cannot read --layers {text!r}; give indices of layers: 0,3,5") from fault
-
-
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """The torch dtype called `name`."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in dtypes:
-        raise ValueError(f"unknown dtype {name!r}; the dtypes are {', '.join(dtypes)}")
-    return None if name is None else dtypes[name]
-
-
-def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> None:
-    """A result for a machine, or as one table for a person."""
-    if as_json:
-        sys.stdout.write(json_format.dumps(result, indent=2, default=str) + "\n")
-        return
-    table = Table("", "", title=title, title_justify="left", show_header=False)
-    for name, value in flat(result):
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...]) -> None:
-    """A table with one line for each name, of some columns."""
-    table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
-    for name, row in rows.items():
-        table.add_row(name, *(row[column] for column in columns))
-    Console().print(table)
-
-
-def flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Rows of a nested result: names joined by dots, numbers with four digits, lists in one line."""
-    rows = []
-    for name, value in result.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            rows.append((prefix + name, ", ".join(map(str, value))))
-        else:
-            rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
-    return rows
 
 
 if __name__ == "__main__":

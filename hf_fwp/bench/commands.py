@@ -1,52 +1,19 @@
 """The commands `hf-fwp bench ...`: each is one public Python function with the same argument names."""
 
-import functools
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-P = ParamSpec("P")
+from ..terminal import parse_keep, reports_errors
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
 Commit = Annotated[str | None, typer.Option(help="Name of this version, for a checkout without its history.")]
 
 bench = typer.Typer(help="Time operators on this machine, see what rules can learn.", invoke_without_command=True)
-
-
-def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
-
-    @functools.wraps(command)
-    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as fault:
-            sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
-            raise typer.Exit(2) from fault
-        except KeyboardInterrupt as stop:
-            sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
-            raise typer.Exit(130) from stop
-
-    return reporting
-
-
-def parse_keep(text: str) -> float | int | list[int] | str:
-    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
-    if text.startswith("uniform:"):
-        return text
-    try:
-        if "," in text:
-            return [int(layer) for layer in text.split(",") if layer.strip()]
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError as fault:
-        raise ValueError(
-            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
-        ) from fault
 
 
 @bench.callback()
@@ -70,9 +37,7 @@ def bench_group(
 @bench.command(name="tasks")
 @reports_errors
 def bench_tasks(
-    rules: Annotated[str, typer.Option(help="Names of rules, with commas between; full_attention too.")] = ",".join(
-        ("full_attention", "linear_attention", "delta_net", "gated_delta_net")
-    ),
+    rules: Annotated[str | None, typer.Option(help="Names of rules, with commas between; full_attention too.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each training.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Trainings of each, for mean and spread.")] = 1,
     json: Annotated[
@@ -82,7 +47,8 @@ def bench_tasks(
 ) -> None:
     """Train small models on parity, recall and retrieval, and ask them beyond what they were trained on."""
     bench = importlib.import_module("hf_fwp.bench.scores").bench_tasks
-    bench(rules=[rule for rule in rules.split(",") if rule], steps=steps, seeds=seeds, json=json, plot=plot)
+    named = {} if rules is None else {"rules": [rule for rule in rules.split(",") if rule]}
+    bench(**named, steps=steps, seeds=seeds, json=json, plot=plot)
 
 
 @bench.command(name="convert")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json as jsonlib
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -22,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..card import commit
 from ..ops import gated_delta_rule
 
 # B, T, H, D
@@ -138,17 +138,6 @@ def machine(threads: int) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a mark when files differ from it; None for an installed package."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def cpu_name() -> str:

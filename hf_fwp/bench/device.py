@@ -21,8 +21,8 @@ from typing import Any
 import rich.table
 import torch
 
+from ..card import commit as commit_of_checkout
 from ..look import FIGURES, new_figure
-from .cpu import commit as commit_of_checkout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]

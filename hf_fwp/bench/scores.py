@@ -26,10 +26,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
+from ..card import commit
 from ..configuration import FwpConfig
+from ..files import write_whole
 from ..rules import RULES
 from . import tasks
-from .cpu import commit, cpu_name
+from .cpu import cpu_name
 from .learning import fit, right_answers
 
 Make = Callable[[int, torch.Generator], tasks.Tokens]
@@ -113,7 +115,7 @@ def bench_tasks(
         scores = [scored(rule, name, steps=steps, seed=seed) for seed in range(seeds)]
         result["rows"] += [_row(rule, asked, [found[asked] for found in scores]) for asked in TASKS[name].asked]
         if json is not None:
-            _write(json, result)
+            write_whole(Path(json), jsonlib.dumps(result, indent=2) + "\n")
     rich.print(table(result))
     if plot is not None:
         draw(result, Path(plot))
@@ -162,12 +164,6 @@ def _started(json: str | Path | None, settings: Mapping[str, Any]) -> dict[str, 
 
 def _known(rows: Sequence[Mapping[str, Any]], rule: str, name: str) -> bool:
     return {(rule, asked) for asked in TASKS[name].asked} <= {(row["rule"], row["task"]) for row in rows}
-
-
-def _write(json: str | Path, result: Mapping[str, Any]) -> None:
-    unfinished = Path(f"{json}.part")
-    unfinished.write_text(jsonlib.dumps(result, indent=2) + "\n")
-    unfinished.replace(json)
 
 
 def table(result: Mapping[str, Any]) -> rich.table.Table:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..files import write_whole
 from ..layer import FastWeightLayer, layers_of
 from .lens import Lens, finding_lens
 from .measures import LayerView, measure
@@ -60,10 +61,7 @@ class Inspection:
 
     def save(self, path: str | Path) -> None:
         """Write the page, whole or not at all."""
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(self.html())
-        unfinished.replace(path)
+        write_whole(Path(path), self.html())
 
     def figure(self, layer: int, head: int = 0) -> Figure:
         """One head for a notebook or a paper. Raises ValueError for a layer or a head that is not there."""

@@ -55,7 +55,8 @@ def _map(axes: Axes, weights_TT: Tensor, title: str) -> None:
 
 def _lines(axes: Axes, view: LayerView, head: int) -> None:
     ranks = axes.twinx()
-    for (name, state), colour in zip(view.states.items(), (OURS, OTHER, THEIRS), strict=False):
+    for number, (name, state) in enumerate(view.states.items()):
+        colour = (OURS, OTHER, THEIRS)[number % 3]
         axes.plot(_of_head(state.norm_TS, view, head), color=colour, label=f"norm of {name}")
         rank = _of_head(state.rank_PS, view, head)
         ranks.plot(state.positions, rank, color=colour, linestyle=":", label=f"effective rank of {name} (right)")

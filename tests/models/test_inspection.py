@@ -61,8 +61,7 @@ def test_every_rule_can_be_looked_into(kind):
         for state in view.states.values():
             assert (state.norm_TS > 0).any()
             assert (state.rank_PS >= 0).all()
-            assert state.rank_PS.max() <= min(len(IDS), 1e9) + 1e-3 or view.rule not in LINEAR_IN_VALUES
-        assert "</script" not in found.html().split('type="application/json">')[1].split("</script>")[0]
+            assert state.rank_PS.max() <= min(state.singular_PSN.shape[-1], measures.SINGULAR_VALUES) + 1e-3
 
 
 def test_converted_models_are_shown_beside_their_teacher():
@@ -221,6 +220,19 @@ def test_the_page_in_a_browser(tmp_path):
     titles = re.findall(r'<span title="([-+.e\d]+)"', other.split('id="fast"')[1].split("</div>")[0])
     step = float(found.layers[2].attention_RTT[1].abs().max()) / LEVELS
     assert torch.allclose(torch.tensor([float(x) for x in titles]), weights[:5], atol=step)
+
+
+def test_a_text_cannot_end_the_script_that_holds_it():
+    class Hostile:
+        def decode(self, ids):
+            return "</script><b>"
+
+        def batch_decode(self, rows):
+            return [self.decode(row) for row in rows]
+
+    plain, hostile = (look(tiny_model(dtype=torch.float32), tokenizer=x).html() for x in (None, Hostile()))
+    assert hostile.count("</script") == plain.count("</script")
+    assert "\\u003c/script>" in hostile
 
 
 def test_the_summary_is_json():

@@ -1,0 +1,93 @@
+"""How the command line reads what a user typed, and shows what a function gave back."""
+
+import functools
+import json as json_format
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+P = ParamSpec("P")
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
+
+    @functools.wraps(command)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as fault:
+            sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
+            raise typer.Exit(2) from fault
+        except KeyboardInterrupt as stop:
+            sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
+            raise typer.Exit(130) from stop
+
+    return reporting
+
+
+def parse_keep(text: str) -> float | int | list[int] | str:
+    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
+    if text.startswith("uniform:"):
+        return text
+    try:
+        if "," in text:
+            return [int(layer) for layer in text.split(",") if layer.strip()]
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as fault:
+        raise ValueError(
+            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
+        ) from fault
+
+
+def parse_layers(text: str) -> list[int]:
+    """`0,3,5`: indices of layers."""
+    try:
+        return [int(layer) for layer in text.split(",") if layer.strip()]
+    except ValueError as fault:
+        raise ValueError(f"cannot read --layers {text!r}; give indices of layers: 0,3,5") from fault
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype called `name`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise ValueError(f"unknown dtype {name!r}; the dtypes are {', '.join(dtypes)}")
+    return None if name is None else dtypes[name]
+
+
+def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> None:
+    """A result for a machine, or as one table for a person."""
+    if as_json:
+        sys.stdout.write(json_format.dumps(result, indent=2, default=str) + "\n")
+        return
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in flat(result):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...]) -> None:
+    """A table with one line for each name, of some columns."""
+    table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
+    for name, row in rows.items():
+        table.add_row(name, *(row[column] for column in columns))
+    Console().print(table)
+
+
+def flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of a nested result: names joined by dots, numbers with four digits, lists in one line."""
+    rows = []
+    for name, value in result.items():
+        if isinstance(value, dict):
+            rows += flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            rows.append((prefix + name, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return rows
