@@ -13,8 +13,10 @@ A finished stage is saved beside `output`, in `output`.partial, until the finish
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +187,9 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
     recipe = run.plan.recipe
     if recipe.align_tokens and converted_layers(student.config):
         student = run.stage("align", student, lambda: _aligned(run, student))
-    if recipe.distil_tokens:
-        student = run.stage("distil", student, lambda: _distilled(run, student))
-    if recipe.extend_tokens:
-        student = run.stage("extend", student, lambda: _extended(run, student))
+    for name, train in {"distil": partial(distil, teacher=run.teacher), "extend": extend}.items():
+        if getattr(recipe, f"{name}_tokens"):
+            student = run.stage(name, student, partial(_trained, run, student, name, train))
     run.report |= {
         "kept_layers": [i for i in range(run.plan.num_layers) if i not in converted_layers(student.config)],
         "peak_memory_bytes": peak_memory(),
@@ -266,38 +267,21 @@ def _aligned(run: Run, student: PreTrainedModel) -> PreTrainedModel:
     return student
 
 
-def _distilled(run: Run, student: PreTrainedModel) -> PreTrainedModel:
+def _trained(run: Run, student: PreTrainedModel, name: str, train: Callable[..., dict[str, Any]]) -> PreTrainedModel:
+    """The whole student after a stage of gradient steps."""
     if run.share:
         _own_weights(student)
-    blocks, settings = run.blocks["distil"], run.plan.recipe.distil
-    log = distil(
+    blocks = run.blocks[name]
+    log = train(
         student,
-        run.teacher,
-        blocks,
-        output_dir=None if run.work is None else run.work / "distil.steps",
+        ids_NT=blocks,
+        output_dir=None if run.work is None else run.work / f"{name}.steps",
         resume=True,
         seed=run.plan.seed,
         progress=run.progress,
-        **settings,
+        **getattr(run.plan.recipe, name),
     )
-    run.report["stages"]["distil"] = {"tokens": blocks.numel(), **log}
-    return student
-
-
-def _extended(run: Run, student: PreTrainedModel) -> PreTrainedModel:
-    if run.share:
-        _own_weights(student)
-    blocks = run.blocks["extend"]
-    log = extend(
-        student,
-        blocks,
-        output_dir=None if run.work is None else run.work / "extend.steps",
-        resume=True,
-        seed=run.plan.seed,
-        progress=run.progress,
-        **run.plan.recipe.extend,
-    )
-    run.report["stages"]["extend"] = {"tokens": blocks.numel(), **log}
+    run.report["stages"][name] = {"tokens": blocks.numel(), **log}
     return student
 
 

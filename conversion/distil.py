@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -66,10 +66,7 @@ def distil(
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
     check_student(student, teacher)
-    if lora is not None:
-        from peft import LoraConfig  # 2 s: only for those who ask for it
-
-        peft_config = LoraConfig(**lora)
+    peft_config = peft_config if lora is None else lora_config(lora)
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < batch_size:
         raise ValueError(f"{len(ids_NT)} sequences are not one step of {batch_size}; give more text or fewer a step")
@@ -93,15 +90,7 @@ def distil(
             seed=seed,
             progress=progress,
         )
-        model: Any = student
-        if peft_config is None:
-            mixers = {id(p) for mixer in layers_of(student).values() for p in mixer.parameters()}
-            for parameter in parameters:
-                parameter.requires_grad_(bool(lr if id(parameter) in mixers else lr_rest))
-        else:
-            from peft import get_peft_model  # 2 s: only for those who ask for it
-
-            model = get_peft_model(student, peft_config)
+        model = learning(student, parameters, peft_config, lr=lr, lr_rest=lr_rest)
         trainer = DistilTrainer(
             model,
             args,
@@ -122,6 +111,26 @@ def distil(
     history = [{"step": e["step"], measure: e["loss"]} for e in trainer.state.log_history if "loss" in e]
     tokens = steps * batch_size * ids_NT.shape[1]
     return {"steps": steps, "tokens": tokens, "seconds": trainer.seconds, "history": history}
+
+
+def lora_config(settings: Mapping[str, Any]) -> Any:
+    from peft import LoraConfig  # 2 s: only for those who ask for it
+
+    return LoraConfig(**settings)
+
+
+def learning(
+    student: PreTrainedModel, parameters: Iterable[Tensor], peft_config: Any, *, lr: float, lr_rest: float
+) -> Any:
+    """The student with all that learns marked, or inside of its adapter."""
+    if peft_config is not None:
+        from peft import get_peft_model  # 2 s: only for those who ask for it
+
+        return get_peft_model(student, peft_config)
+    mixers = {id(p) for mixer in layers_of(student).values() for p in mixer.parameters()}
+    for parameter in parameters:
+        parameter.requires_grad_(bool(lr if id(parameter) in mixers else lr_rest))
+    return student
 
 
 def training_arguments(

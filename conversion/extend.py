@@ -8,7 +8,6 @@ No teacher: its own context may be shorter. For chat data only what the assistan
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,47 +24,29 @@ def extend(
     student: PreTrainedModel,
     ids_NT: Tensor,
     *,
-    labels_NT: Tensor | None = None,
-    steps: int | None = None,
     batch_size: int = 1,
     lr: float = 1e-5,
     lr_rest: float = 1e-5,
     lr_end: float = 0.1,
-    warmup: float = 0.05,
-    output_dir: Path | None = None,
-    resume: bool = False,
-    save_every: int = 50,
-    bf16: bool | None = None,
     gradient_checkpointing: bool = True,
-    lora: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train `student` by cross-entropy on the token blocks ids_NT (4096 to 16384 long); returns the history.
 
-    `labels_NT`: -100 where a token does not count, else the token. Everything else is as in distil; what is in memory
-    of a step grows with the sequence, so that blocks of the model are computed again in backward.
+    `settings` are those of distil, `labels_NT` among them: -100 where a token does not count, else the token. What is
+    in memory of a step grows with the sequence, so that blocks of the model are computed again in backward.
     """
     return distil(
         student,
         None,
         ids_NT,
-        labels_NT=labels_NT,
         losses=LOSSES,
-        steps=steps,
         batch_size=batch_size,
         lr=lr,
         lr_rest=lr_rest,
         lr_end=lr_end,
-        warmup=warmup,
-        output_dir=output_dir,
-        resume=resume,
-        save_every=save_every,
-        bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
-        lora=lora,
-        seed=seed,
-        progress=progress,
+        **settings,
     )
 
 

@@ -9,7 +9,8 @@ import json as jsonlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,24 @@ def bench_cpu(
         raise ValueError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
     if repeats < 1 or threads < 1:
         raise ValueError(f"repeats is {repeats} and threads {threads}; both must be at least 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         rows = [row for name in dtypes for shape in shapes for row in time_shape(shape, name, repeats)]
-    finally:
-        torch.set_num_threads(before)
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
     rich.print(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    """So many threads, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def time_shape(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> list[dict[str, Any]]:

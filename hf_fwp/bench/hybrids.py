@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..interop.hybrids import patch_hybrids
-from .cpu import in_turns, machine
+from .cpu import in_turns, machine, threads_of_torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -76,12 +76,8 @@ def bench_hybrids(
         raise ValueError(f"unknown family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
     if min(tokens, repeats, threads) < 1:
         raise ValueError(f"tokens is {tokens}, repeats {repeats} and threads {threads}; each must be at least 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         rows = [row for family in families for row in time_family(family, tokens, repeats)]
-    finally:
-        torch.set_num_threads(before)
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
     rich.print(table(result))
     if json is not None:
