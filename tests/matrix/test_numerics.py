@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from every_model import every_model
-from tiny_fwp import assert_close, tiny_model, tokens
+from every_model import CONVERTED, every_model
+from tiny_fwp import assert_close, tokens
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -101,7 +101,7 @@ def test_states_are_float32_under_bf16_weights(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("kind", [*RULES, *CONVERTED])
 @torch.no_grad()
 def test_8192_tokens_in_bf16_drift_no_more_than_their_start(kind):
     """The error of the last tokens against float32 is that of the first, up to chance.
@@ -109,8 +109,9 @@ def test_8192_tokens_in_bf16_drift_no_more_than_their_start(kind):
     A rule that feeds its own reads back may be unstable: then rounding nothing but the embeddings moves it as far.
     """
     ids = tokens(1, 8192)
-    config = {"num_hidden_layers": 1, "initializer_range": 0.02}
-    narrow, wide = (tiny_model(kind, dtype=dtype, **config) for dtype in (torch.bfloat16, torch.float32))
+    one_layer = {"num_hidden_layers": 1, "initializer_range": 0.02}
+    config = {"max_position_embeddings": 8192} if kind in CONVERTED else one_layer
+    narrow, wide = (every_model(kind, dtype=dtype, **config) for dtype in (torch.bfloat16, torch.float32))
     wide.load_state_dict({key: x.float() for key, x in narrow.state_dict().items()})
     exact, embeds = wide(ids).logits, wide.get_input_embeddings()(ids)
     noise = 2 * torch.rand(3, *embeds.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
