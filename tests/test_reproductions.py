@@ -70,14 +70,14 @@ def test_the_delta_rule_replaces_what_a_sum_can_only_add_to():
 
 @pytest.mark.slow
 def test_parity_needs_negative_eigenvalues():
-    measured = main("parity")(seeds=1)
+    measured = main("parity")(seeds=1, steps=300)
     assert measured["β in (0, 2)", "40-256"][0] > 0.4
     assert abs(measured["β in (0, 1)", "129-256"][0]) < 0.1
 
 
 @pytest.mark.slow
 def test_one_layer_tracks_s3_with_two_reflections_and_negative_eigenvalues_only():
-    measured = main("group_words")(seeds=1)
+    measured = main("group_words")(seeds=1, steps=500)
     right = {row: values[0] for (row, column), values in measured.items() if column == "9-16"}
     assert right.pop("n_h=2, β in (0, 2)") > 0.4
     assert max(right.values()) < 0.3
