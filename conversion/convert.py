@@ -31,9 +31,9 @@ from hf_fwp.layer import layers_of
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
-from .data import demo_corpus, read_data, token_blocks
+from .data import demo_corpus, read_data
 from .distil import distil
-from .extend import extend
+from .extend import LOSSES, extend
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .offload import LAYERS, finish_offloaded
@@ -43,6 +43,7 @@ from .report import environment, measure, peak_memory
 from .run import Run, as_begun, begin, check_output, fingerprint
 from .solve import solve
 from .teacher import Teacher, load_teacher
+from .tokens import IGNORED, labelled_blocks, token_blocks
 
 REPORT_TOKENS = 4096
 
@@ -157,7 +158,12 @@ def _texts(data: Any) -> tuple[Any, Any]:
 
 
 def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own."""
+    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own.
+
+    Where conversations are learned from by cross-entropy, "extend.labels" are the labels of "extend", -100 for all but
+    what the assistant says; so for distil. A KL counts every token: the teacher's answer to a question's words is as
+    good a lesson as any.
+    """
     recipe, length = plan.recipe, plan.recipe.sequence_length
     report_tokens = recipe.report.get("tokens", REPORT_TOKENS)
     counts = {
@@ -170,16 +176,30 @@ def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizer
     }
     used = sum(counts.values()) * length
     longer = -(-recipe.extend_tokens // recipe.extend_length) * recipe.extend_length
-    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=used + longer)
-    ids_NT, rest_NT = ids_NT.split([used // length, len(ids_NT) - used // length])
     # documents are long: without a shuffle a stage would read few of them
-    order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
-    parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
-    if longer:
-        parts["extend"] = rest_NT.flatten()[:longer].view(-1, recipe.extend_length)
+    order = torch.randperm(used // length, generator=torch.Generator().manual_seed(plan.seed))
+
+    def shared(blocks_NT: Tensor) -> dict[str, Tensor]:
+        parts = dict(zip(counts, blocks_NT[order].split(list(counts.values())), strict=True))
+        extend_NT = blocks_NT[len(order) :].flatten()[:longer].view(-1, recipe.extend_length)
+        return {**parts, "extend": extend_NT} if longer else parts
+
+    imitating = [stage for stage in ("distil", "extend") if _imitates(recipe, stage)]
+    ids_NT, labels_NT = labelled_blocks(
+        train, tokenizer, sequence_length=length, tokens=used + longer, labelled=bool(imitating)
+    )
+    parts = shared(ids_NT)
+    if labels_NT is not None:
+        parts |= {f"{stage}.labels": labels for stage, labels in shared(labels_NT).items() if stage in imitating}
     if heldout is not None:
         parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
     return parts
+
+
+def _imitates(recipe: Recipe, stage: str) -> bool:
+    """Whether a stage takes place and learns to say what the text says."""
+    losses: Any = LOSSES if stage == "extend" else getattr(recipe, stage).get("losses", ())
+    return bool(getattr(recipe, f"{stage}_tokens")) and "cross_entropy" in losses
 
 
 def _finish(run: Run, output: Path | None) -> PreTrainedModel:
@@ -271,17 +291,19 @@ def _trained(run: Run, student: PreTrainedModel, name: str, train: Callable[...,
     """The whole student after a stage of gradient steps."""
     if run.share:
         _own_weights(student)
-    blocks = run.blocks[name]
+    blocks, labels = run.blocks[name], run.blocks.get(f"{name}.labels")
     log = train(
         student,
         ids_NT=blocks,
+        labels_NT=labels,
         output_dir=None if run.work is None else run.work / f"{name}.steps",
         resume=True,
         seed=run.plan.seed,
         progress=run.progress,
         **getattr(run.plan.recipe, name),
     )
-    run.report["stages"][name] = {"tokens": blocks.numel(), **log}
+    learned = {} if labels is None else {"learned_tokens": int((labels != IGNORED).sum())}
+    run.report["stages"][name] = {"tokens": blocks.numel(), **learned, **log}
     return student
 
 

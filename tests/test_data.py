@@ -156,6 +156,25 @@ def test_a_list_may_hold_conversations_and_a_template_may_end_them():
     assert chatting().decode(ids[0]) == SAID + "<end>a text<end>"
 
 
+HEARD = {"messages": "4", "prompt and completion": "4", "texts": "<assistant>4<end>"}
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["by its beginnings", "marked by the template"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_labels_are_what_the_assistant_says(kind, marked):
+    template = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    template += "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    asks = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = chatting((template if marked else TEMPLATE) + asks)
+    ids, labels = data.labelled_blocks(data.read_data([ROWS[kind]]), tokenizer, sequence_length=len(SAID) + 1)
+    assert tokenizer.decode(ids[0]) == SAID + "<end>"
+    assert tokenizer.decode(labels[labels != -100]) == HEARD[kind]
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert data.labelled_blocks(["only text"], tokenizer, sequence_length=8)[1] is None
+    with pytest.raises(ValueError, match="in none of the conversations"):
+        data.labelled_blocks([[ASKED]], tokenizer, sequence_length=8)
+
+
 def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer has no chat template for them; give a tokenizer that has one"):
         data.token_blocks([[ASKED]], tiny.byte_tokenizer(), sequence_length=4)
@@ -178,6 +197,8 @@ def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):
         (Path("nowhere.txt"), "nowhere.txt does not exist"),
         (3, "type int"),
         ([1, 2], "type list"),
+        ([{"content": "a"}], "row 0 of the list has to hold"),
+        ([{"prompt": "a", "completion": [ASKED]}], "neither two texts nor two lists of messages"),
         (datasets.Dataset.from_dict({"content": ["a"]}), 'rename the one with the text to "text"'),
     ],
 )
