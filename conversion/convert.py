@@ -31,7 +31,7 @@ from hf_fwp.layer import layers_of
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
-from .data import demo_corpus, read_data
+from .data import read_splits
 from .distil import distil
 from .extend import LOSSES, extend
 from .families import copy_teacher
@@ -69,13 +69,13 @@ def convert(
 
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
     recipe: the name of one, or one of your own (recipes.py). budget: tokens for the stages that take gradient steps,
-    or a time ("20m"). data: a text, a Path, a list of texts or a datasets object; with splits "train" and "test" the
-    report is measured on "test". output: a new folder for model, tokenizer, report and card; an interrupted run
-    continues with `resume`. max_memory: bytes, or a size ("8GiB"), by
-    default what is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student
-    returned has its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return
-    the teacher without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be
-    done, before it starts.
+    or a time ("20m"). data: a text, a Path (a file, or a folder with a dataset), a list of texts or rows, or a datasets
+    object; with splits "train" and "test" the report is measured on "test". output: a new folder for model, tokenizer,
+    report and card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by default what
+    is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student returned has
+    its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return the teacher
+    without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before
+    it starts.
     """
     options, output = find_recipe(recipe), None if output is None else Path(output)
     options.options(rule)
@@ -84,6 +84,8 @@ def convert(
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype, weights=False)
     tokenizer = _checked(model, tokenizer, empty=dry_run or not given)
     num_layers = model.config.num_hidden_layers
+    kept = kept_count(keep, num_layers)
+    told, train, heldout = read_splits(data)
     plan = Plan(
         teacher=str(model.name_or_path) if given else str(teacher),
         rule=rule,
@@ -91,11 +93,10 @@ def convert(
         recipe=options,
         seed=seed,
         num_layers=num_layers,
-        kept=kept_count(keep, num_layers),
-        data=type(data).__name__,
+        kept=kept,
+        data=told,
         budget=budget,
     )
-    train, heldout = _texts(data)
     work = None if output is None else output.with_name(output.name + ".partial")
     offload = _offloads(plan, model, max_memory, work=work, device=device, given=given)
     if offload and work is None and not dry_run:
@@ -143,18 +144,6 @@ def _offloads(
     if work is not None and (work / LAYERS).is_dir():
         return True
     return offloads(plan, model, limit)
-
-
-def _texts(data: Any) -> tuple[Any, Any]:
-    """(training text, held-out text or None)."""
-    if data is None:
-        _, train, heldout = demo_corpus()
-        return train, heldout
-    if isinstance(data, dict):  # a datasets.DatasetDict is one
-        if "train" not in data:
-            raise ValueError(f"data has the splits {', '.join(map(str, data))}; it needs 'train' (and, if any, 'test')")
-        return read_data(data["train"]), read_data(data["test"]) if "test" in data else None
-    return read_data(data), None
 
 
 def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:

@@ -34,6 +34,9 @@ CACHE = Path.home() / ".cache" / "hf_fwp"
 HELDOUT_EVERY = 10
 NPM_TIMEOUT_S = 180
 ALLOWED = "a text, a pathlib.Path, a list of texts or rows, or a datasets object"
+TEXT_FILES = (".txt", ".jsonl", ".gz")
+TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # and the loader in `datasets` that reads them
+ON_DISK = ("dataset_dict.json", "state.json")  # one of them is in what save_to_disk writes
 FIELDS = 'a "text", "messages", or "prompt" and "completion"'
 
 Split = tuple[list[str], list[str]]
@@ -107,18 +110,86 @@ def _printed(text: str) -> str:
     return re.sub(r"([(\[{]) ", r"\1", text)
 
 
-def read_data(data: Any) -> Iterable[Document]:
-    """The documents in `data`: a text, a Path (.txt, .jsonl, either with .gz), a list of texts or rows, or a `datasets`
-    object.
+def read_data(data: Any, *, split: str = "train") -> Iterable[Document]:
+    """The documents in `data`: a text, a Path, a list of texts or rows, or a `datasets` object.
 
-    A row of a list, a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their
-    "role" and "content", or a "prompt" and its "completion", both texts or both messages. A `datasets` object stays
-    lazy: a streamed one is read only as far as it is used.
+    A Path is a file (.txt, .jsonl, either with .gz; .parquet, .csv, .arrow) or a folder that `datasets` can load. A row
+    of a list, a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their "role" and
+    "content", or a "prompt" and its "completion", both texts or both messages. Of several splits `split` is read, or
+    "train" where there is no such split. A `datasets` object stays lazy: a streamed one is read only as far as it is
+    used.
     """
-    texts = _documents(data)
+    found = opened(data)
+    if isinstance(found, dict) and "train" in found:  # a DatasetDict
+        found = found.get(split, found["train"])
+    texts = _documents(found)
     if not any(_written(document) for document in texts):
         raise ValueError(f"data holds no text: {_shown(data)}; give {ALLOWED}")
     return texts
+
+
+def read_splits(data: Any) -> tuple[str, Iterable[Document], Iterable[Document] | None]:
+    """(what was taken, in words; the documents to train on; those held out, or None where there are no such)."""
+    if data is None:
+        return demo_corpus()
+    found = opened(data)
+    if not isinstance(found, dict):
+        return described(data, found), read_data(found), None
+    if "train" not in found:
+        raise ValueError(f"data has the splits {', '.join(map(str, found))}; it needs 'train' (and, if any, 'test')")
+    told = described(data, found["train"])
+    if "test" not in found:
+        return told, read_data(found), None
+    return f"{told}; reported on its split test", read_data(found), read_data(found, split="test")
+
+
+def find_data(name: str) -> Any:
+    """What `--data` names: a file or a folder, or else a dataset of the Hub as NAME or NAME:SPLIT, which is streamed.
+
+    Raises ValueError where there is nothing of that name.
+    """
+    if Path(name).exists() or Path(name).suffix in {*TEXT_FILES, *TABLES}:
+        return Path(name)
+    from datasets import load_dataset  # a second: only for those who ask for it
+
+    dataset, _, split = name.partition(":")
+    try:
+        return load_dataset(dataset, split=split or None, streaming="[" not in split)  # a stream cannot be sliced
+    except OSError as fault:
+        raise ValueError(
+            f"found no data {name!r}: there is no such file or folder here, and the Hub has no dataset of that name or "
+            f"cannot be reached ({fault}); check the spelling, or give a file"
+        ) from fault
+
+
+def opened(data: Any) -> Any:
+    """A folder or a table as the `datasets` object in it, streamed where that is possible; all else as it is."""
+    if not isinstance(data, Path) or not (data.is_dir() or (data.is_file() and data.suffix in TABLES)):
+        return data
+    from datasets import load_dataset, load_from_disk  # a second: only for those who ask for it
+
+    if data.is_file():
+        return load_dataset(TABLES[data.suffix], data_files=str(data), split="train", streaming=True)
+    if any((data / file).is_file() for file in ON_DISK):
+        return load_from_disk(str(data))
+    whole: Any = (
+        {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
+    )  # else every line is taken for a document
+    try:
+        return load_dataset(str(data), streaming=True, **whole)
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"the folder {data} holds no dataset: {fault}; give a file, or a folder of them") from fault
+
+
+def described(data: Any, found: Any) -> str:
+    """What was given, in words, from what was opened of it."""
+    if isinstance(found, str | list | tuple):
+        return f"{len(found)} {'characters of text' if isinstance(found, str) else 'documents of a list'}"
+    if isinstance(found, Path):
+        return str(found)
+    name = data if isinstance(data, Path) else getattr(getattr(found, "info", None), "dataset_name", None)
+    split = getattr(found, "split", None)
+    return f"{type(found).__name__}{f' {name}' if name else ''}{f', split {split}' if split else ''}"
 
 
 def _written(document: Document) -> bool:
@@ -171,8 +242,6 @@ def _documents(data: Any) -> Iterable[Document]:
         return [data]
     if isinstance(data, Path):
         return _read_file(data)
-    if isinstance(data, dict) and "train" in data:  # a DatasetDict
-        data = data["train"]
     if hasattr(data, "column_names") or hasattr(data, "features"):
         return _text_column(data)
     if isinstance(data, (list, tuple)) and all(
@@ -196,7 +265,9 @@ def _text_column(dataset: Any) -> Iterable[Document]:
 
 def _read_file(path: Path) -> list[Document]:
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist or is not a file")
+        raise ValueError(
+            f"data file {path} does not exist; for a dataset of the Hub give datasets.load_dataset({str(path)!r})"
+        )
     names = path.suffixes
     opener: Callable[..., Any] = gzip.open if names[-1:] == [".gz"] else open
     with opener(path, "rt", encoding="utf-8") as file:

@@ -79,6 +79,7 @@ def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> st
     else:
         kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by measured KL"
     lines = [f"convert {plan.teacher} to {plan.rule}, recipe {plan.recipe.name}: {kept}"]
+    lines += [f"  text: {plan.data}"] if plan.data else []
     lines += ["  layer by layer: the teacher is never in memory as a whole"] if offload else []
     for stage in stages(plan, model, offload=offload):
         lines.append(f"  {stage.name} {stage.tokens} tokens: {duration(stage.seconds)}, {size(stage.bytes)}")

@@ -68,7 +68,7 @@ def labelled_blocks(
     if len(ids) < wanted:
         raise ValueError(
             f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
-            "give more text, or a pathlib.Path if a file was meant"
+            "give more text; if a file or a folder was meant, a pathlib.Path, if a dataset, datasets.load_dataset(...)"
         )
     blocks = len(ids) // sequence_length if needed is None else needed // sequence_length
     ids_NT, labels_NT = (
@@ -89,7 +89,8 @@ def _document_ids(
         ids = ids_of(document, tokenizer) + ([] if end is None else [end])
         return ids, ids
     given: Any = document
-    prompt, said = given if isinstance(given, tuple) else ([], given)
+    prompt: Any = given[0] if isinstance(given, tuple) else []
+    said: Any = given[1] if isinstance(given, tuple) else given
     if isinstance(said, str):
         ids, labels = _completed(prompt, said, tokenizer)
     elif labelled:

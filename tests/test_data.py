@@ -120,6 +120,74 @@ def test_datasets_are_read_whole_streamed_and_by_their_training_split():
     assert max(read) < 50
 
 
+def dataset_folder(folder, kind):
+    """One document to train on, one held out, as `kind` says."""
+    parts = {
+        split: datasets.Dataset.from_dict({"text": [f"{split} text\nof two lines"]}) for split in ("train", "test")
+    }
+    if kind == "saved":
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    for split, part in parts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        if kind == "parquet":
+            part.to_parquet(folder / f"{split}.parquet")
+        if kind == "texts":
+            (folder / split / "a.txt").write_text(part[0]["text"])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "texts"])
+def test_a_path_may_be_a_folder_with_a_dataset(kind, tmp_path):
+    folder = dataset_folder(tmp_path / "set", kind)
+    told, train, heldout = data.read_splits(folder)
+    assert list(train) == list(data.read_data(folder)) == ["train text\nof two lines"]
+    assert list(heldout) == list(data.read_data(folder, split="test")) == ["test text\nof two lines"]
+    begins = f"Dataset {folder}" if kind == "saved" else f"IterableDataset {folder}, split train"
+    assert told == f"{begins}; reported on its split test"
+    assert data.find_data(str(folder)) == folder
+    if kind == "parquet":
+        assert list(data.read_data(folder / "test.parquet")) == ["test text\nof two lines"]
+
+
+def test_a_folder_without_a_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the folder .* holds no dataset: .* give a file, or a folder of them"):
+        data.read_data(tmp_path)
+
+
+HUB = datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "read"),
+    [
+        ("user/set", ("user/set", None, True), ["one", "two"]),
+        ("user/set:test", ("user/set", "test", True), ["one", "two"]),
+        ("user/set:train[:1]", ("user/set", "train[:1]", False), ["one"]),
+    ],
+)
+def test_what_is_no_file_is_a_dataset_of_the_hub(name, asked, read, monkeypatch):
+    seen = []
+
+    def load(dataset, *, split, streaming):
+        seen.append((dataset, split, streaming))
+        part = HUB if "[" not in (split or "") else HUB.select([0])
+        part = part.to_iterable_dataset() if streaming else part
+        return part if split else datasets.IterableDatasetDict(train=part)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(data.read_data(data.find_data(name))) == read
+    assert seen == [asked]
+
+
+def test_a_name_of_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no Hub")))
+    with pytest.raises(
+        ValueError, match=r"found no data 'corpus': .* cannot be reached \(no Hub\); check the spelling"
+    ):
+        data.find_data("corpus")
+    assert data.find_data("nowhere.txt") == Path("nowhere.txt")  # whose reading is refused
+
+
 ASKED, ANSWERED = ({"role": role, "content": text} for role, text in (("user", "2 + 2?"), ("assistant", "4")))
 SAID = "<user>2 + 2?<assistant>4"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
