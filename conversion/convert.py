@@ -40,12 +40,13 @@ from .offload import LAYERS, finish_offloaded
 from .plan import Plan, describe, offloads, within
 from .recipes import Recipe, find_recipe
 from .report import environment, measure, peak_memory
-from .run import Run, as_begun, begin, check_output, fingerprint
+from .run import Run, as_begun, begin, begun, check_output, fingerprint
 from .solve import solve
 from .teacher import Teacher, load_teacher
-from .tokens import IGNORED, labelled_blocks, token_blocks
+from .tokens import IGNORED, kept_blocks
 
 REPORT_TOKENS = 4096
+TOKENS, SPLITS = "tokens", ("train", "heldout")  # a folder of the unfinished work, and its files
 
 
 def convert(
@@ -104,7 +105,9 @@ def convert(
     if not (given or offload or dry_run):
         model, _ = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     plan = (as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
-    blocks = _blocks(plan, train, heldout, tokenizer)
+    if work is not None and not dry_run and not begun(work, resume=resume):
+        shutil.rmtree(work / TOKENS, ignore_errors=True)  # of a run that did not come so far as to begin
+    blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
     plan = replace(plan, text=fingerprint(blocks))
     Console(stderr=True).print(describe(plan, model, offload=offload), highlight=False)
     if dry_run:
@@ -146,12 +149,14 @@ def _offloads(
     return offloads(plan, model, limit)
 
 
-def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def _blocks(
+    plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase, work: Path | None
+) -> dict[str, Tensor]:
     """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own.
 
     Where conversations are learned from by cross-entropy, "extend.labels" are the labels of "extend", -100 for all but
     what the assistant says; so for distil. A KL counts every token: the teacher's answer to a question's words is as
-    good a lesson as any.
+    good a lesson as any. In the folder of unfinished work they are kept, not to be made again by a run that goes on.
     """
     recipe, length = plan.recipe, plan.recipe.sequence_length
     report_tokens = recipe.report.get("tokens", REPORT_TOKENS)
@@ -174,14 +179,16 @@ def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizer
         return {**parts, "extend": extend_NT} if longer else parts
 
     imitating = [stage for stage in ("distil", "extend") if _imitates(recipe, stage)]
-    ids_NT, labels_NT = labelled_blocks(
-        train, tokenizer, sequence_length=length, tokens=used + longer, labelled=bool(imitating)
+    train_file, heldout_file = (None if work is None else work / TOKENS / f"{name}.safetensors" for name in SPLITS)
+    ids_NT, labels_NT = kept_blocks(
+        train_file, train, tokenizer, sequence_length=length, tokens=used + longer, labelled=bool(imitating)
     )
     parts = shared(ids_NT)
     if labels_NT is not None:
         parts |= {f"{stage}.labels": labels for stage, labels in shared(labels_NT).items() if stage in imitating}
     if heldout is not None:
-        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
+        said = {"sequence_length": length, "tokens": report_tokens, "labelled": False}
+        parts["report"], _ = kept_blocks(heldout_file, heldout, tokenizer, **said)
     return parts
 
 

@@ -19,6 +19,8 @@ from hf_fwp.files import write_whole
 from .plan import Plan
 from .report import write_report
 
+PLAN = "plan.json"  # in the folder of unfinished work
+
 
 @dataclass
 class Run:
@@ -77,7 +79,7 @@ def check_output(output: Path | None, *, resume: bool) -> None:
 
 def as_begun(work: Path, plan: Plan) -> Plan | None:
     """The plan with the tokens that an interrupted run was begun with: a budget of time would be measured anew."""
-    file = work / "plan.json"
+    file = work / PLAN
     if not file.is_file():
         return None
     saved = json.loads(file.read_text())
@@ -95,12 +97,18 @@ def fingerprint(blocks: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def begun(work: Path, *, resume: bool) -> bool:
+    """Whether there is a run to continue; without `resume` there must be none."""
+    found = (work / PLAN).is_file()
+    if found and not resume:
+        raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
+    return found
+
+
 def begin(work: Path, plan: Plan, *, resume: bool) -> None:
     """Make the folder of unfinished work, or check that the one there belongs to this plan."""
-    file = work / "plan.json"
-    if file.is_file():
-        if not resume:
-            raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
+    file = work / PLAN
+    if begun(work, resume=resume):
         saved, given = json.loads(file.read_text()), plan.as_json()
         changed = [name for name in given if saved.get(name) != given[name]]
         if changed:

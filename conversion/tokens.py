@@ -7,12 +7,19 @@ with the end of its turn; a user's words and the template's are there to be read
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -61,7 +68,7 @@ def labelled_blocks(
             more, their_labels = _document_ids(text, tokenizer, labelled=labelled)
             ids.extend(more)
             labels.extend(their_labels)
-            bar.update(len(ids) - bar.n)
+            bar.update(min(len(ids), needed or len(ids)) - bar.n)
             if needed is not None and len(ids) >= needed:
                 break
     wanted = sequence_length if needed is None else needed
@@ -78,6 +85,67 @@ def labelled_blocks(
     if not (labels_NT != IGNORED).any():
         raise ValueError("in none of the conversations that were read does the assistant say anything to learn from")
     return ids_NT, None if torch.equal(ids_NT, labels_NT) else labels_NT
+
+
+def kept_blocks(
+    file: Path | None, texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The blocks and labels of `labelled_blocks`, written to `file`, or read from it where it is there.
+
+    It is read if the documents that its blocks were made of, the tokenizer and the settings are the same: documents are
+    read and compared, which takes far less time. If they are not, it is left alone. Without a file nothing is kept.
+    """
+    if file is None:
+        return labelled_blocks(texts, tokenizer, **settings)
+    made_by = {"tokenizer": tokenizer_digest(tokenizer), "settings": json.dumps(settings, sort_keys=True)}
+    if file.is_file():
+        with safe_open(file, framework="pt") as kept:
+            said = kept.metadata()
+        again = Passing(islice(texts, int(said["documents"])))
+        if said == {**made_by, **again.to_the_end()}:
+            found = load_file(file)
+            labels = found.get("labels")
+            return found["ids"].long(), None if labels is None else labels.long()
+        return labelled_blocks(texts, tokenizer, **settings)
+    passing = Passing(texts)
+    ids_NT, labels_NT = labelled_blocks(passing, tokenizer, **settings)
+    tensors = {"ids": ids_NT} if labels_NT is None else {"ids": ids_NT, "labels": labels_NT}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    save_file({name: tensor.int() for name, tensor in tensors.items()}, unfinished, {**made_by, **passing.passed()})
+    unfinished.replace(file)
+    return ids_NT, labels_NT
+
+
+class Passing:
+    """Documents, counted and digested as they are read."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.documents, self.count, self.digest = documents, 0, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            self.count += 1
+            self.digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+            yield document
+
+    def passed(self) -> dict[str, str]:
+        """How many documents were read, and their digest."""
+        return {"documents": str(self.count), "digest": self.digest.hexdigest()}
+
+    def to_the_end(self) -> dict[str, str]:
+        """`passed`, when all have been read."""
+        for _ in self:
+            pass
+        return self.passed()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for tokenizers that give the same tokens, as far as their files say."""
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+    words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if fast is None else fast.to_str()
+    said = [type(tokenizer).__name__, words, tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _document_ids(

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from hf_fwp.conversion import data
+from hf_fwp.conversion import data, tokens
 
 TAGGED = """
 \tThe/at Fulton/np-tl County/nn-tl jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' (/( a/at 1\\/2\\/3/cd )/) ./.
@@ -241,6 +241,48 @@ def test_labels_are_what_the_assistant_says(kind, marked):
     assert data.labelled_blocks(["only text"], tokenizer, sequence_length=8)[1] is None
     with pytest.raises(ValueError, match="in none of the conversations"):
         data.labelled_blocks([[ASKED]], tokenizer, sequence_length=8)
+
+
+KEPT = {"sequence_length": 8, "tokens": 24, "labelled": True}
+OTHERWISE = {
+    "a text that was read": ({"texts": ["other words", *["of words"] * 9]}, True),
+    "a text that was not": ({"texts": [*["of words"] * 9, "other words"]}, False),
+    "another template": ({"template": TEMPLATE + "\n"}, True),
+    "more tokens": ({"tokens": 32}, True),
+    "other blocks": ({"sequence_length": 12}, True),
+    "the same": ({}, False),
+}
+
+
+@pytest.mark.parametrize(("change", "anew"), OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize("chat", [False, True], ids=["texts", "conversations"])
+def test_the_same_documents_are_tokenised_once(change, anew, chat, tmp_path, monkeypatch):
+    def blocks(file, texts=("of words",) * 10, template=TEMPLATE, **changed):
+        given = [[ASKED, {**ANSWERED, "content": text}] if chat else text for text in texts]
+        return tokens.kept_blocks(file, given, chatting(template), **{**KEPT, **changed})
+
+    seen, document_ids = [], tokens._document_ids
+    monkeypatch.setattr(tokens, "_document_ids", lambda *a, **b: seen.append(a) or document_ids(*a, **b))
+    first, expected = blocks(tmp_path / "work" / "t.safetensors"), blocks(None, **change)
+    seen.clear()
+    again = blocks(tmp_path / "work" / "t.safetensors", **change)
+    assert bool(seen) == anew
+    assert (first[1] is not None) == chat
+    for ours, theirs in zip(again, expected, strict=True):
+        assert ours is theirs is None or (ours.dtype == torch.long and torch.equal(ours, theirs))
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["t.safetensors"]
+    seen.clear()
+    assert torch.equal(blocks(tmp_path / "work" / "t.safetensors")[0], first[0])
+    assert not seen
+
+
+def test_slow_tokenising_shows_its_speed_and_what_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "SLOW_S", 0)
+    data.token_blocks(["some words"] * 9, tiny.byte_tokenizer(), sequence_length=8, tokens=64)
+    said = capsys.readouterr().err
+    assert "tokenise: 100%" in said
+    assert "| 64.0/64.0 [00:00<00:00," in said
+    assert "tok/s]" in said
 
 
 def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
+from hf_fwp.conversion import tokens
 from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.recipes import RECIPES, Recipe
 from hf_fwp.hosts import converted_layers
@@ -113,7 +114,9 @@ def test_an_interrupted_run_continues_to_the_same_model(stage, folder, tmp_path,
         for changed in ({"keep": [0]}, {"seed": 1}, {"rule": "delta_net"}, {"data": TEXTS[1:]}):
             with pytest.raises(ValueError, match="holds a run with other arguments"):
                 convert(folder, output=tmp_path / "made", **{**said, **changed}, resume=True)
-    resumed = convert(folder, output=tmp_path / "made", **said, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_document_ids", lambda *_, **__: pytest.fail("the text is tokenised again"))
+        resumed = convert(folder, output=tmp_path / "made", **said, resume=True)
     assert_same(weights_of(resumed), weights_of(whole))
     assert not (tmp_path / "made.partial").exists()
 
