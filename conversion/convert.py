@@ -38,6 +38,7 @@ from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .offload import LAYERS, finish_offloaded
 from .plan import Plan, describe, offloads, within
+from .processes import copy_first, first_says, is_first, meet, processes, wait
 from .recipes import Recipe, find_recipe
 from .report import environment, measure, peak_memory
 from .run import Run, as_begun, begin, begun, check_output, fingerprint
@@ -78,6 +79,7 @@ def convert(
     without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before
     it starts.
     """
+    meet(device)
     options, output = find_recipe(recipe), None if output is None else Path(output)
     options.options(rule)
     check_output(output, resume=resume)
@@ -105,16 +107,17 @@ def convert(
     if not (given or offload or dry_run):
         model, _ = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     plan = (as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
-    if work is not None and not dry_run and not begun(work, resume=resume):
-        shutil.rmtree(work / TOKENS, ignore_errors=True)  # of a run that did not come so far as to begin
+    plan = first_says(plan)  # a budget of time is measured
+    if work is not None and not dry_run:
+        _make_way(work, resume=resume)
     blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
     plan = replace(plan, text=fingerprint(blocks))
-    Console(stderr=True).print(describe(plan, model, offload=offload), highlight=False)
+    Console(stderr=True, quiet=not is_first()).print(describe(plan, model, offload=offload), highlight=False)
     if dry_run:
         return model
     if work is not None:
         begin(work, plan, resume=resume)
-    run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model))
+    run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model), progress=is_first())
     with nullcontext() if work is None else told_when_full(work):
         student: Any = finish_offloaded(run, output) if offload and output is not None else _finish(run, output)
     student.conversion_report = run.report
@@ -146,7 +149,17 @@ def _offloads(
         return False
     if work is not None and (work / LAYERS).is_dir():
         return True
-    return offloads(plan, model, limit)
+    layer_by_layer = first_says(offloads(plan, model, limit))
+    if layer_by_layer and processes() > 1:
+        raise ValueError(f"a teacher is converted layer by layer in one process, not in {processes()}; launch one")
+    return layer_by_layer
+
+
+def _make_way(work: Path, *, resume: bool) -> None:
+    """Refuse a run that is in the way; what one left that did not come so far as to begin is removed."""
+    if not begun(work, resume=resume) and is_first():
+        shutil.rmtree(work / TOKENS, ignore_errors=True)
+    wait()  # until all have looked
 
 
 def _blocks(
@@ -215,10 +228,13 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
         return student.eval()
     assert run.work is not None
     unfinished = run.work / "finished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    student.save_pretrained(unfinished)
+    if is_first():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        student.save_pretrained(unfinished)
     run.report |= _measured(run, student)
-    run.publish(unfinished, output)
+    if is_first():
+        run.publish(unfinished, output)
+    wait()
     return student.eval()
 
 
@@ -254,6 +270,19 @@ def _solved(run: Run) -> PreTrainedModel:
     given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}
     solved = _start(run, student, run.blocks["solve"], **given)
     run.note_choices({layer: {**found.get(layer, {}), **solved[layer]} for layer in solved})
+    return _as_first(student, run)
+
+
+def _as_first(student: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """All processes have solved the same sums; where rounding made one choose otherwise, the first one's student counts
+    for it too."""
+    fwp = first_says(student.config.fwp)
+    if fwp != student.config.fwp:
+        layers = fwp["layers"]
+        rest = {name: value for name, value in fwp.items() if name != "layers"}
+        student = copy_teacher(run.teacher, layers=layers, fwp=rest, share=run.share)
+    for mixer in layers_of(student).values():
+        copy_first(mixer.state_dict())
     return student
 
 

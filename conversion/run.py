@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hf_fwp.files import write_whole
 
 from .plan import Plan
+from .processes import first_says, is_first, wait
 from .report import write_report
 
 PLAN = "plan.json"  # in the folder of unfinished work
@@ -38,7 +39,7 @@ class Run:
     def stage(self, name: str, student: PreTrainedModel | None, do: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """Run a stage, or load what it gave when it was finished before."""
         saved = None if self.work is None else self.work / name
-        if saved is not None and (saved / "stage.json").is_file():
+        if saved is not None and first_says((saved / "stage.json").is_file()):
             self.report = json.loads((saved / "stage.json").read_text())
             loaded: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype)
             return loaded.to(self.teacher.device)
@@ -46,8 +47,9 @@ class Run:
         started = time.perf_counter()
         result = do()
         self.report["stages"].setdefault(name, {})["seconds"] = time.perf_counter() - started
-        if saved is not None:
+        if saved is not None and is_first():
             _save_whole(saved, result, {"stage.json": json.dumps(self.report, default=str)})
+        wait()
         return result
 
     def note_choices(self, choices: dict[int, dict[str, Any]]) -> None:
@@ -117,7 +119,9 @@ def begin(work: Path, plan: Plan, *, resume: bool) -> None:
                 f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
             )
         return
-    write_whole(file, json.dumps(plan.as_json(), indent=2))
+    wait()  # until all have looked
+    if is_first():
+        write_whole(file, json.dumps(plan.as_json(), indent=2))
 
 
 def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:
