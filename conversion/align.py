@@ -6,6 +6,11 @@ x_l, A_l: input and output of the teacher's attention of layer l, seen by hooks 
 gradients. Each hook runs its mixer forward and backward at once, so that one layer's graph is in memory at a time.
 Only mixers are trained: AdamW(.9, .95), no weight decay, the gradient of all mixers together clipped to 1, cosine.
 Several processes share the sequences of a step and sum what they find: the result is that of one.
+
+In memory are the teacher, of every mixer four times its weights (themselves, the gradient, which the common clip needs
+of all mixers before the first of them is changed, and Adam's two moments), and one layer's activations. SmolLM2-135M,
+all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 4 x 0.15 of mixers, 0.66 of activations and
+what the allocator keeps; 2.26 with 0.5 of Python and its libraries.
 """
 
 from __future__ import annotations
@@ -139,6 +144,8 @@ class Run:
             loss = (y_BTD - target_BTD).square().sum() / summed(target_BTD.square().sum())
             loss.backward()
         self.losses[layer] = loss.detach()
+        # bf16 copies of weights that are of no further use in this step: 0.2 of 2.45 GiB (SmolLM2-135M)
+        torch.clear_autocast_cache()
 
     def train_step(self, teacher: PreTrainedModel, ids_BT: Tensor, *, steps: int, lr_end: float) -> None:
         """One batch: the teacher's pass, whose hooks leave the gradients, and one update."""
