@@ -31,20 +31,23 @@ from hf_fwp.layer import layers_of
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
-from .data import demo_corpus, read_data, token_blocks
+from .data import read_splits
 from .distil import distil
-from .extend import extend
+from .extend import LOSSES, extend
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
 from .offload import LAYERS, finish_offloaded
 from .plan import Plan, describe, offloads, within
+from .processes import copy_first, first_says, is_first, meet, processes, wait
 from .recipes import Recipe, find_recipe
 from .report import environment, measure, peak_memory
-from .run import Run, as_begun, begin, check_output, fingerprint
+from .run import Run, as_begun, begin, begun, check_output, fingerprint
 from .solve import solve
 from .teacher import Teacher, load_teacher
+from .tokens import IGNORED, kept_blocks
 
 REPORT_TOKENS = 4096
+TOKENS, SPLITS = "tokens", ("train", "heldout")  # a folder of the unfinished work, and its files
 
 
 def convert(
@@ -68,14 +71,15 @@ def convert(
 
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
     recipe: the name of one, or one of your own (recipes.py). budget: tokens for the stages that take gradient steps,
-    or a time ("20m"). data: a text, a Path, a list of texts or a datasets object; with splits "train" and "test" the
-    report is measured on "test". output: a new folder for model, tokenizer, report and card; an interrupted run
-    continues with `resume`. max_memory: bytes, or a size ("8GiB"), by
-    default what is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student
-    returned has its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return
-    the teacher without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be
-    done, before it starts.
+    or a time ("20m"). data: a text, a Path (a file, or a folder with a dataset), a list of texts or rows, or a datasets
+    object; with splits "train" and "test" the report is measured on "test". output: a new folder for model, tokenizer,
+    report and card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by default what
+    is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student returned has
+    its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return the teacher
+    without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before
+    it starts.
     """
+    meet(device)
     options, output = find_recipe(recipe), None if output is None else Path(output)
     options.options(rule)
     check_output(output, resume=resume)
@@ -83,6 +87,8 @@ def convert(
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype, weights=False)
     tokenizer = _checked(model, tokenizer, empty=dry_run or not given)
     num_layers = model.config.num_hidden_layers
+    kept = kept_count(keep, num_layers)
+    told, train, heldout = read_splits(data)
     plan = Plan(
         teacher=str(model.name_or_path) if given else str(teacher),
         rule=rule,
@@ -90,11 +96,10 @@ def convert(
         recipe=options,
         seed=seed,
         num_layers=num_layers,
-        kept=kept_count(keep, num_layers),
-        data=type(data).__name__,
+        kept=kept,
+        data=told,
         budget=budget,
     )
-    train, heldout = _texts(data)
     work = None if output is None else output.with_name(output.name + ".partial")
     offload = _offloads(plan, model, max_memory, work=work, device=device, given=given)
     if offload and work is None and not dry_run:
@@ -102,14 +107,17 @@ def convert(
     if not (given or offload or dry_run):
         model, _ = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     plan = (as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
-    blocks = _blocks(plan, train, heldout, tokenizer)
+    plan = first_says(plan)  # a budget of time is measured
+    if work is not None and not dry_run:
+        _make_way(work, resume=resume)
+    blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
     plan = replace(plan, text=fingerprint(blocks))
-    Console(stderr=True).print(describe(plan, model, offload=offload), highlight=False)
+    Console(stderr=True, quiet=not is_first()).print(describe(plan, model, offload=offload), highlight=False)
     if dry_run:
         return model
     if work is not None:
         begin(work, plan, resume=resume)
-    run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model))
+    run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model), progress=is_first())
     with nullcontext() if work is None else told_when_full(work):
         student: Any = finish_offloaded(run, output) if offload and output is not None else _finish(run, output)
     student.conversion_report = run.report
@@ -141,23 +149,28 @@ def _offloads(
         return False
     if work is not None and (work / LAYERS).is_dir():
         return True
-    return offloads(plan, model, limit)
+    layer_by_layer = first_says(offloads(plan, model, limit))
+    if layer_by_layer and processes() > 1:
+        raise ValueError(f"a teacher is converted layer by layer in one process, not in {processes()}; launch one")
+    return layer_by_layer
 
 
-def _texts(data: Any) -> tuple[Any, Any]:
-    """(training text, held-out text or None)."""
-    if data is None:
-        _, train, heldout = demo_corpus()
-        return train, heldout
-    if isinstance(data, dict):  # a datasets.DatasetDict is one
-        if "train" not in data:
-            raise ValueError(f"data has the splits {', '.join(map(str, data))}; it needs 'train' (and, if any, 'test')")
-        return read_data(data["train"]), read_data(data["test"]) if "test" in data else None
-    return read_data(data), None
+def _make_way(work: Path, *, resume: bool) -> None:
+    """Refuse a run that is in the way; what one left that did not come so far as to begin is removed."""
+    if not begun(work, resume=resume) and is_first():
+        shutil.rmtree(work / TOKENS, ignore_errors=True)
+    wait()  # until all have looked
 
 
-def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own."""
+def _blocks(
+    plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase, work: Path | None
+) -> dict[str, Tensor]:
+    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own.
+
+    Where conversations are learned from by cross-entropy, "extend.labels" are the labels of "extend", -100 for all but
+    what the assistant says; so for distil. A KL counts every token: the teacher's answer to a question's words is as
+    good a lesson as any. In the folder of unfinished work they are kept, not to be made again by a run that goes on.
+    """
     recipe, length = plan.recipe, plan.recipe.sequence_length
     report_tokens = recipe.report.get("tokens", REPORT_TOKENS)
     counts = {
@@ -170,16 +183,32 @@ def _blocks(plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizer
     }
     used = sum(counts.values()) * length
     longer = -(-recipe.extend_tokens // recipe.extend_length) * recipe.extend_length
-    ids_NT = token_blocks(train, tokenizer, sequence_length=length, tokens=used + longer)
-    ids_NT, rest_NT = ids_NT.split([used // length, len(ids_NT) - used // length])
     # documents are long: without a shuffle a stage would read few of them
-    order = torch.randperm(len(ids_NT), generator=torch.Generator().manual_seed(plan.seed))
-    parts = dict(zip(counts, ids_NT[order].split(list(counts.values())), strict=True))
-    if longer:
-        parts["extend"] = rest_NT.flatten()[:longer].view(-1, recipe.extend_length)
+    order = torch.randperm(used // length, generator=torch.Generator().manual_seed(plan.seed))
+
+    def shared(blocks_NT: Tensor) -> dict[str, Tensor]:
+        parts = dict(zip(counts, blocks_NT[order].split(list(counts.values())), strict=True))
+        extend_NT = blocks_NT[len(order) :].flatten()[:longer].view(-1, recipe.extend_length)
+        return {**parts, "extend": extend_NT} if longer else parts
+
+    imitating = [stage for stage in ("distil", "extend") if _imitates(recipe, stage)]
+    train_file, heldout_file = (None if work is None else work / TOKENS / f"{name}.safetensors" for name in SPLITS)
+    ids_NT, labels_NT = kept_blocks(
+        train_file, train, tokenizer, sequence_length=length, tokens=used + longer, labelled=bool(imitating)
+    )
+    parts = shared(ids_NT)
+    if labels_NT is not None:
+        parts |= {f"{stage}.labels": labels for stage, labels in shared(labels_NT).items() if stage in imitating}
     if heldout is not None:
-        parts["report"] = token_blocks(heldout, tokenizer, sequence_length=length, tokens=report_tokens)
+        said = {"sequence_length": length, "tokens": report_tokens, "labelled": False}
+        parts["report"], _ = kept_blocks(heldout_file, heldout, tokenizer, **said)
     return parts
+
+
+def _imitates(recipe: Recipe, stage: str) -> bool:
+    """Whether a stage takes place and learns to say what the text says."""
+    losses: Any = LOSSES if stage == "extend" else getattr(recipe, stage).get("losses", ())
+    return bool(getattr(recipe, f"{stage}_tokens")) and "cross_entropy" in losses
 
 
 def _finish(run: Run, output: Path | None) -> PreTrainedModel:
@@ -199,10 +228,13 @@ def _finish(run: Run, output: Path | None) -> PreTrainedModel:
         return student.eval()
     assert run.work is not None
     unfinished = run.work / "finished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    student.save_pretrained(unfinished)
+    if is_first():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        student.save_pretrained(unfinished)
     run.report |= _measured(run, student)
-    run.publish(unfinished, output)
+    if is_first():
+        run.publish(unfinished, output)
+    wait()
     return student.eval()
 
 
@@ -238,6 +270,19 @@ def _solved(run: Run) -> PreTrainedModel:
     given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}
     solved = _start(run, student, run.blocks["solve"], **given)
     run.note_choices({layer: {**found.get(layer, {}), **solved[layer]} for layer in solved})
+    return _as_first(student, run)
+
+
+def _as_first(student: PreTrainedModel, run: Run) -> PreTrainedModel:
+    """All processes have solved the same sums; where rounding made one choose otherwise, the first one's student counts
+    for it too."""
+    fwp = first_says(student.config.fwp)
+    if fwp != student.config.fwp:
+        layers = fwp["layers"]
+        rest = {name: value for name, value in fwp.items() if name != "layers"}
+        student = copy_teacher(run.teacher, layers=layers, fwp=rest, share=run.share)
+    for mixer in layers_of(student).values():
+        copy_first(mixer.state_dict())
     return student
 
 
@@ -271,17 +316,19 @@ def _trained(run: Run, student: PreTrainedModel, name: str, train: Callable[...,
     """The whole student after a stage of gradient steps."""
     if run.share:
         _own_weights(student)
-    blocks = run.blocks[name]
+    blocks, labels = run.blocks[name], run.blocks.get(f"{name}.labels")
     log = train(
         student,
         ids_NT=blocks,
+        labels_NT=labels,
         output_dir=None if run.work is None else run.work / f"{name}.steps",
         resume=True,
         seed=run.plan.seed,
         progress=run.progress,
         **getattr(run.plan.recipe, name),
     )
-    run.report["stages"][name] = {"tokens": blocks.numel(), **log}
+    learned = {} if labels is None else {"learned_tokens": int((labels != IGNORED).sum())}
+    run.report["stages"][name] = {"tokens": blocks.numel(), **learned, **log}
     return student
 
 

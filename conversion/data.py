@@ -22,24 +22,23 @@ from dataclasses import dataclass
 from email import message_from_string
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from tqdm.auto import tqdm
+from typing import Any
 
 from hf_fwp.files import write_whole
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .tokens import Document
+from .tokens import labelled_blocks as labelled_blocks
+from .tokens import token_blocks as token_blocks
 
 CACHE = Path.home() / ".cache" / "hf_fwp"
 HELDOUT_EVERY = 10
 NPM_TIMEOUT_S = 180
-SLOW_S = 2  # from here on reading shows a bar
-ALLOWED = "a text, a pathlib.Path, a list of texts or a datasets object"
+ALLOWED = "a text, a pathlib.Path, a list of texts or rows, or a datasets object"
+TEXT_FILES = (".txt", ".jsonl", ".gz")
+TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # and the loader in `datasets` that reads them
+ON_DISK = ("dataset_dict.json", "state.json")  # one of them is in what save_to_disk writes
 FIELDS = 'a "text", "messages", or "prompt" and "completion"'
 
-Document = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 Split = tuple[list[str], list[str]]
 
 
@@ -111,80 +110,110 @@ def _printed(text: str) -> str:
     return re.sub(r"([(\[{]) ", r"\1", text)
 
 
-def read_data(data: Any) -> Iterable[Document]:
-    """The documents in `data`: a text, a Path (.txt, .jsonl, either with .gz), a list of texts, or a `datasets` object.
+def read_data(data: Any, *, split: str = "train") -> Iterable[Document]:
+    """The documents in `data`: a text, a Path, a list of texts or rows, or a `datasets` object.
 
-    A row of a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their "role" and
-    "content", or a "prompt" and its "completion", each a text or messages. A `datasets` object stays lazy: a streamed
-    one is read only as far as it is used.
+    A Path is a file (.txt, .jsonl, either with .gz; .parquet, .csv, .arrow) or a folder that `datasets` can load. A row
+    of a list, a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their "role" and
+    "content", or a "prompt" and its "completion", both texts or both messages. Of several splits `split` is read, or
+    "train" where there is no such split. A `datasets` object stays lazy: a streamed one is read only as far as it is
+    used.
     """
-    texts = _documents(data)
+    found = opened(data)
+    if isinstance(found, dict) and "train" in found:  # a DatasetDict
+        found = found.get(split, found["train"])
+    texts = _documents(found)
     if not any(_written(document) for document in texts):
         raise ValueError(f"data holds no text: {_shown(data)}; give {ALLOWED}")
     return texts
 
 
-def token_blocks(
-    texts: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", *, sequence_length: int, tokens: int | None = None
-) -> torch.Tensor:
-    """`[N, sequence_length]` token ids: the documents in a row, an end-of-text token after each, cut into blocks.
+def read_splits(data: Any) -> tuple[str, Iterable[Document], Iterable[Document] | None]:
+    """(what was taken, in words; the documents to train on; those held out, or None where there are no such)."""
+    if data is None:
+        return demo_corpus()
+    found = opened(data)
+    if not isinstance(found, dict):
+        return described(data, found), read_data(found), None
+    if "train" not in found:
+        raise ValueError(f"data has the splits {', '.join(map(str, found))}; it needs 'train' (and, if any, 'test')")
+    told = described(data, found["train"])
+    if "test" not in found:
+        return told, read_data(found), None
+    return f"{told}; reported on its split test", read_data(found), read_data(found, split="test")
 
-    Reads no further than `tokens` needs (rounded up to whole blocks); without `tokens` every whole block there is.
-    Conversations are put in the words of the tokenizer's chat template.
+
+def find_data(name: str) -> Any:
+    """What `--data` names: a file or a folder, or else a dataset of the Hub as NAME or NAME:SPLIT, which is streamed.
+
+    Raises ValueError where there is nothing of that name.
     """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
-    needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
-    ids: list[int] = []
-    with tqdm(total=needed, desc="read", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
-        for text in texts:
-            ids += _document_ids(text, tokenizer)
-            bar.update(len(ids) - bar.n)
-            if needed is not None and len(ids) >= needed:
-                break
-    wanted = sequence_length if needed is None else needed
-    if len(ids) < wanted:
+    if Path(name).exists() or Path(name).suffix in {*TEXT_FILES, *TABLES}:
+        return Path(name)
+    from datasets import load_dataset  # a second: only for those who ask for it
+
+    dataset, _, split = name.partition(":")
+    try:
+        return load_dataset(dataset, split=split or None, streaming="[" not in split)  # a stream cannot be sliced
+    except OSError as fault:
         raise ValueError(
-            f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
-            "give more text, or a pathlib.Path if a file was meant"
-        )
-    blocks = len(ids) // sequence_length if needed is None else needed // sequence_length
-    return torch.tensor(ids[: blocks * sequence_length], dtype=torch.long).view(blocks, sequence_length)
+            f"found no data {name!r}: there is no such file or folder here, and the Hub has no dataset of that name or "
+            f"cannot be reached ({fault}); check the spelling, or give a file"
+        ) from fault
 
 
-def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    text = document if isinstance(document, str) else _in_template(document, tokenizer)
-    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-    ids: list[int] = list(found["input_ids"])
-    end: Any = tokenizer.eos_token_id
-    ended = not isinstance(document, str) and ids[-1:] == [end]  # some templates end with it
-    return ids if end is None or ended else [*ids, end]
+def opened(data: Any) -> Any:
+    """A folder or a table as the `datasets` object in it, streamed where that is possible; all else as it is."""
+    if not isinstance(data, Path) or not (data.is_dir() or (data.is_file() and data.suffix in TABLES)):
+        return data
+    from datasets import load_dataset, load_from_disk  # a second: only for those who ask for it
+
+    if data.is_file():
+        return load_dataset(TABLES[data.suffix], data_files=str(data), split="train", streaming=True)
+    if any((data / file).is_file() for file in ON_DISK):
+        return load_from_disk(str(data))
+    whole: Any = (
+        {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
+    )  # else every line is taken for a document
+    try:
+        return load_dataset(str(data), streaming=True, **whole)
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"the folder {data} holds no dataset: {fault}; give a file, or a folder of them") from fault
 
 
-def _in_template(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the data holds conversations, and the tokenizer has no chat template for them; give a tokenizer that has "
-            "one, or texts"
-        )
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+def described(data: Any, found: Any) -> str:
+    """What was given, in words, from what was opened of it."""
+    if isinstance(found, str | list | tuple):
+        return f"{len(found)} {'characters of text' if isinstance(found, str) else 'documents of a list'}"
+    if isinstance(found, Path):
+        return str(found)
+    name = data if isinstance(data, Path) else getattr(getattr(found, "info", None), "dataset_name", None)
+    split = getattr(found, "split", None)
+    return f"{type(found).__name__}{f' {name}' if name else ''}{f', split {split}' if split else ''}"
 
 
 def _written(document: Document) -> bool:
     """Whether there is anything but space in it."""
-    parts = [document] if isinstance(document, str) else [message["content"] for message in document]
-    return any(part.strip() if isinstance(part, str) else part for part in parts)
+    if isinstance(document, str):
+        return bool(document.strip())
+    parts: Any = document
+    if isinstance(document, tuple):
+        return any(map(_written, parts))
+    said = (message["content"] for message in parts)
+    return any(part.strip() if isinstance(part, str) else part for part in said)
 
 
 def _document(row: Mapping[str, Any]) -> Document:
     """The text or conversation of a row; KeyError or TypeError where there is none."""
-    if "text" in row:
-        found = row["text"]
-    else:
-        found = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    if isinstance(found, str) or _is_conversation(found):
-        return found
-    raise TypeError(f"neither a text nor messages: {type(found).__name__}")
+    if "text" in row or "messages" in row:
+        found = row["text"] if "text" in row else row["messages"]
+        if isinstance(found, str) or _is_conversation(found):
+            return found
+        raise TypeError(f"neither a text nor messages: {type(found).__name__}")
+    pair = row["prompt"], row["completion"]
+    if all(isinstance(part, str) for part in pair) or all(map(_is_conversation, pair)):
+        return pair
+    raise TypeError(f"neither two texts nor two lists of messages: {' and '.join(type(p).__name__ for p in pair)}")
 
 
 def _is_conversation(found: Any) -> bool:
@@ -194,17 +223,18 @@ def _is_conversation(found: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class _Conversations:
-    """The rows of a `datasets` object, read anew whenever they are asked for."""
+class _Rows:
+    """The rows of a `datasets` object or a list, read anew whenever they are asked for."""
 
-    dataset: Any
+    rows: Any
+    where: str
 
     def __iter__(self) -> Iterator[Document]:
-        for number, row in enumerate(self.dataset):
+        for number, row in enumerate(self.rows):
             try:
-                yield _document(row)
+                yield _document(row) if isinstance(row, Mapping) else row
             except (KeyError, TypeError) as fault:
-                raise ValueError(f"row {number} of the dataset has to hold {FIELDS}; {fault}") from fault
+                raise ValueError(f"row {number} of the {self.where} has to hold {FIELDS}; {fault}") from fault
 
 
 def _documents(data: Any) -> Iterable[Document]:
@@ -212,21 +242,21 @@ def _documents(data: Any) -> Iterable[Document]:
         return [data]
     if isinstance(data, Path):
         return _read_file(data)
-    if isinstance(data, dict) and "train" in data:  # a DatasetDict
-        data = data["train"]
     if hasattr(data, "column_names") or hasattr(data, "features"):
         return _text_column(data)
-    if isinstance(data, (list, tuple)) and all(isinstance(each, str) or _is_conversation(each) for each in data):
-        return data
+    if isinstance(data, (list, tuple)) and all(
+        isinstance(each, str | Mapping) or _is_conversation(each) for each in data
+    ):
+        return _Rows(data, "list")
     raise ValueError(f"cannot read data of type {type(data).__name__}; give {ALLOWED}")
 
 
 def _text_column(dataset: Any) -> Iterable[Document]:
     columns = dataset.column_names
-    if columns is None or "text" in columns:
+    if columns is not None and "text" in columns:
         return dataset["text"]
-    if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return _Conversations(dataset)
+    if columns is None or "messages" in columns or {"prompt", "completion"} <= set(columns):
+        return _Rows(dataset, "dataset")
     raise ValueError(
         f'the dataset has the columns {", ".join(columns)}; rename the one with the text to "text", '
         f"a conversation's to {FIELDS.partition(', ')[2]}"
@@ -235,7 +265,9 @@ def _text_column(dataset: Any) -> Iterable[Document]:
 
 def _read_file(path: Path) -> list[Document]:
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist or is not a file")
+        raise ValueError(
+            f"data file {path} does not exist; for a dataset of the Hub give datasets.load_dataset({str(path)!r})"
+        )
     names = path.suffixes
     opener: Callable[..., Any] = gzip.open if names[-1:] == [".gz"] else open
     with opener(path, "rt", encoding="utf-8") as file:

@@ -26,6 +26,7 @@ from hf_fwp.layer import layers_of
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .memory import freed_memory_kept
+from .processes import meet, processes
 
 LOGGED = 50  # entries of the history, about
 
@@ -61,10 +62,12 @@ def distil(
     Without `steps`, one pass over the blocks. Mixers learn at `lr`, all the rest at `lr_rest` (0: it stays as it is);
     both rise over the first `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the
     Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
-    never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
+    never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it. Several
+    processes share the `batch_size` sequences of a step.
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
+    meet(student.device)
     check_student(student, teacher)
     peft_config = peft_config if lora is None else lora_config(lora)
     steps = len(ids_NT) // batch_size if steps is None else steps
@@ -81,7 +84,7 @@ def distil(
             output_dir or Path(scratch),
             student.device,
             steps=steps,
-            batch_size=batch_size,
+            batch_size=own_share(batch_size),
             lr=lr_rest,
             lr_end=lr_end,
             warmup=warmup,
@@ -102,6 +105,11 @@ def distil(
             losses=losses,
         )
         trainer.remove_callback(PrinterCallback)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "distil gives back a whole student, and FSDP and DeepSpeed leave it in pieces; launch it without them, "
+                "or use DistilTrainer"
+            )
         if gradient_checkpointing:
             student.gradient_checkpointing_enable()
         trainer.finish(last)
@@ -111,6 +119,16 @@ def distil(
     history = [{"step": e["step"], measure: e["loss"]} for e in trainer.state.log_history if "loss" in e]
     tokens = steps * batch_size * ids_NT.shape[1]
     return {"steps": steps, "tokens": tokens, "seconds": trainer.seconds, "history": history}
+
+
+def own_share(batch_size: int) -> int:
+    """The sequences of a step for each of the processes that share it."""
+    if batch_size % processes():
+        raise ValueError(
+            f"{processes()} processes cannot share a step of {batch_size} sequences evenly; give a batch_size that is "
+            "a multiple of their number"
+        )
+    return batch_size // processes()
 
 
 def lora_config(settings: Mapping[str, Any]) -> Any:

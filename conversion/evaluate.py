@@ -122,7 +122,8 @@ def heldout_blocks(
     tokens: int = 16384,
     sequence_length: int = 512,
 ) -> Tensor:
-    """Token ids [N, sequence_length] to measure on, from text as in `convert`; ids are taken as they are."""
+    """Token ids [N, sequence_length] to measure on, from text as in `convert`, of splits the one named "test"; ids are
+    taken as they are."""
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point():
             raise ValueError(
@@ -131,7 +132,7 @@ def heldout_blocks(
         return data
     if tokenizer is None:
         raise ValueError("the model comes without a tokenizer; give tokenizer=, or its folder in place of the model")
-    texts = demo_corpus()[2] if data is None else read_data(data)
+    texts = demo_corpus()[2] if data is None else read_data(data, split="test")
     return token_blocks(texts, tokenizer, sequence_length=sequence_length, tokens=tokens)
 
 

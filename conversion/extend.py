@@ -2,7 +2,8 @@
 
     minimise  -1/N sum_t log q(x_t+1 | x_<=t)       over the N tokens that count
 
-No teacher: its own context may be shorter. For chat data only what the assistant says counts (`chat_blocks`).
+No teacher: its own context may be shorter. For chat data only what the assistant says counts: `convert` labels its
+blocks so (tokens.py), and `chat_blocks` makes rows of one conversation each.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .distil import distil
+from .tokens import IGNORED, chat_labels
 
 LOSSES = {"cross_entropy": 1.0}
-IGNORED = -100  # the label of a token that does not count
 
 
 def extend(
@@ -60,12 +61,10 @@ def chat_blocks(
 
     Only the assistant's words and the end of its turn have labels. Longer conversations are cut; the rest of a row is
     padded, without labels. Raises ValueError for a tokenizer without a chat template, and for a template that rewrites
-    earlier turns when a later one follows.
+    earlier turns when a later one follows without marking the answers (`{% generation %}`).
     """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; set tokenizer.chat_template, or give plain text")
     filler: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = [_labelled(conversation, tokenizer) for conversation in conversations]
+    rows = [chat_labels(conversation, tokenizer) for conversation in conversations]
     if not rows:
         raise ValueError("there are no conversations; give lists of messages with 'role' and 'content'")
     ids_NT = torch.full((len(rows), sequence_length), filler or 0)
@@ -75,24 +74,3 @@ def chat_blocks(
         ids_NT[row, :count] = torch.tensor(ids[:count])
         labels_NT[row, :count] = torch.tensor(labels[:count])
     return ids_NT, labels_NT
-
-
-def _labelled(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    ids = _chat_ids(messages, tokenizer, prompt=False)
-    labels = [IGNORED] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = _chat_ids(messages[:turn], tokenizer, prompt=True)
-        answered = _chat_ids(messages[: turn + 1], tokenizer, prompt=False)
-        if answered[: len(asked)] != asked or ids[: len(answered)] != answered:
-            raise ValueError("the chat template rewrites earlier turns; give conversations of one answer each")
-        labels[len(asked) : len(answered)] = answered[len(asked) :]
-    return ids, labels
-
-
-def _chat_ids(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool) -> list[int]:
-    given: Any = [dict(message) for message in messages]
-    text = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt))
-    found: Any = tokenizer(text, add_special_tokens=False)
-    return list(found["input_ids"])

@@ -23,13 +23,19 @@ from .keep import Keep, kept_layers
 from .recipes import TRAINING, Recipe
 from .report import peak_memory
 
-# Forward passes of the teacher that a token costs in each stage, measured on SmolLM2-135M with 2 CPU cores.
-COSTS = {"solve": 6.0, "rank": 40.0, "align": 2.7, "distil": 5.8, "extend": 5.0}
-# Tensors [tokens, hidden size] that are in memory at once: while solving, and per layer for the backward of distil.
-STREAMS, ACTIVATIONS = 9, 40
+# Forward passes of the teacher that a token costs, measured on SmolLM2-135M with 2 CPU cores (one pass of a token:
+# 1.57 ms): while all layers are searched for settings, solved on the student's or the teacher's stream, or left as they
+# are, and while each of 30 layers is swapped in. Half of the layers kept comes to 115 000 passes, three quarters to
+# 103 000: README's 2.4 and 2.2 minutes are these at 1.25 and 1.28 ms each.
+COSTS = {"calibrate": 10.1, "solve": 4.5, "rank_solve": 3.5, "move": 1.6, "rank": 28.0}
+COSTS |= {"align": 2.7, "distil": 5.8, "extend": 5.0}
+SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 that judge
+# Tensors [tokens, hidden size] that are in memory at once: while solving, per layer for the backward of distil, and for
+# a layer of align, where 0.66 GiB were measured (SmolLM2-135M, 2048 tokens).
+STREAMS, ACTIVATIONS, ALIGNED = 9, 40, 150
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
-PASS = 1.5  # time of a forward pass over that of its products of matrices: assumed, not measured
+PASS = 1.6  # time of a forward pass over that of its products of matrices: SmolLM2-135M, 256 tokens, 2 CPU cores
 BATCH = 4  # sequences a step, where the recipe does not say
 
 
@@ -79,6 +85,7 @@ def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> st
     else:
         kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by measured KL"
     lines = [f"convert {plan.teacher} to {plan.rule}, recipe {plan.recipe.name}: {kept}"]
+    lines += [f"  text: {plan.data}"] if plan.data else []
     lines += ["  layer by layer: the teacher is never in memory as a whole"] if offload else []
     for stage in stages(plan, model, offload=offload):
         lines.append(f"  {stage.name} {stage.tokens} tokens: {duration(stage.seconds)}, {size(stage.bytes)}")
@@ -107,14 +114,23 @@ def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list
     solving = need.offloaded() if offload else need.solving()
     held = {"rank": solving, "solve": solving, "align": need.aligning(), "distil": need.distilling()}
     held["extend"] = need.extending()
-    ranking = recipe.rank_solve_tokens * COSTS["solve"] + recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30
     tokens = {
         "rank": recipe.rank_solve_tokens + recipe.rank_tokens if plan.ranked else 0,
         "solve": recipe.solve_tokens,
         **{stage: getattr(recipe, f"{stage}_tokens") for stage in TRAINING},
     }
-    units = {name: count * COSTS[name] for name, count in tokens.items()} | {"rank": ranking}
+    units = {name: count * COSTS[name] for name, count in tokens.items()} | _closed_form(plan)
     return [Stage(name, count, units[name] * second, held[name]) for name, count in tokens.items() if count]
+
+
+def _closed_form(plan: Plan) -> dict[str, float]:
+    """Forward passes of one token that ranking and solving take; the search is part of whichever comes first."""
+    recipe, kept = plan.recipe, (len(plan.named()) if plan.kept is None else plan.kept) / plan.num_layers
+    search = SEARCHED * recipe.sequence_length * COSTS["calibrate"]
+    solve = recipe.solve_tokens * ((1 - kept) * COSTS["solve"] + kept * COSTS["move"])
+    rank = recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30  # a swap for every layer
+    rank += recipe.rank_solve_tokens * COSTS["rank_solve"]
+    return {"rank": search + rank, "solve": solve if plan.ranked else solve + (1 - kept) * search}
 
 
 def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> float:
@@ -138,8 +154,8 @@ class Needs:
     mixers: float  # of all that are converted
     streams: float  # tensors [tokens, hidden size] while solving
     equations: float  # of the least squares of one layer, [regressors, regressors] and [regressors, hidden size]
-    layer: float  # activations of one layer in a step with gradients
-    steps: float  # those of all layers
+    layer: float  # activations of one layer in a step of align
+    steps: float  # those of all layers in a step of distil
     longer: float  # those of all layers in a step on longer sequences
     num_layers: int
 
@@ -188,7 +204,7 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
         mixers=byte * own * converted,
         streams=byte * hidden * STREAMS * recipe.solve_tokens,
         equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
-        layer=ACTIVATIONS * batch["align"] * token,
+        layer=ALIGNED * batch["align"] * token,
         steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,
         longer=_kept(recipe, plan.num_layers) * batch["extend"] * hidden * byte * recipe.extend_length,
         num_layers=plan.num_layers,

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hf_fwp.files import write_whole
 
 from .plan import Plan
+from .processes import first_says, is_first, wait
 from .report import write_report
+
+PLAN = "plan.json"  # in the folder of unfinished work
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Run:
     def stage(self, name: str, student: PreTrainedModel | None, do: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """Run a stage, or load what it gave when it was finished before."""
         saved = None if self.work is None else self.work / name
-        if saved is not None and (saved / "stage.json").is_file():
+        if saved is not None and first_says((saved / "stage.json").is_file()):
             self.report = json.loads((saved / "stage.json").read_text())
             loaded: Any = AutoModelForCausalLM.from_pretrained(saved, dtype=self.teacher.dtype)
             return loaded.to(self.teacher.device)
@@ -44,8 +47,9 @@ class Run:
         started = time.perf_counter()
         result = do()
         self.report["stages"].setdefault(name, {})["seconds"] = time.perf_counter() - started
-        if saved is not None:
+        if saved is not None and is_first():
             _save_whole(saved, result, {"stage.json": json.dumps(self.report, default=str)})
+        wait()
         return result
 
     def note_choices(self, choices: dict[int, dict[str, Any]]) -> None:
@@ -77,7 +81,7 @@ def check_output(output: Path | None, *, resume: bool) -> None:
 
 def as_begun(work: Path, plan: Plan) -> Plan | None:
     """The plan with the tokens that an interrupted run was begun with: a budget of time would be measured anew."""
-    file = work / "plan.json"
+    file = work / PLAN
     if not file.is_file():
         return None
     saved = json.loads(file.read_text())
@@ -95,12 +99,18 @@ def fingerprint(blocks: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def begun(work: Path, *, resume: bool) -> bool:
+    """Whether there is a run to continue; without `resume` there must be none."""
+    found = (work / PLAN).is_file()
+    if found and not resume:
+        raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
+    return found
+
+
 def begin(work: Path, plan: Plan, *, resume: bool) -> None:
     """Make the folder of unfinished work, or check that the one there belongs to this plan."""
-    file = work / "plan.json"
-    if file.is_file():
-        if not resume:
-            raise ValueError(f"{work} holds an interrupted run; continue it with resume=True, or delete the folder")
+    file = work / PLAN
+    if begun(work, resume=resume):
         saved, given = json.loads(file.read_text()), plan.as_json()
         changed = [name for name in given if saved.get(name) != given[name]]
         if changed:
@@ -109,7 +119,9 @@ def begin(work: Path, plan: Plan, *, resume: bool) -> None:
                 f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
             )
         return
-    write_whole(file, json.dumps(plan.as_json(), indent=2))
+    wait()  # until all have looked
+    if is_first():
+        write_whole(file, json.dumps(plan.as_json(), indent=2))
 
 
 def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:

@@ -23,9 +23,9 @@ from hf_fwp.layer import FastWeightLayer
 from hf_fwp.options import refuse_unknown
 
 from .kl import kl_of_heads
+from .tokens import IGNORED
 
 LOSSES = ("kl", "cross_entropy")
-IGNORED = -100  # the label of a token that does not count
 
 
 class DistilTrainer(Trainer):

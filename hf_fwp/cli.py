@@ -22,6 +22,7 @@ from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, reports_errors, show, show_rows
 
+DATA = "a .txt or .jsonl file (either with .gz), a folder with a dataset, or a dataset of the Hub, NAME or NAME:SPLIT."
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def convert(
     budget: Annotated[
         str | None, typer.Option(help="Limit in tokens (200k) or time (5m) instead of the recipe's.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Training text: .txt or .jsonl, either with .gz.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Training text: {DATA}")] = None,
     output: Annotated[Path | None, typer.Option(help="New folder for the model, its report and its card.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -76,7 +77,7 @@ def convert(
         keep=parse_keep(keep),
         recipe=recipe,
         budget=budget,
-        data=data,
+        data=parse_data(data),
         output=output,
         resume=resume,
         seed=seed,
@@ -104,7 +105,7 @@ def ablate(
         str | None, typer.Option(help="Choices, or how they begin, with commas between; all if it is left out.")
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="lr: every run at several learning rates.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Training text: .txt or .jsonl, either with .gz.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Training text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
     output: Annotated[Path, typer.Option(help="Folder for the results; what is there is not run again.")] = Path(
         "out/ablation"
@@ -125,7 +126,7 @@ def ablate(
         budget=budget,
         choices=None if choices is None else choices.split(","),
         sweep=sweep,
-        data=data,
+        data=parse_data(data),
         tokens=tokens,
         output=output,
         seed=seed,
@@ -143,12 +144,14 @@ def ablate(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Held-out text: .txt or .jsonl, either with .gz.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Held-out text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
-    show(conversion("evaluate")(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
+    show(
+        conversion("evaluate")(model, against=against, data=parse_data(data), tokens=tokens), as_json=json, title=model
+    )
 
 
 @app.command()
@@ -312,6 +315,11 @@ def export(
 ) -> None:
     """Write a model in a form that others run."""
     sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
+
+
+def parse_data(name: str | None) -> Any:
+    """What --data names; None where it is left out."""
+    return None if name is None else conversion("data", "find_data")(name)
 
 
 def conversion(module: str, name: str | None = None) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from hf_fwp.conversion import data
+from hf_fwp.conversion import data, tokens
 
 TAGGED = """
 \tThe/at Fulton/np-tl County/nn-tl jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' (/( a/at 1\\/2\\/3/cd )/) ./.
@@ -120,6 +120,74 @@ def test_datasets_are_read_whole_streamed_and_by_their_training_split():
     assert max(read) < 50
 
 
+def dataset_folder(folder, kind):
+    """One document to train on, one held out, as `kind` says."""
+    parts = {
+        split: datasets.Dataset.from_dict({"text": [f"{split} text\nof two lines"]}) for split in ("train", "test")
+    }
+    if kind == "saved":
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    for split, part in parts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        if kind == "parquet":
+            part.to_parquet(folder / f"{split}.parquet")
+        if kind == "texts":
+            (folder / split / "a.txt").write_text(part[0]["text"])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "texts"])
+def test_a_path_may_be_a_folder_with_a_dataset(kind, tmp_path):
+    folder = dataset_folder(tmp_path / "set", kind)
+    told, train, heldout = data.read_splits(folder)
+    assert list(train) == list(data.read_data(folder)) == ["train text\nof two lines"]
+    assert list(heldout) == list(data.read_data(folder, split="test")) == ["test text\nof two lines"]
+    begins = f"Dataset {folder}" if kind == "saved" else f"IterableDataset {folder}, split train"
+    assert told == f"{begins}; reported on its split test"
+    assert data.find_data(str(folder)) == folder
+    if kind == "parquet":
+        assert list(data.read_data(folder / "test.parquet")) == ["test text\nof two lines"]
+
+
+def test_a_folder_without_a_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the folder .* holds no dataset: .* give a file, or a folder of them"):
+        data.read_data(tmp_path)
+
+
+HUB = datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "read"),
+    [
+        ("user/set", ("user/set", None, True), ["one", "two"]),
+        ("user/set:test", ("user/set", "test", True), ["one", "two"]),
+        ("user/set:train[:1]", ("user/set", "train[:1]", False), ["one"]),
+    ],
+)
+def test_what_is_no_file_is_a_dataset_of_the_hub(name, asked, read, monkeypatch):
+    seen = []
+
+    def load(dataset, *, split, streaming):
+        seen.append((dataset, split, streaming))
+        part = HUB if "[" not in (split or "") else HUB.select([0])
+        part = part.to_iterable_dataset() if streaming else part
+        return part if split else datasets.IterableDatasetDict(train=part)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(data.read_data(data.find_data(name))) == read
+    assert seen == [asked]
+
+
+def test_a_name_of_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no Hub")))
+    with pytest.raises(
+        ValueError, match=r"found no data 'corpus': .* cannot be reached \(no Hub\); check the spelling"
+    ):
+        data.find_data("corpus")
+    assert data.find_data("nowhere.txt") == Path("nowhere.txt")  # whose reading is refused
+
+
 ASKED, ANSWERED = ({"role": role, "content": text} for role, text in (("user", "2 + 2?"), ("assistant", "4")))
 SAID = "<user>2 + 2?<assistant>4"
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -156,6 +224,67 @@ def test_a_list_may_hold_conversations_and_a_template_may_end_them():
     assert chatting().decode(ids[0]) == SAID + "<end>a text<end>"
 
 
+HEARD = {"messages": "4", "prompt and completion": "4", "texts": "<assistant>4<end>"}
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["by its beginnings", "marked by the template"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_labels_are_what_the_assistant_says(kind, marked):
+    template = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    template += "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    asks = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = chatting((template if marked else TEMPLATE) + asks)
+    ids, labels = data.labelled_blocks(data.read_data([ROWS[kind]]), tokenizer, sequence_length=len(SAID) + 1)
+    assert tokenizer.decode(ids[0]) == SAID + "<end>"
+    assert tokenizer.decode(labels[labels != -100]) == HEARD[kind]
+    assert torch.equal(ids[labels != -100], labels[labels != -100])
+    assert data.labelled_blocks(["only text"], tokenizer, sequence_length=8)[1] is None
+    with pytest.raises(ValueError, match="in none of the conversations"):
+        data.labelled_blocks([[ASKED]], tokenizer, sequence_length=8)
+
+
+KEPT = {"sequence_length": 8, "tokens": 24, "labelled": True}
+OTHERWISE = {
+    "a text that was read": ({"texts": ["other words", *["of words"] * 9]}, True),
+    "a text that was not": ({"texts": [*["of words"] * 9, "other words"]}, False),
+    "another template": ({"template": TEMPLATE + "\n"}, True),
+    "more tokens": ({"tokens": 32}, True),
+    "other blocks": ({"sequence_length": 12}, True),
+    "the same": ({}, False),
+}
+
+
+@pytest.mark.parametrize(("change", "anew"), OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize("chat", [False, True], ids=["texts", "conversations"])
+def test_the_same_documents_are_tokenised_once(change, anew, chat, tmp_path, monkeypatch):
+    def blocks(file, texts=("of words",) * 10, template=TEMPLATE, **changed):
+        given = [[ASKED, {**ANSWERED, "content": text}] if chat else text for text in texts]
+        return tokens.kept_blocks(file, given, chatting(template), **{**KEPT, **changed})
+
+    seen, document_ids = [], tokens._document_ids
+    monkeypatch.setattr(tokens, "_document_ids", lambda *a, **b: seen.append(a) or document_ids(*a, **b))
+    first, expected = blocks(tmp_path / "work" / "t.safetensors"), blocks(None, **change)
+    seen.clear()
+    again = blocks(tmp_path / "work" / "t.safetensors", **change)
+    assert bool(seen) == anew
+    assert (first[1] is not None) == chat
+    for ours, theirs in zip(again, expected, strict=True):
+        assert ours is theirs is None or (ours.dtype == torch.long and torch.equal(ours, theirs))
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["t.safetensors"]
+    seen.clear()
+    assert torch.equal(blocks(tmp_path / "work" / "t.safetensors")[0], first[0])
+    assert not seen
+
+
+def test_slow_tokenising_shows_its_speed_and_what_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(tokens, "SLOW_S", 0)
+    data.token_blocks(["some words"] * 9, tiny.byte_tokenizer(), sequence_length=8, tokens=64)
+    said = capsys.readouterr().err
+    assert "tokenise: 100%" in said
+    assert "| 64.0/64.0 [00:00<00:00," in said
+    assert "tok/s]" in said
+
+
 def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the tokenizer has no chat template for them; give a tokenizer that has one"):
         data.token_blocks([[ASKED]], tiny.byte_tokenizer(), sequence_length=4)
@@ -178,6 +307,8 @@ def test_conversations_without_a_template_or_an_end_are_refused(tmp_path):
         (Path("nowhere.txt"), "nowhere.txt does not exist"),
         (3, "type int"),
         ([1, 2], "type list"),
+        ([{"content": "a"}], "row 0 of the list has to hold"),
+        ([{"prompt": "a", "completion": [ASKED]}], "neither two texts nor two lists of messages"),
         (datasets.Dataset.from_dict({"content": ["a"]}), 'rename the one with the text to "text"'),
     ],
 )

@@ -80,3 +80,41 @@ def distilling(folder: Path, dtype: torch.dtype, teacher_changes: dict, settings
     run.train()
     spread = sum(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in teacher.parameters())
     return logged(run), run.accelerator.get_state_dict(run.model_wrapped), kind_of(run), spread
+
+
+def aligning(folder: Path, batch_size: int, steps: int = 4):
+    """(what align reports, the student's weights, and both again of a run that goes on from its saved step)."""
+    from teachers import tiny_teacher
+    from tiny_fwp import tokens
+
+    from hf_fwp.conversion.align import align
+    from hf_fwp.conversion.families import copy_teacher
+
+    teacher = tiny_teacher("llama", num_hidden_layers=2).double()
+    found = []
+    for _ in range(2):
+        student = copy_teacher(teacher, layers=[0, 1], fwp={"rule": "gated_delta_net", "beta_bias": True}).double()
+        settings = {"steps": steps, "batch_size": batch_size, "lr": 1e-2, "save_every": steps, "progress": False}
+        log = align(student, teacher, tokens(10, 12), checkpoint=folder / "steps", resume=True, **settings)
+        found += [log, student.state_dict()]
+    return found
+
+
+def converting(folder: Path):
+    """(weights, report, files) of a conversion through all stages; the second process would keep another layer."""
+    import importlib
+
+    from tiny import TEXTS, byte_tokenizer, tiny_llama
+
+    from hf_fwp.conversion.recipes import Recipe
+
+    verb = importlib.import_module("hf_fwp.conversion.convert")
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        verb.most_needed = lambda ranking, count: sorted(sorted(ranking, key=ranking.get)[:count])
+    small = {"sequence_length": 16, "solve_tokens": 112, "rank_solve_tokens": 80, "rank_tokens": 16}
+    small |= {"align_tokens": 128, "align": {"bf16": False}, "distil_tokens": 128, "distil": {"bf16": False}}
+    measures = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    recipe = Recipe("few", "few tokens", **small, report=measures)
+    said = {"tokenizer": byte_tokenizer(), "keep": 1, "recipe": recipe, "data": TEXTS, "output": folder / "made"}
+    made = verb.convert(tiny_llama(layers=3).double(), **said)
+    return made.state_dict(), made.conversion_report, sorted(file.name for file in folder.rglob("made*/*"))

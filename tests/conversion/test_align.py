@@ -145,3 +145,26 @@ def test_every_block_is_seen_once_an_epoch(ids):
     seen = torch.cat([batch(numbered, step, size=2, seed=1) for step in range(5)]).flatten().tolist()
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
     assert seen[:5] != seen[5:]
+
+
+def test_weights_cast_for_one_layer_are_forgotten_before_the_next(teacher, ids, monkeypatch):
+    """A weight that has been cast to bf16 is cast anew after its layer, not found in autocast's memory."""
+    kept, layer_loss = [], Run.layer_loss
+    weight = teacher.model.layers[0].mlp.up_proj.weight
+
+    def asked():
+        x = torch.ones(1, weight.shape[1])
+        with torch.profiler.profile() as seen:
+            torch.nn.functional.linear(x, weight)
+        return sum(event.name == "aten::_to_copy" for event in seen.events())
+
+    def watched(run, layer, *args):
+        asked()  # by now it is cast
+        before = asked()
+        layer_loss(run, layer, *args)
+        kept.append((before, asked()))
+
+    monkeypatch.setattr(Run, "layer_loss", watched)
+    align(student_of(teacher), teacher, ids, steps=1, bf16=True, **SETTINGS)
+    assert kept
+    assert all(again > before for before, again in kept)

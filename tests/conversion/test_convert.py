@@ -11,6 +11,7 @@ import torch
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
 
+from hf_fwp.conversion import tokens
 from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.recipes import RECIPES, Recipe
 from hf_fwp.hosts import converted_layers
@@ -113,7 +114,9 @@ def test_an_interrupted_run_continues_to_the_same_model(stage, folder, tmp_path,
         for changed in ({"keep": [0]}, {"seed": 1}, {"rule": "delta_net"}, {"data": TEXTS[1:]}):
             with pytest.raises(ValueError, match="holds a run with other arguments"):
                 convert(folder, output=tmp_path / "made", **{**said, **changed}, resume=True)
-    resumed = convert(folder, output=tmp_path / "made", **said, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "_document_ids", lambda *_, **__: pytest.fail("the text is tokenised again"))
+        resumed = convert(folder, output=tmp_path / "made", **said, resume=True)
     assert_same(weights_of(resumed), weights_of(whole))
     assert not (tmp_path / "made.partial").exists()
 
@@ -156,18 +159,43 @@ def test_a_budget_is_tokens_or_a_time(folder, capsys, monkeypatch):
     assert 0 < shorter < longer
 
 
-@pytest.mark.parametrize("kind", ["text", "path", "list", "dataset", "splits"])
-def test_data_comes_in_many_forms(kind, folder, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["text", "path", "list", "dataset", "splits", "folder", "streamed"])
+def test_data_comes_in_many_forms_and_the_plan_says_what_was_taken(kind, folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
-    table = datasets.Dataset.from_dict({"text": TEXTS})
-    data = {
-        "text": "\n".join(TEXTS),
-        "path": tmp_path / "text.txt",
-        "list": TEXTS,
-        "dataset": table,
-        "splits": datasets.DatasetDict(train=table, test=datasets.Dataset.from_dict({"text": ["held out " * 50]})),
+    (tmp_path / "set").mkdir()
+    table, heldout = datasets.Dataset.from_dict({"text": TEXTS}), datasets.Dataset.from_dict({"text": ["held " * 50]})
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    heldout.to_parquet(tmp_path / "set" / "test.parquet")
+    data, told = {
+        "text": ("\n".join(TEXTS), f"{len(chr(10).join(TEXTS))} characters of text"),
+        "path": (tmp_path / "text.txt", str(tmp_path / "text.txt")),
+        "list": (TEXTS, f"{len(TEXTS)} documents of a list"),
+        "dataset": (table, "Dataset"),
+        "splits": (datasets.DatasetDict(train=table, test=heldout), "Dataset; reported on its split test"),
+        "folder": (tmp_path / "set", f"IterableDataset {tmp_path / 'set'}, split train; reported on its split test"),
+        "streamed": (table.to_iterable_dataset(), "IterableDataset"),
     }[kind]
-    assert "solve 112 tokens" in planned(capsys, folder, data=data)
+    said = planned(capsys, folder, data=data)
+    assert "solve 112 tokens" in said
+    assert f"text: {told} rank" in said.replace(" solve 112", " rank", 1)
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+def test_a_stream_gives_the_same_blocks_for_the_same_seed(shuffled, folder):
+    def blocks(seed, kind):
+        data = datasets.Dataset.from_dict({"text": TEXTS})
+        data = data.to_iterable_dataset() if kind == "streamed" else data
+        data = data.shuffle(seed=5, buffer_size=8) if shuffled else data
+        made = convert(folder, recipe=named, keep=[1], data=data, seed=seed)
+        return made.state_dict()
+
+    named = Recipe("x", "few", **{**SMALL, "rank_solve_tokens": 0})
+    first = blocks(0, "streamed")
+    assert_same(blocks(0, "streamed"), first)
+    other = blocks(1, "streamed")
+    assert any(not torch.equal(value, other[key]) for key, value in first.items())
+    if not shuffled:
+        assert_same(blocks(0, "whole"), first)
 
 
 @pytest.mark.parametrize(

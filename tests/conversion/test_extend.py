@@ -1,5 +1,7 @@
 """The student goes on by itself: on longer sequences, on the answers of chats alone, and after a kill."""
 
+import importlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,6 +26,9 @@ CHAT = [
     {"role": "user", "content": "so"},
     {"role": "assistant", "content": "no"},
 ]
+
+
+verb = importlib.import_module("hf_fwp.conversion.convert")
 
 
 @pytest.fixture
@@ -111,3 +116,45 @@ def test_a_recipe_extends_on_longer_sequences_of_its_own(capsys):
     assert (log["tokens"], log["steps"]) == (200, 2)
     assert "extend 200" in capsys.readouterr().err
     assert not torch.equal(made.lm_head.weight, teacher.lm_head.weight)
+
+
+ROWS = {
+    "messages": {"messages": CHAT},
+    "prompt and completion": {"prompt": CHAT[:1], "completion": CHAT[1:2]},
+    "texts": {"prompt": "so? ", "completion": "no."},
+}
+SPOKEN = {"messages": "yes.no.", "prompt and completion": "yes.", "texts": "no.<end>"}
+
+
+def entropy(model, ids_NT, labels_NT):
+    """-1/N sum log q(x_t+1 | x_<=t) over the tokens with a label."""
+    with torch.no_grad():
+        logits = model.eval()(ids_NT).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_NT[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("stage", ["extend", "distil"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_verb_learns_from_what_the_assistant_says_alone(kind, stage, tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    (tmp_path / "said.jsonl").write_text(f"{json.dumps(ROWS[kind])}\n" * 20)
+    trained, seen = getattr(verb, stage), {}
+
+    def watched(student, *, ids_NT, labels_NT, **settings):
+        seen.update(alone=entropy(student, ids_NT, labels_NT), all=entropy(student, ids_NT, ids_NT), labels=labels_NT)
+        return trained(student, ids_NT=ids_NT, labels_NT=labels_NT, **settings)
+
+    monkeypatch.setattr(verb, stage, watched)
+    report = {"tokens": 50, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    tokens = {"extend": {"extend_tokens": 100, "extend_length": 50}, "distil": {"distil_tokens": 100}}[stage]
+    settings = {"batch_size": 2, "bf16": False, **({"losses": {"cross_entropy": 1.0}} if stage == "distil" else {})}
+    small = Recipe("x", "x", copied=True, sequence_length=50, solve_tokens=0, report=report)
+    recipe = replace(small, **tokens, **{stage: settings})
+    data = tmp_path / "said.jsonl" if stage == "extend" else [ROWS[kind]] * 20
+    made = convert(tiny_llama(), tokenizer=tokenizer, keep=[0], recipe=recipe, data=data)
+    log = made.conversion_report["stages"][stage]
+    assert set(tokenizer.decode(seen["labels"][seen["labels"] != -100])) == set(SPOKEN[kind])
+    assert log["learned_tokens"] == (seen["labels"] != -100).sum() < log["tokens"]
+    assert log["history"][0]["cross_entropy"] == pytest.approx(seen["alone"], rel=1e-5)
+    assert log["history"][0]["cross_entropy"] != pytest.approx(seen["all"], rel=5e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TEXTS, byte_tokenizer
+from tiny import TEXTS, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hf_fwp.conversion import plan as planning
@@ -91,3 +91,14 @@ def test_the_verb_plans_shapes_and_folders_without_weights(large, tmp_path, caps
 def test_weights_that_hold_nothing_are_not_converted(large):
     with pytest.raises(ValueError, match='on the device "meta", which hold nothing: plan it with dry_run=True'):
         convert(large, tokenizer=byte_tokenizer(), data=TEXTS, keep=0, recipe="closed-form")
+
+
+@pytest.mark.parametrize(("kept", "minutes"), [(15, 2.4), (22, 2.2)])
+def test_the_estimate_is_what_a_run_took(kept, minutes, monkeypatch):
+    """Rows of README's table that ran alone: SmolLM2-135M, 30 layers, at 1.26 ms for a token's forward pass."""
+    monkeypatch.setattr(planning, "_seconds_per_token", lambda _: 1.26e-3)
+    model = tiny_llama()  # its size plays no part
+    plan = Plan("SmolLM2-135M", "gated_delta_net", 0, RECIPES["closed-form"], 0, 30, kept, "str")
+    assert planning.estimate(plan, model) / 60 == pytest.approx(minutes, rel=0.05)
+    named = Plan("SmolLM2-135M", "gated_delta_net", list(range(kept)), RECIPES["closed-form"], 0, 30, None, "str")
+    assert planning.estimate(named, model) < planning.estimate(plan, model)

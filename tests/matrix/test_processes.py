@@ -1,12 +1,16 @@
 """Two processes compute what one computes: DDP, FSDP2 and DeepSpeed ZeRO, in training and in distillation."""
 
+import importlib
 import importlib.util
 
 import pytest
 import torch
 from runs import trained
-from two_processes import distilling, together, training
+from two_processes import aligning, converting, distilling, together, training
 
+from hf_fwp.conversion import processes as sharing
+
+distillation = importlib.import_module("hf_fwp.conversion.distil")
 FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
 
 
@@ -114,6 +118,44 @@ def test_two_processes_distil_as_one(way, tied, tmp_path, monkeypatch):
     pair = together(distilling, tmp_path / "pair", dtype, changes, settings, sharded=way != "DDP")
     assert_same(pair, alone, way, tolerance)
     assert (pair[3] > 0) == (way in ("FSDP2", "ZeRO, 3")), "the teacher is in pieces where the student is"
+
+
+@pytest.mark.parametrize("batch_size", [pytest.param(4, marks=pytest.mark.slow), 3])
+def test_two_processes_align_as_one(batch_size, tmp_path):
+    """Also where they cannot share a step evenly, and where they go on from what was saved."""
+    (tmp_path / "alone").mkdir()
+    alone = aligning(tmp_path / "alone", batch_size)
+    pair = together(aligning, tmp_path / "pair", batch_size)
+    for log, weights in ((pair[0], pair[1]), (pair[2], pair[3])):
+        assert log["residual_before"] == pytest.approx(alone[0]["residual_before"], rel=EXACT)
+        assert log["residual"] == pytest.approx(alone[0]["residual"], rel=EXACT)
+        for key, weight in alone[1].items():
+            assert (weights[key] - weight).norm() <= EXACT * (1 + weight.norm()), key
+
+
+@pytest.mark.slow
+def test_two_processes_convert_as_one(tmp_path):
+    (tmp_path / "alone").mkdir()
+    weights, report, files = converting(tmp_path / "alone")
+    theirs, said, written = together(converting, tmp_path / "pair")
+    assert written == files
+    assert said["kept_layers"] == report["kept_layers"]
+    for stage in ("align", "distil"):
+        assert said["stages"][stage]["steps"] == report["stages"][stage]["steps"] == 2
+    assert said["evaluation"]["kl"] == pytest.approx(report["evaluation"]["kl"], rel=EXACT)
+    for key, weight in weights.items():
+        assert (theirs[key] - weight).norm() <= EXACT * (1 + weight.norm()), key
+
+
+def test_steps_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setattr(sharing, "processes", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes cannot share a step of 1 sequences; raise batch_size"):
+        sharing.own_rows(torch.zeros(1, 4))
+    monkeypatch.setattr(distillation, "processes", lambda: 2)
+    with pytest.raises(
+        ValueError, match="2 processes cannot share a step of 3 sequences evenly; give a batch_size that"
+    ):
+        distillation.own_share(3)
 
 
 def test_the_comparison_fails_on_processes_that_do_not_talk(tmp_path):
