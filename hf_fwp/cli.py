@@ -314,6 +314,19 @@ def export(
     sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
 
 
+@app.command()
+@reports_errors
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, mps; by default the fastest there is.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")] = "auto",
+) -> None:
+    """Run transformers' OpenAI-compatible server with a model of this package."""
+    importlib.import_module("hf_fwp.serving").serve(model, host=host, port=port, device=device, dtype=dtype)
+
+
 def conversion(module: str, name: str | None = None) -> Any:
     """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
     return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)

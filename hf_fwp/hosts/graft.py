@@ -108,8 +108,8 @@ class Grafted(AlignedLoading):
         super()._init_weights(module)
         init_mixer_weights(module)
 
-    # transformers reads both answers in the source of a class, here this file, and remembers them for subclasses: experts
-    # would be added up in one way or another by which class was asked first
+    # transformers reads both answers in the source of a class, here this file, and remembers them for subclasses:
+    # how experts are computed would hang on which class was asked first (no public issue found)
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return cls.family_class._can_set_attn_implementation()
