@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
     assert any(name.endswith("LICENSE") for name in names)
     assert "hf_fwp/inspection/page.html" in names
     assert "hf_fwp/py.typed" in names
+
+
+def test_the_sdist_holds_the_whole_checkout(tmp_path):
+    folders = ("hf_fwp", "conversion", "tests", "docs", "examples", ".ci", ".github")
+    rest = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "Makefile")
+    for name in folders:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*rest, "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    held = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    run(sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')", cwd=tmp_path)
+    (sdist,) = (tmp_path / "dist").glob("hf_fwp-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert held <= {name.partition("/")[2] for name in archive.getnames()}
 
 
 def test_a_release_is_built_checked_attached_and_published_without_a_token():
