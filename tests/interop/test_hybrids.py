@@ -1,10 +1,13 @@
 """transformers' own hybrids with our functions: the same results, exact packing, and back as they were."""
 
 import importlib
+import importlib.util
+import inspect
 import json
 
 import pytest
 import torch
+from fla_kinds import INSTALL
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from hf_fwp import patch_hybrids
@@ -90,6 +93,25 @@ def test_same_logits_and_gradients_and_back_as_they_were(model):
         assert set(functions(model).values()) == {hybrids.FUNCTIONS[name][0] for name in before}
         assert_agree(logits_and_gradients(model, ids), stock)
     assert functions(model) == before
+
+
+def fallback(function):
+    """What transformers computes with where flash-linear-attention is not installed."""
+    plain = inspect.unwrap(function)
+    known = set(inspect.signature(plain).parameters)
+    return lambda *args, **kwargs: plain(*args, **{name: given for name, given in kwargs.items() if name in known})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason=f"needs flash-linear-attention: {INSTALL}")
+def test_runs_on_a_processor_where_flash_linear_attention_is_installed(model, monkeypatch):
+    ids = torch.randint(2, 60, (2, 70))
+    with pytest.raises(RuntimeError, match="active drivers"):  # Triton's, for GPUs, which its kernels want
+        model(input_ids=ids)
+    with patch_hybrids(model):
+        ours = logits_and_gradients(model, ids)
+    for name, function in functions(model).items():
+        monkeypatch.setattr(importlib.import_module(type(model).__module__), name, fallback(function))
+    assert_agree(ours, logits_and_gradients(model, ids))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
