@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import hf_fwp
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_fwp", "conversion")
 
@@ -117,6 +119,7 @@ def test_a_release_is_built_checked_attached_and_published_without_a_token():
     version = next(command for command in commands if "GITHUB_REF_NAME" in command)
     written = configparser.ConfigParser()
     written.read(ROOT / "setup.cfg")
+    assert written["metadata"]["version"] == hf_fwp.__version__
     for tag, right in ((f"v{written['metadata']['version']}", True), ("v9", False)):
         surroundings = {**os.environ, "GITHUB_REF_NAME": tag}
         done = subprocess.run(["bash", "-c", version], cwd=ROOT, env=surroundings, check=False)
