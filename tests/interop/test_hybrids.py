@@ -1,5 +1,6 @@
 """transformers' own hybrids with our functions: the same results, exact packing, and back as they were."""
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -57,6 +58,28 @@ KIMI = {
 NOT_KIMI = ("head_dim", "num_experts", "linear_num_key_heads", "linear_num_value_heads")
 RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 LENGTHS = (5, 9, 70)
+FLA = importlib.util.find_spec("fla") is not None
+
+
+@pytest.fixture(autouse=True)
+def stock_functions(monkeypatch):
+    """What transformers computes with on a processor, also where flash-linear-attention is installed."""
+    for family in hybrids.HYBRIDS if FLA else ():
+        file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in hybrids.FUNCTIONS:
+            if hasattr(file, name):
+                monkeypatch.setattr(file, name, fallback(getattr(file, name)))
+
+
+def fallback(function):
+    plain = inspect.unwrap(function)
+    known = set(inspect.signature(plain).parameters)
+
+    @functools.wraps(plain)
+    def stock(*args, **kwargs):
+        return plain(*args, **{name: given for name, given in kwargs.items() if name in known})
+
+    return stock
 
 
 @pytest.fixture(params=hybrids.HYBRIDS)
@@ -95,23 +118,15 @@ def test_same_logits_and_gradients_and_back_as_they_were(model):
     assert functions(model) == before
 
 
-def fallback(function):
-    """What transformers computes with where flash-linear-attention is not installed."""
-    plain = inspect.unwrap(function)
-    known = set(inspect.signature(plain).parameters)
-    return lambda *args, **kwargs: plain(*args, **{name: given for name, given in kwargs.items() if name in known})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason=f"needs flash-linear-attention: {INSTALL}")
+@pytest.mark.skipif(not FLA, reason=f"needs flash-linear-attention: {INSTALL}")
 def test_runs_on_a_processor_where_flash_linear_attention_is_installed(model, monkeypatch):
     ids = torch.randint(2, 60, (2, 70))
-    with pytest.raises(RuntimeError, match="active drivers"):  # Triton's, for GPUs, which its kernels want
+    stock = logits_and_gradients(model, ids)
+    monkeypatch.undo()  # its kernels are back, which want a GPU
+    with pytest.raises(RuntimeError, match="active drivers"):
         model(input_ids=ids)
     with patch_hybrids(model):
-        ours = logits_and_gradients(model, ids)
-    for name, function in functions(model).items():
-        monkeypatch.setattr(importlib.import_module(type(model).__module__), name, fallback(function))
-    assert_agree(ours, logits_and_gradients(model, ids))
+        assert_agree(logits_and_gradients(model, ids), stock)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
