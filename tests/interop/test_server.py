@@ -78,11 +78,11 @@ def serving_process(command, log):
             yield wait_for(f"http://localhost:{port}", server, log)
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(timeout=60)
+            server.wait(timeout=300)
     assert "Application shutdown complete" in log.read_text()
 
 
-def wait_for(address, server, log, seconds=300.0):
+def wait_for(address, server, log, seconds=900.0):
     until = time.monotonic() + seconds
     while time.monotonic() < until and server.poll() is None:
         try:
@@ -127,7 +127,7 @@ def chatted(folder, address):
     command = [sys.executable, "-c", "from transformers.cli.transformers import app; app()", *words]
     typed = f"{ASKED[0]['content']}\n\n!exit\n"
     there = {**HERE, "HF_HUB_OFFLINE": "0"}  # its client counts every server as the Hub
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=folder, env=there, timeout=300)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=folder, env=there, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
