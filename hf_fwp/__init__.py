@@ -32,6 +32,7 @@ _LAZY = {
     "convert": ("hf_fwp.conversion", "convert"),
     "export": ("hf_fwp.exporting", "export"),
     "push": ("hf_fwp.hub", "push"),
+    "serve": ("hf_fwp.serving", "serve"),
     "export_code": ("hf_fwp.bundle", "export_code"),
     "inspect": ("hf_fwp.inspection", "inspect"),
     "OnnxDecoder": ("hf_fwp.interop.onnx", "OnnxDecoder"),

@@ -317,6 +317,19 @@ def export(
     sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
 
 
+@app.command()
+@reports_errors
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Where to listen.")] = 8000,
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, mps; by default the fastest there is.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's.")] = "auto",
+) -> None:
+    """Run transformers' OpenAI-compatible server with a model of this package."""
+    importlib.import_module("hf_fwp.serving").serve(model, host=host, port=port, device=device, dtype=dtype)
+
+
 def parse_data(name: str | None) -> Any:
     """What --data names; None where it is left out."""
     return None if name is None else conversion("data", "find_data")(name)

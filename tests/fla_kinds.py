@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_fwp
 
+INSTALL = "pip install --no-deps flash-linear-attention fla-core einops"
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8}
 LINEAR: dict[str, Any] = {
     "rule": "linear_attention",

@@ -27,6 +27,7 @@ FUNCTIONS = {
     "inspect": ("hf_fwp.inspection", "inspect"),
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),
+    "serve": ("hf_fwp.serving", "serve"),
     "export-code": ("hf_fwp.bundle", "export_code"),
     "bench serve": ("hf_fwp.bench.serve", "bench_serve"),
     "export": ("hf_fwp.exporting", "export"),

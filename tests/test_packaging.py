@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+
+import hf_fwp
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "hf_fwp", "conversion")
@@ -94,6 +97,20 @@ def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
     assert "hf_fwp/py.typed" in names
 
 
+def test_the_sdist_holds_the_whole_checkout(tmp_path):
+    folders = ("hf_fwp", "conversion", "tests", "docs", "examples", ".ci", ".github")
+    rest = ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE", "Makefile")
+    for name in folders:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*rest, "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    held = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    run(sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('dist')", cwd=tmp_path)
+    (sdist,) = (tmp_path / "dist").glob("hf_fwp-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert held <= {name.partition("/")[2] for name in archive.getnames()}
+
+
 def test_a_release_is_built_checked_attached_and_published_without_a_token():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
     commands = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
@@ -102,6 +119,7 @@ def test_a_release_is_built_checked_attached_and_published_without_a_token():
     version = next(command for command in commands if "GITHUB_REF_NAME" in command)
     written = configparser.ConfigParser()
     written.read(ROOT / "setup.cfg")
+    assert written["metadata"]["version"] == hf_fwp.__version__
     for tag, right in ((f"v{written['metadata']['version']}", True), ("v9", False)):
         surroundings = {**os.environ, "GITHUB_REF_NAME": tag}
         done = subprocess.run(["bash", "-c", version], cwd=ROOT, env=surroundings, check=False)

@@ -92,6 +92,8 @@ class GraftedConfig(WithAutoMap, Config):
 class Grafted(AlignedLoading):
     """What all generated classes of a family share."""
 
+    family_class: ClassVar[Any]  # what the class is made from
+
     @property
     def hf_fwp_layers(self) -> dict[int, FastWeightLayer]:
         """The mixers by the index of their layer."""
@@ -105,6 +107,16 @@ class Grafted(AlignedLoading):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_mixer_weights(module)
+
+    # transformers reads both answers in the source of a class, here this file, and remembers them for subclasses:
+    # how experts are computed would hang on which class was asked first (no public issue found)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.family_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.family_class._can_set_experts_implementation()
 
 
 class GraftedModel(Grafted):
@@ -283,6 +295,7 @@ def host_classes(name: str) -> dict[str, type]:
             "__module__": __name__,  # where pickle finds it, by `__getattr__`
             "__doc__": f"{base.__name__} with fast weights in place of the attention of some layers.",
             "config_class": host_config(name),
+            "family_class": base,
             "_keep_in_fp32_modules_strict": {*FLOAT32, *(base._keep_in_fp32_modules_strict or ())},
         }
         classes[head] = type(f"Fwp{base.__name__}", (kind, base), body)

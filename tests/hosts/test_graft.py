@@ -63,6 +63,18 @@ def test_a_saved_model_is_loaded_by_the_auto_classes_with_the_same_logits(name, 
     assert sorted(loaded.hf_fwp_layers) == [0, 2]
 
 
+@pytest.mark.parametrize("what", ["attn", "experts"])
+def test_a_converted_class_answers_as_its_family_also_when_asked_first(name, what, monkeypatch):
+    host, question = HOSTS[name], f"_can_set_{what}_implementation"
+    for head in host.heads:
+        ours = getattr(hosts, f"Fwp{host.class_name(head)}")
+        for known in ours.__mro__:
+            if f"{question}_cached_value" in vars(known):
+                monkeypatch.delattr(known, f"{question}_cached_value")
+        family = getattr(importlib.import_module(host.modeling), host.class_name(head))
+        assert getattr(ours, question)() == getattr(family, question)()
+
+
 @mixes
 def test_cached_greedy_decoding_is_decoding_without_a_cache(name, tokens, layers):
     student = student_of(name, layers)

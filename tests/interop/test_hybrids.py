@@ -1,10 +1,14 @@
 """transformers' own hybrids with our functions: the same results, exact packing, and back as they were."""
 
+import functools
 import importlib
+import importlib.util
+import inspect
 import json
 
 import pytest
 import torch
+from fla_kinds import INSTALL
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from hf_fwp import patch_hybrids
@@ -54,6 +58,28 @@ KIMI = {
 NOT_KIMI = ("head_dim", "num_experts", "linear_num_key_heads", "linear_num_value_heads")
 RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 LENGTHS = (5, 9, 70)
+FLA = importlib.util.find_spec("fla") is not None
+
+
+@pytest.fixture(autouse=True)
+def stock_functions(monkeypatch):
+    """What transformers computes with on a processor, also where flash-linear-attention is installed."""
+    for family in hybrids.HYBRIDS if FLA else ():
+        file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in hybrids.FUNCTIONS:
+            if hasattr(file, name):
+                monkeypatch.setattr(file, name, fallback(getattr(file, name)))
+
+
+def fallback(function):
+    plain = inspect.unwrap(function)
+    known = set(inspect.signature(plain).parameters)
+
+    @functools.wraps(plain)
+    def stock(*args, **kwargs):
+        return plain(*args, **{name: given for name, given in kwargs.items() if name in known})
+
+    return stock
 
 
 @pytest.fixture(params=hybrids.HYBRIDS)
@@ -90,6 +116,17 @@ def test_same_logits_and_gradients_and_back_as_they_were(model):
         assert set(functions(model).values()) == {hybrids.FUNCTIONS[name][0] for name in before}
         assert_agree(logits_and_gradients(model, ids), stock)
     assert functions(model) == before
+
+
+@pytest.mark.skipif(not FLA, reason=f"needs flash-linear-attention: {INSTALL}")
+def test_runs_on_a_processor_where_flash_linear_attention_is_installed(model, monkeypatch):
+    ids = torch.randint(2, 60, (2, 70))
+    stock = logits_and_gradients(model, ids)
+    monkeypatch.undo()  # its kernels are back, which want a GPU
+    with pytest.raises(RuntimeError, match="active drivers"):
+        model(input_ids=ids)
+    with patch_hybrids(model):
+        assert_agree(logits_and_gradients(model, ids), stock)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from fla_kinds import INSTALL
 
 HERE = Path(__file__).parent
-INSTALL = "pip install --no-deps flash-linear-attention fla-core einops"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason=f"needs flash-linear-attention: {INSTALL}")

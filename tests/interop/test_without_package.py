@@ -29,12 +29,6 @@ def converted(family, head="ForCausalLM", **changes):
     return copy_teacher(tiny_teacher(family, head=head, **changes), layers=[1, 2]).eval()
 
 
-def one_way_to_add_experts(model):
-    """transformers asks a class for it and remembers the answer on a base class: it hangs on what was loaded before."""
-    model.config._experts_implementation = "eager"
-    return model
-
-
 def with_trained_head(model):
     """A few steps, so that the head is not what a fresh one would be."""
     ids, optimizer = tokens(), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -55,9 +49,9 @@ QUICK = {
 SLOW = {
     **{kind: lambda kind=kind: own(kind) for kind in KINDS},
     **{f"own {head.__name__}": lambda head=head: own("gated_delta_net", head) for head in HEADS},
-    **{family: lambda family=family: one_way_to_add_experts(converted(family)) for family in HOSTS},
+    **{family: lambda family=family: converted(family) for family in HOSTS},
     **{
-        f"{family} {head}": lambda family=family, head=head: one_way_to_add_experts(converted(family, head))
+        f"{family} {head}": lambda family=family, head=head: converted(family, head)
         for family in HOSTS
         for head in HOSTS[family].heads
         if head not in ("Model", "ForCausalLM")
