@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import say
 
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
@@ -104,7 +104,7 @@ def convert(
     plan = (as_begun(work, plan) if resume and work is not None else None) or within(plan, budget, model)
     blocks = _blocks(plan, train, heldout, tokenizer)
     plan = replace(plan, text=fingerprint(blocks))
-    Console(stderr=True).print(describe(plan, model, offload=offload), highlight=False)
+    say(describe(plan, model, offload=offload))
     if dry_run:
         return model
     if work is not None:

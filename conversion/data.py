@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_fwp.files import write_whole
+from hf_fwp.telling import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def token_blocks(
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
     needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
     ids: list[int] = []
-    with tqdm(total=needed, desc="read", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
+    with progress_bar(total=needed, desc="read", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
         for text in texts:
             ids += _document_ids(text, tokenizer)
             bar.update(len(ids) - bar.n)

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
 from .memory import freed_memory_kept
@@ -170,7 +171,7 @@ def training_arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and current().bars),
         report_to=[],
         seed=seed,
     )

@@ -22,11 +22,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import progress_bar
 from hf_fwp.weights import check_weights
 
 from .align import hooked
@@ -225,7 +225,9 @@ def _log_probabilities(model: Forward, ids_T: Tensor) -> Tensor:
 
 def _tokens_shown(ids_NT: Tensor, *, progress: bool, description: str) -> Iterator[Tensor]:
     """The sequences one by one, with a bar that counts tokens and estimates the time left."""
-    with tqdm(total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(
+        total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, progress=progress
+    ) as bar:
         for ids_T in ids_NT:
             yield ids_T
             bar.update(ids_T.numel())
@@ -266,7 +268,7 @@ def decode_speed(
     """For each length of context: seconds to read it, tokens per second after it, bytes the cache holds then."""
     generator = torch.Generator().manual_seed(0)
     rows = []
-    with tqdm(total=sum(lengths), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=sum(lengths), desc=description, unit="tok", unit_scale=True, progress=progress) as bar:
         for length in lengths:
             ids_BT = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
             with evaluating(model):
@@ -324,7 +326,7 @@ def samples(
             "teacher": answer(teacher, prompt, tokenizer, new_tokens=new_tokens),
             "student": answer(student, prompt, tokenizer, new_tokens=new_tokens),
         }
-        for prompt in tqdm(prompts, desc="samples", disable=not progress)
+        for prompt in progress_bar(prompts, desc="samples", progress=progress)
     ]
 
 

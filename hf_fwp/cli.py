@@ -20,7 +20,8 @@ from hf_fwp.bench.commands import bench
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
-from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, reports_errors, show, show_rows
+from hf_fwp.telling import tell
+from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, show, show_rows, well_mannered
 
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def convert(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
     tokenizer: Annotated[
@@ -90,7 +91,7 @@ def convert(
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def ablate(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
     tokenizer: Annotated[
@@ -134,12 +135,14 @@ def ablate(
         dry_run=dry_run,
     )
     if not dry_run:
-        table = conversion("ablate", "as_table")(rows)
-        sys.stdout.write(json_format.dumps(rows, indent=2) + "\n" if json else table)
+        if json:
+            sys.stdout.write(json_format.dumps(rows, indent=2) + "\n")
+        else:
+            tell(conversion("ablate", "as_table")(rows).rstrip())
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
@@ -152,7 +155,7 @@ def evaluate(
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     text: Annotated[str, typer.Option(help="What the model reads.")],
@@ -178,7 +181,7 @@ def inspect(
 
 
 @app.command(name="info")
-@reports_errors
+@well_mannered
 def info_command(json: AsJson = False) -> None:
     """Show the rules, presets, families, recipes, backends and devices found on this machine."""
     told = info()
@@ -225,7 +228,7 @@ def installed_versions() -> dict[str, str]:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def demo(
     teacher: Annotated[str | None, typer.Argument(help="Default: SmolLM2-135M-Instruct from its package.")] = None,
     rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
@@ -264,7 +267,7 @@ def show_demo(report: dict[str, Any], output: Path) -> None:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where it goes: you/name-of-the-model.")],
@@ -290,28 +293,28 @@ def push(
         sizes = {path: module.bytes_shown(size) for path, size in pushed.files.items()}
         show(sizes, as_json=False, title=f"would go to {repo}")
     else:
-        sys.stdout.write(f"{pushed.url}\n")
+        tell(pushed.url)
 
 
 @app.command(name="export-code")
-@reports_errors
+@well_mannered
 def export_code(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
 ) -> None:
     """Write a model's code into its folder, for those who load it without hf_fwp (trust_remote_code=True)."""
     written = importlib.import_module("hf_fwp.bundle").export_code(folder)
-    sys.stdout.write(f"{len(written)} files in {folder}\n")
+    tell(f"{len(written)} files in {folder}")
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def export(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention; onnx: the decode step.")],
 ) -> None:
     """Write a model in a form that others run."""
-    sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
+    tell(str(importlib.import_module("hf_fwp.exporting").export(model, output, format=format)))
 
 
 def conversion(module: str, name: str | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..terminal import parse_keep, reports_errors
+from ..terminal import parse_keep, well_mannered
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", help="Draw the table into this file (.png, .svg, .pdf).")]
@@ -17,7 +17,7 @@ bench = typer.Typer(help="Time operators on this machine, see what rules can lea
 
 
 @bench.callback()
-@reports_errors
+@well_mannered
 def bench_group(
     context: typer.Context,
     compare: Annotated[
@@ -35,7 +35,7 @@ def bench_group(
 
 
 @bench.command(name="tasks")
-@reports_errors
+@well_mannered
 def bench_tasks(
     rules: Annotated[str | None, typer.Option(help="Names of rules, with commas between; full_attention too.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each training.")] = 1000,
@@ -52,7 +52,7 @@ def bench_tasks(
 
 
 @bench.command(name="convert")
-@reports_errors
+@well_mannered
 def bench_convert(
     teacher: Annotated[str | None, typer.Argument(help="Folder, Hub id or GGUF; SmolLM2-135M if left out.")] = None,
     rule: Annotated[str, typer.Option(help="Update rule.")] = "gated_delta_net",
@@ -67,7 +67,7 @@ def bench_convert(
 
 
 @bench.command(name="cpu")
-@reports_errors
+@well_mannered
 def bench_cpu(
     json: Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs of each; the median counts.")] = 11,
@@ -78,7 +78,7 @@ def bench_cpu(
 
 
 @bench.command(name="hybrids")
-@reports_errors
+@well_mannered
 def bench_hybrids(
     json: JsonFile = None,
     tokens: Annotated[int, typer.Option(help="Length of the sequence.")] = 1024,
@@ -91,7 +91,7 @@ def bench_hybrids(
 
 
 @bench.command(name="serve")
-@reports_errors
+@well_mannered
 def bench_serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     against: Annotated[str, typer.Option(help="The teacher.")],
@@ -109,7 +109,7 @@ def bench_serve(
 
 
 @bench.command(name="kernels")
-@reports_errors
+@well_mannered
 def bench_kernels(
     json: JsonFile = None,
     plot: PlotFile = None,
@@ -121,14 +121,14 @@ def bench_kernels(
 
 
 @bench.command(name="sequential")
-@reports_errors
+@well_mannered
 def bench_sequential(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
     """Time the kernels of the sequential rules on this GPU beside the same rules in PyTorch."""
     importlib.import_module("hf_fwp.bench.sequential").bench_sequential(json=json, plot=plot, commit=commit)
 
 
 @bench.command(name="decode")
-@reports_errors
+@well_mannered
 def bench_decode(json: JsonFile = None, plot: PlotFile = None, commit: Commit = None) -> None:
     """Time one decode step on this GPU beside flash-linear-attention, transformers and softmax attention."""
     importlib.import_module("hf_fwp.bench.decode").bench_decode(json=json, plot=plot, commit=commit)

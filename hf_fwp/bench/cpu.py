@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 import rich.table
 import torch
 import transformers
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ..card import commit
 from ..ops import gated_delta_rule
+from ..telling import tell
 
 # B, T, H, D
 SHAPES = ((1, 2048, 9, 64), (1, 4096, 16, 128))
@@ -48,7 +48,7 @@ def bench_cpu(
     with threads_of_torch(threads):
         rows = [row for name in dtypes for shape in shapes for row in time_shape(shape, name, repeats)]
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

@@ -23,6 +23,7 @@ import torch
 
 from ..card import commit as commit_of_checkout
 from ..look import FIGURES, new_figure
+from ..telling import tell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Row = dict[str, Any]
@@ -202,7 +203,7 @@ def table(result: Row, title: str) -> rich.table.Table:
 
 def write(result: Row, *, json: str | Path | None, plot: str | Path | None, title: str) -> None:
     """Print the table; write the JSON and the picture where asked."""
-    rich.print(table(result, title))
+    tell(table(result, title))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     if plot is not None:

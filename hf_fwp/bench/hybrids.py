@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..interop.hybrids import patch_hybrids
+from ..telling import tell
 from .cpu import in_turns, machine, threads_of_torch
 
 SIZES: dict[str, Any] = {
@@ -79,7 +79,7 @@ def bench_hybrids(
     with threads_of_torch(threads):
         rows = [row for family in families for row in time_family(family, tokens, repeats)]
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

@@ -20,16 +20,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
 from ..card import commit
 from ..configuration import FwpConfig
 from ..files import write_whole
 from ..rules import RULES
+from ..telling import progress_bar, tell
 from . import tasks
 from .cpu import cpu_name
 from .learning import fit, right_answers
@@ -111,12 +110,12 @@ def bench_tasks(
     settings = {"steps": steps, "seeds": seeds}
     result = _started(json, settings)
     left = [(rule, name) for rule in rules for name in TASKS if not _known(result["rows"], rule, name)]
-    for rule, name in tqdm(left, desc="trainings", disable=not progress):
+    for rule, name in progress_bar(left, desc="trainings", progress=progress):
         scores = [scored(rule, name, steps=steps, seed=seed) for seed in range(seeds)]
         result["rows"] += [_row(rule, asked, [found[asked] for found in scores]) for asked in TASKS[name].asked]
         if json is not None:
             write_whole(Path(json), jsonlib.dumps(result, indent=2) + "\n")
-    rich.print(table(result))
+    tell(table(result))
     if plot is not None:
         draw(result, Path(plot))
     return result

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..telling import tell
 from .cpu import machine
 
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -61,7 +61,7 @@ def bench_serve(
     about = machine(torch.get_num_threads()) | {"device": device_name(place), "model": str(model)}
     result = {"machine": about | {"teacher": str(against)}, "new_tokens": new_tokens, "repeats": repeats}
     result["rows"] = list(rows.values())
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..files import write_whole
 from ..layer import FastWeightLayer, layers_of
+from ..telling import progress_bar
 from .lens import Lens, finding_lens
 from .measures import LayerView, measure
 from .recording import Recording, recording
@@ -99,7 +99,7 @@ def inspect(
     ids, words = ids[:max_tokens], words[:max_tokens]
     recorded, lens = _record(model, ids)
     views, reads, writes = {}, {}, {}
-    for layer_idx in tqdm(chosen, desc="fast weights", unit="layer", disable=not progress):
+    for layer_idx in progress_bar(chosen, desc="fast weights", unit="layer", progress=progress):
         views[layer_idx] = measure(recorded[layer_idx])
         if lens is not None and tokenizer is not None:
             weight = _projections(chosen[layer_idx])
