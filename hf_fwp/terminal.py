@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from .telling import manner, tell
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and what --json prints only; the exit code tells.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it takes, and stop.")]
 COMMON = {"context": typer.Context, "quiet": Quiet}
 
 

@@ -23,9 +23,10 @@ import torch
 
 from ..card import commit as commit_of_checkout
 from ..look import FIGURES, new_figure
-from ..telling import tell
+from ..telling import say, tell
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARMUP_MS, REPEAT_MS = 25, 100  # of every row
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -44,6 +45,14 @@ class Work:
 
     bytes: int
     flops: int
+
+
+def say_plan(rows: int, title: str) -> Row:
+    """What would be timed; the answer of a dry run, which holds nothing."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU is here: it would be refused"
+    seconds = rows * (WARMUP_MS + REPEAT_MS) / 1e3
+    say(f"{title}: {rows} rows, at least {seconds:.0f} s and what compiling takes; {here}")
+    return {}
 
 
 def require_gpu() -> None:
@@ -78,7 +87,7 @@ def quartiles_ms(run: Run) -> list[float]:
     """The lower quartile, the median and the upper one."""
     from triton.testing import do_bench
 
-    found: Any = do_bench(run, warmup=25, rep=100, quantiles=[0.25, 0.5, 0.75])
+    found: Any = do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, quantiles=[0.25, 0.5, 0.75])
     return [float(ms) for ms in found]
 
 

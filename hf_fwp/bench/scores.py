@@ -14,6 +14,7 @@ from __future__ import annotations
 import json as jsonlib
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -26,9 +27,10 @@ from transformers import AutoModelForTokenClassification
 
 from ..card import commit
 from ..configuration import FwpConfig
+from ..estimates import duration
 from ..files import write_whole
 from ..rules import RULES
-from ..telling import progress_bar, tell
+from ..telling import progress_bar, say, tell
 from . import tasks
 from .cpu import cpu_name
 from .learning import fit, right_answers
@@ -38,6 +40,7 @@ ATTENTION = "full_attention"
 RULES_SHOWN = (ATTENTION, "linear_attention", "delta_net", "gated_delta_net")
 TESTS = 128  # sequences
 SYMBOLS = 64
+FEW = 5  # steps of a training whose time is measured
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,11 @@ def bench_tasks(
     json: str | Path | None = None,
     plot: str | Path | None = None,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a model of every rule on every task and print the shares of right answers.
+
+    dry_run: print the trainings and how long they take, by two of each of a few steps; return nothing.
 
     With `json` every score is written as soon as it is known; a run that finds the file, made with the same settings,
     goes on from it. Raises ValueError for an unknown rule, steps or seeds below 1, a file of other settings.
@@ -110,6 +116,10 @@ def bench_tasks(
     settings = {"steps": steps, "seeds": seeds}
     result = _started(json, settings)
     left = [(rule, name) for rule in rules for name in TASKS if not _known(result["rows"], rule, name)]
+    if dry_run:
+        seconds = seeds * sum(_seconds(rule, name, steps) for rule, name in left)
+        say(f"{seeds * len(left)} trainings of {steps} steps: {duration(seconds)}")
+        return {}
     for rule, name in progress_bar(left, desc="trainings", progress=progress):
         scores = [scored(rule, name, steps=steps, seed=seed) for seed in range(seeds)]
         result["rows"] += [_row(rule, asked, [found[asked] for found in scores]) for asked in TASKS[name].asked]
@@ -119,6 +129,16 @@ def bench_tasks(
     if plot is not None:
         draw(result, Path(plot))
     return result
+
+
+def _seconds(rule: str, name: str, steps: int) -> float:
+    """Of one training and its questions, by a training of FEW steps and one of a single step."""
+    times = []
+    for count in (1, FEW):
+        started = time.perf_counter()
+        scored(rule, name, steps=count, seed=0)
+        times.append(time.perf_counter() - started)
+    return times[0] + max(0.0, times[1] - times[0]) * (steps - 1) / (FEW - 1)
 
 
 def scored(rule: str, name: str, *, steps: int, seed: int, batch: int = 32) -> dict[str, float]:
