@@ -32,6 +32,7 @@ FUNCTIONS = {
     "bench serve": ("hf_fwp.bench.serve", "bench_serve"),
     "export": ("hf_fwp.exporting", "export"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
+    "bench page": ("hf_fwp.bench.page", "bench_page"),
     "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
     "bench convert": ("hf_fwp.conversion.timing", "bench_convert"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),

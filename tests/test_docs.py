@@ -12,7 +12,7 @@ from hf_fwp.catalogue import WHEN, rule_pages
 from hf_fwp.rules import RULES
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("tutorial", "how-to", "explanation")
+PAGES = ("tutorial", "how-to", "explanation", "results")
 # Sizes are all that is changed, and each of them stands on a page.
 SMALLER = {"hidden_size=512": "hidden_size=64", "max_steps=100": "max_steps=2", "--tokens 16384": "--tokens 512"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -68,6 +68,13 @@ def test_the_how_to_page_runs(folder):
         RULES.pop("fixed_rate_delta", None)
 
 
+def test_the_page_of_results_is_made(folder):
+    (folder / "hf_fwp").symlink_to(DOCS.parent / "hf_fwp")
+    for kind, source in blocks("results"):
+        run(kind, source)
+    assert "Benchmarks of hf_fwp" in (folder / "results.html").read_text()
+
+
 def test_the_explanation_has_nothing_to_run():
     assert blocks("explanation") == []
 
@@ -80,7 +87,7 @@ def test_sizes_that_are_made_smaller_stand_on_a_page():
 def test_links_lead_somewhere():
     for page in DOCS.rglob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).is_file(), f"{page.name}: {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_pages_of_the_rules_are_those_of_the_code():

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..telling import tell
 from ..terminal import DryRun, parse_keep, well_mannered
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the table to this file, as JSON.")]
@@ -32,6 +33,16 @@ def bench_group(
     comparing = importlib.import_module("hf_fwp.bench.compare")
     if comparing.regressions(comparing.compare(*compare)):
         raise typer.Exit(1)
+
+
+@bench.command(name="page")
+@well_mannered
+def bench_page(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="What hf-fwp bench ... --json wrote.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("results.html"),
+) -> None:
+    """Show results of benches as one HTML page, with what they were measured on."""
+    tell(f"saved in {importlib.import_module('hf_fwp.bench.page').bench_page(files, output=output)}")
 
 
 @bench.command(name="tasks")

@@ -22,8 +22,9 @@ import rich.table
 import torch
 
 from ..card import commit as commit_of_checkout
-from ..look import FIGURES, new_figure
+from ..look import FIGURES
 from ..telling import say, tell
+from .plots import bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP_MS, REPEAT_MS = 25, 100  # of every row
@@ -223,32 +224,13 @@ def draw(result: Row, file: Path, title: str) -> None:
     """Milliseconds as bars, one group for everything that is comparable; the format is the file's ending."""
     from matplotlib import rc_context
 
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["ms"] is not None:
+            group = " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))
+            series.setdefault(row["implementation"], {})[group] = row["ms"]
     with rc_context(FIGURES):
-        _drawn(result, title).savefig(file)
-
-
-def _drawn(result: Row, title: str) -> Any:
-    groups = list(dict.fromkeys(_group(row) for row in result["rows"]))
-    names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
-    figure = new_figure((9, 1 + 0.18 * len(result["rows"])))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        rows = [row for row in result["rows"] if row["implementation"] == name and row["ms"] is not None]
-        axes.barh(
-            [groups.index(_group(row)) + i * height for row in rows], [row["ms"] for row in rows], height, label=name
-        )
-    axes.set_yticks([i + 0.4 for i in range(len(groups))], groups, fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("ms, less is better")
-    axes.invert_yaxis()
-    axes.legend()
-    axes.set_title(f"{title} on {result['machine']['device']}")
-    return figure
-
-
-def _group(row: Row) -> str:
-    return " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))
+        bars(series, axis="ms, less is better", title=f"{title} on {result['machine']['device']}").savefig(file)
 
 
 def main(commit: str | None) -> None:

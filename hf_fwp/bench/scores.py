@@ -206,18 +206,11 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     """The scores as bars, one group for each question; the format is the file's ending."""
     from matplotlib import rc_context
 
-    from ..look import FIGURES, OTHER, OURS, THEIRS, new_figure
+    from ..look import FIGURES
+    from .plots import bars
 
-    rules = list(dict.fromkeys(row["rule"] for row in result["rows"]))
-    scores = {(row["rule"], row["task"]): row["accuracy"] for row in result["rows"]}
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        series.setdefault(row["rule"], {})[row["task"]] = row["accuracy"]
     with rc_context(FIGURES):
-        figure = new_figure((9, 3.5))
-        axes, width = figure.subplots(), 0.8 / len(rules)
-        for i, rule in enumerate(rules):
-            heights = [scores.get((rule, asked), 0.0) for asked in QUESTIONS]
-            places = [place + i * width for place in range(len(QUESTIONS))]
-            axes.bar(places, heights, width, label=rule, color=[THEIRS, OTHER, OURS][i] if i < 3 else None)
-        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(QUESTIONS))], QUESTIONS, fontsize=8)
-        axes.set_ylabel("right answers")
-        axes.legend(frameon=False, ncols=len(rules), fontsize=8)
-        figure.savefig(file)
+        bars(series, axis="right answers").savefig(file)
