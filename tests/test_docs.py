@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from accelerate.commands.launch import launch_command_parser
 from typer.testing import CliRunner
 
 from hf_fwp import cli
 from hf_fwp.catalogue import WHEN, rule_pages
+from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -66,6 +68,18 @@ def test_the_how_to_page_runs(folder):
             run(kind, source)
     finally:
         RULES.pop("fixed_rate_delta", None)
+        HOSTS.pop("seed_oss", None)
+    assert (folder / "for-fla" / "config.json").is_file()
+    assert not (folder / "smol-onnx").exists()
+
+
+def test_processes_are_started_with_options_that_accelerate_has():
+    lines = re.findall(r"^accelerate launch (.*)$", (DOCS / "how-to.md").read_text(), flags=re.M)
+    assert lines
+    for line in lines:
+        given = launch_command_parser().parse_args(line.split())
+        assert (given.training_script, given.num_processes) == ("train.py", 4)
+        assert given.use_fsdp == ("fsdp" in line)
 
 
 def test_the_page_of_results_is_made(folder):
