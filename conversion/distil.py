@@ -26,7 +26,7 @@ from hf_fwp.layer import layers_of
 from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
-from .memory import freed_memory_kept
+from .memory import freed_memory_kept, recompute_activations
 
 LOGGED = 50  # entries of the history, about
 
@@ -104,7 +104,7 @@ def distil(
         )
         trainer.remove_callback(PrinterCallback)
         if gradient_checkpointing:
-            student.gradient_checkpointing_enable()
+            recompute_activations(student, on=True)
         trainer.finish(last)
         if peft_config is not None:
             model.merge_and_unload()
@@ -242,5 +242,5 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
         student.config.use_cache = use_cache
-        student.gradient_checkpointing_disable()
+        recompute_activations(student, on=False)
         student.eval()
