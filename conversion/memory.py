@@ -1,8 +1,8 @@
 """Memory: when what is freed goes back to the system, and activations that are computed anew instead of kept.
 
-It goes back as soon as possible while solving, not at all while training. A training step asks for what the step before has freed. glibc gives large blocks back to the system and gets fresh
-pages for them, filled with zeros, a step later: on two cores that took 2 of the 11.5 s of a distillation step
-(SmolLM2-135M, 2048 tokens).
+What is freed goes back as soon as possible while solving, not at all while training: a training step asks for what the
+step before has freed, and glibc gives large blocks back to the system and gets fresh pages for them, filled with zeros,
+a step later. On two cores that took 2 of the 11.5 s of a distillation step (SmolLM2-135M, 2048 tokens).
 """
 
 from __future__ import annotations

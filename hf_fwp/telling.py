@@ -65,7 +65,7 @@ def progress_bar(*args: Any, progress: bool = True, **options: Any) -> tqdm:
 def say(text: str) -> None:
     """What is going to be done."""
     if current().words:
-        Console(stderr=True).print(text, highlight=False)
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def tell(result: Any) -> None:
