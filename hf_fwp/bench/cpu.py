@@ -53,7 +53,7 @@ def bench_cpu(
         raise ValueError(f"repeats is {repeats} and threads {threads}; both must be at least 1")
     if dry_run:
         with threads_of_torch(threads):
-            short = [(batch, -(-length // PART), *rest) for batch, length, *rest in shapes]
+            short = [(batch, -(-length // PART), heads, size) for batch, length, heads, size in shapes]
             rows = [row for name in dtypes for shape in short for row in time_shape(shape, name, 1)]
         say_plan(rows, repeats)
         return {}
