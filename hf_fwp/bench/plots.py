@@ -32,7 +32,7 @@ def bars(series: Series, *, axis: str, title: str | None = None) -> Figure:
     axes.set_xlabel(axis)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     if title is not None:
         axes.set_title(title)
     return figure
