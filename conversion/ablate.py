@@ -20,12 +20,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.files import write_whole
 from hf_fwp.hosts.options import graft_defaults
 from hf_fwp.options import MixerOptions
+from hf_fwp.telling import say
 
 from .convert import convert
 from .keep import Keep, kept_count, kept_layers
@@ -154,7 +154,7 @@ def ablate(
     for number, run in enumerate(runs, start=1):
         file = place / f"{run.name}.json"
         if not _is_there(file, run, told):
-            Console(stderr=True).print(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}", highlight=False)
+            say(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}")
             result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
             write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
     rows = rows_of([json.loads((place / f"{run.name}.json").read_text()) for run in runs])
@@ -333,11 +333,11 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _show_plan(runs: Sequence[Run], place: Path, model: PreTrainedModel) -> None:
     """What would be run, and how long the runs that are not there yet should take."""
-    console, total = Console(stderr=True), 0.0
+    total = 0.0
     for run in runs:
         there = (place / f"{run.name}.json").is_file()
         seconds = 0.0 if there else estimate(planned(model, run.rule, run.keep, run.recipe), model)
         total += seconds
         when = "there" if there else f"about {seconds / 60:.1f} minutes"
-        console.print(f"  {run.recipe.name}, {run.choice}: {when}", highlight=False)
-    console.print(f"{len(runs)} runs, about {total / 60:.0f} minutes", highlight=False)
+        say(f"  {run.recipe.name}, {run.choice}: {when}")
+    say(f"{len(runs)} runs, about {total / 60:.0f} minutes")

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import find_host
 from hf_fwp.layer import FastWeightLayer, layers_of
+from hf_fwp.telling import progress_bar
 
 from .checkpoint import check_settings, latest, load, save
 from .families import attention_modules, output_projection_name
@@ -90,7 +90,8 @@ def align(
     if checkpoint is not None:
         run.restore(checkpoint, settings, resume=resume)
     with trainable(mixers), hooked(teacher, mixers, run.layer_loss), evaluating(teacher), freed_memory_kept():
-        bar = tqdm(total=steps, initial=run.step, desc="align", unit="step", disable=not (progress and is_first()))
+        shown = progress and is_first()
+        bar = progress_bar(total=steps, initial=run.step, desc="align", unit="step", progress=shown)
         try:
             while run.step < steps:
                 run.train_step(teacher, batch(ids_NT, run.step, size=batch_size, seed=seed), steps=steps, lr_end=lr_end)

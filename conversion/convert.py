@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import say
 
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
@@ -112,7 +112,8 @@ def convert(
         _make_way(work, resume=resume)
     blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
     plan = replace(plan, text=fingerprint(blocks))
-    Console(stderr=True, quiet=not is_first()).print(describe(plan, model, offload=offload), highlight=False)
+    if is_first():
+        say(describe(plan, model, offload=offload))
     if dry_run:
         return model
     if work is not None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.telling import say
+
 from .convert import convert
 from .data import demo_corpus, token_blocks
 from .evaluate import evaluating
@@ -22,15 +24,21 @@ def demo(
     recipe: str = "closed-form",
     output: str | Path = "out/demo",
     seed: int = 0,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Convert `teacher` (default: SmolLM2-135M-Instruct), save, reload, measure; returns the report it wrote."""
+    """Convert `teacher` (default: SmolLM2-135M-Instruct), save, reload, measure; returns the report it wrote.
+
+    dry_run: print the plan, and return nothing.
+    """
     started = time.perf_counter()
     teacher = smollm2_gguf() if teacher is None else teacher
     corpus, train, heldout = demo_corpus()
     data = {"train": train, "test": heldout}
-    converted: Any = convert(
-        teacher, rule=rule, keep=keep, recipe=recipe, data=data, output=output, resume=True, seed=seed
-    )
+    asked: dict[str, Any] = {"rule": rule, "keep": keep, "recipe": recipe, "data": data, "output": output}
+    converted: Any = convert(teacher, **asked, resume=not dry_run, seed=seed, dry_run=dry_run)
+    if dry_run:
+        say(f"  text: {corpus}; the model is measured, and saved with its report in {output}")
+        return {}
     conversion_s = time.perf_counter() - started
     student = AutoModelForCausalLM.from_pretrained(output, dtype=converted.dtype)
     report: dict[str, Any] = {

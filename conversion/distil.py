@@ -23,9 +23,10 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
-from .memory import freed_memory_kept
+from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
 
 LOGGED = 50  # entries of the history, about
@@ -111,7 +112,7 @@ def distil(
                 "or use DistilTrainer"
             )
         if gradient_checkpointing:
-            student.gradient_checkpointing_enable()
+            recompute_activations(student, on=True)
         trainer.finish(last)
         if peft_config is not None:
             model.merge_and_unload()
@@ -188,7 +189,7 @@ def training_arguments(
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and current().bars),
         report_to=[],
         seed=seed,
     )
@@ -259,5 +260,5 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
         student.config.use_cache = use_cache
-        student.gradient_checkpointing_disable()
+        recompute_activations(student, on=False)
         student.eval()

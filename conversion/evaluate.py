@@ -22,17 +22,18 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.estimates import duration, peak_memory, seconds_per_token, size
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import progress_bar, say
 from hf_fwp.weights import check_weights
 
 from .align import hooked
 from .composite import text_config_of
 from .data import demo_corpus, read_data, token_blocks
-from .teacher import find_config, load_teacher
+from .teacher import empty_teacher, find_config, load_teacher
 
 Forward = Callable[[Tensor], Tensor]  # ids [1, T] -> logits [1, T, V]
 Model = PreTrainedModel | str | os.PathLike[str]
@@ -56,12 +57,17 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement.
 
     `model` and `against` are models, folders, Hub ids or GGUF files; `device` and `dtype` are for what is loaded.
-    `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus.
+    `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus. dry_run: print
+    what it takes, and return nothing.
     """
+    if dry_run:
+        _show_plan(model, against, data, tokens=tokens, dtype=dtype)
+        return {}
     model, found = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
     teacher = None
     if against is not None:
@@ -70,6 +76,28 @@ def evaluate(
         _check_vocabularies(model, teacher)
     ids_NT = heldout_blocks(data, found, tokens=tokens, sequence_length=sequence_length)
     return compare({"model": forward_of(model)}, teacher and forward_of(teacher), ids_NT, progress=progress)["model"]
+
+
+def _show_plan(model: Model, against: Model | None, data: Any, *, tokens: int, dtype: torch.dtype) -> None:
+    """What would be measured; neither weights nor text are read."""
+    models = [_without_weights(each, dtype) for each in (model, against) if each is not None]
+    if against is not None:
+        _check_vocabularies(*models)
+    if isinstance(data, Path) and not data.is_file():
+        raise ValueError(f"data file {data} does not exist or is not a file")
+    count = data.numel() if isinstance(data, Tensor) else tokens
+    takes = duration(count * sum(map(seconds_per_token, models)))
+    held = size((peak_memory() or 0) + sum(each.num_parameters() * each.dtype.itemsize for each in models))
+    named = " beside ".join(str(each.name_or_path) for each in models)
+    say(f"evaluate {named} on {count} tokens: {takes} on this processor, {held}")
+
+
+def _without_weights(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    if isinstance(model, nn.Module):
+        return model
+    if str(model).endswith(".gguf"):
+        return load_teacher(model, dtype=dtype, weights=False)[0]
+    return empty_teacher(os.fspath(model), dtype=dtype)
 
 
 def open_model(
@@ -226,7 +254,7 @@ def _log_probabilities(model: Forward, ids_T: Tensor) -> Tensor:
 
 def _tokens_shown(ids_NT: Tensor, *, progress: bool, description: str) -> Iterator[Tensor]:
     """The sequences one by one, with a bar that counts tokens and estimates the time left."""
-    with tqdm(total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, progress=progress) as bar:
         for ids_T in ids_NT:
             yield ids_T
             bar.update(ids_T.numel())
@@ -267,7 +295,7 @@ def decode_speed(
     """For each length of context: seconds to read it, tokens per second after it, bytes the cache holds then."""
     generator = torch.Generator().manual_seed(0)
     rows = []
-    with tqdm(total=sum(lengths), desc=description, unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=sum(lengths), desc=description, unit="tok", unit_scale=True, progress=progress) as bar:
         for length in lengths:
             ids_BT = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
             with evaluating(model):
@@ -325,7 +353,7 @@ def samples(
             "teacher": answer(teacher, prompt, tokenizer, new_tokens=new_tokens),
             "student": answer(student, prompt, tokenizer, new_tokens=new_tokens),
         }
-        for prompt in tqdm(prompts, desc="samples", disable=not progress)
+        for prompt in progress_bar(prompts, desc="samples", progress=progress)
     ]
 
 

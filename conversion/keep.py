@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import layers_of
+from hf_fwp.telling import progress_bar
 
 from .families import copy_teacher
 from .stream import Walk, logits
@@ -97,7 +97,8 @@ def rank_layers(
     ]
     found: dict[int, float] = {}
     layers = converted_layers(student.config)
-    for layer in tqdm(range(max(layers, default=-1) + 1), desc="rank", unit="layer", disable=not progress):
+    turn = range(max(layers, default=-1) + 1)
+    for layer in progress_bar(turn, desc="rank", unit="layer", progress=progress):
         before = walk.hidden_NTD.clone()
         x_NTD, _, _ = walk.attend(layer)
         if layer not in layers:

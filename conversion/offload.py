@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_fwp.estimates import peak_memory
 from hf_fwp.hosts import blocks_of, converted_layers, find_host
 from hf_fwp.layer import layers_of
 from hf_fwp.weights import INDEX, check_finite, weights_files
@@ -33,7 +34,6 @@ from .checkpoint import latest, load, save
 from .evaluate import Forward, compare
 from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
 from .memory import give_back_freed_memory
-from .report import peak_memory
 from .run import Run
 from .solve import solve
 from .stream import Walk, logits

@@ -7,21 +7,20 @@ time of one such pass on this machine. Neither time nor memory needs the teacher
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 from transformers import PreTrainedModel
 
+from hf_fwp.estimates import duration, peak_memory, size
+from hf_fwp.estimates import seconds_per_token as _seconds_per_token
 from hf_fwp.hosts import blocks_of, find_host
 from hf_fwp.layer import layers_of
 
 from .families import empty_student
 from .keep import Keep, kept_layers
 from .recipes import TRAINING, Recipe
-from .report import peak_memory
 
 # Forward passes of the teacher that a token costs, measured on SmolLM2-135M with 2 CPU cores (one pass of a token:
 # 1.57 ms): while all layers are searched for settings, solved on the student's or the teacher's stream, or left as they
@@ -35,7 +34,6 @@ SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 t
 STREAMS, ACTIVATIONS, ALIGNED = 9, 40, 150
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
-PASS = 1.6  # time of a forward pass over that of its products of matrices: SmolLM2-135M, 256 tokens, 2 CPU cores
 BATCH = 4  # sequences a step, where the recipe does not say
 
 
@@ -90,18 +88,6 @@ def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> st
     for stage in stages(plan, model, offload=offload):
         lines.append(f"  {stage.name} {stage.tokens} tokens: {duration(stage.seconds)}, {size(stage.bytes)}")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '12 minutes', '3.5 hours': as exact as an estimate is."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
-
-
-def size(count: float) -> str:
-    """Bytes as '3.2 GiB'."""
-    return f"{count / 2**30:.1f} GiB"
 
 
 def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list[Stage]:
@@ -209,32 +195,6 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
         longer=_kept(recipe, plan.num_layers) * batch["extend"] * hidden * byte * recipe.extend_length,
         num_layers=plan.num_layers,
     )
-
-
-@torch.no_grad()
-def _seconds_per_token(model: PreTrainedModel, length: int = 256) -> float:
-    """Of one forward pass: measured, or for a model without memory from the time of a product of matrices."""
-    weight: Any = model.get_input_embeddings().weight
-    if weight.is_meta:
-        products = model.num_parameters() - (0 if model.config.tie_word_embeddings else weight.numel())
-        return products * _seconds_per_weight(length)
-    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        model.base_model(input_ids=ids, use_cache=False)
-        times.append(time.perf_counter() - started)
-    return min(times) / length
-
-
-def _seconds_per_weight(length: int, width: int = 2048) -> float:
-    x_TD, weight_DD = torch.zeros(length, width), torch.zeros(width, width)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        torch.mm(x_TD, weight_DD)
-        times.append(time.perf_counter() - started)
-    return PASS * sorted(times)[2] / (length * width * width)
 
 
 def offloads(plan: Plan, model: PreTrainedModel, limit: int | str | None) -> bool:

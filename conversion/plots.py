@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fwp.card import TIMES, number
-from hf_fwp.look import FIGURES, OTHER, OURS, THEIRS, new_figure
+from hf_fwp.look import FIGURES, OTHER, OURS, THEIRS, image, new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 
 def draw(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
@@ -43,7 +41,7 @@ def _quality_plot(rows: Sequence[Mapping[str, Any]]) -> str | None:
     axes.axvline(1, color="#1c2430", linewidth=1)
     axes.set_xlabel("perplexity relative to the teacher's (logarithmic; 1 is the teacher)")
     axes.grid(axis="y", visible=False)
-    return _image(figure)
+    return image(figure)
 
 
 def _layers_plot(report: Mapping[str, Any]) -> str | None:
@@ -65,7 +63,7 @@ def _layers_plot(report: Mapping[str, Any]) -> str | None:
         axes.set_xlim(-0.7, last + 0.7)
     panels[-1].set_xlabel("layer")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    return _image(figure)
+    return image(figure)
 
 
 def _half_lives_plot(report: Mapping[str, Any]) -> str | None:
@@ -86,7 +84,7 @@ def _half_lives_plot(report: Mapping[str, Any]) -> str | None:
     axes.locator_params(axis="x", integer=True)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
-    return _image(figure)
+    return image(figure)
 
 
 def _decode_plot(decode: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -115,7 +113,7 @@ def _decode_plot(decode: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         if scale == "linear":
             axes.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False)
-    return _image(figure)
+    return image(figure)
 
 
 def _history_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -128,10 +126,4 @@ def _history_plot(stages: Mapping[str, Mapping[str, Any]]) -> str | None:
         entries = [entry for entry in history if entry.get(measure) is not None]
         axes.plot([entry["step"] for entry in entries], [entry[measure] for entry in entries], color=OURS)
         axes.set(title=name, xlabel="step", ylabel=measure)
-    return _image(figure)
-
-
-def _image(figure: Figure) -> str:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+    return image(figure)

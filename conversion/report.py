@@ -34,7 +34,6 @@ import os
 import platform
 import re
 import struct
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_fwp.card import commit, model_card
+from hf_fwp.estimates import peak_memory
 from hf_fwp.files import write_whole
 
 from .baselines import baselines
@@ -204,16 +204,3 @@ def device_name() -> str:
     lines = known.read_text().splitlines() if known.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory() -> int | None:
-    """The most memory this process has held so far, in bytes; None where the system does not tell (Windows)."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts what the parent held when it started this process
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
-    if importlib.util.find_spec("resource") is None:
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS

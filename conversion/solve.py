@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 from hf_fwp.options import refuse_unknown
+from hf_fwp.telling import progress_bar
 
 from .calibrate import calibrate
 from .formulas import calibrate_by_formulas
@@ -127,7 +127,7 @@ def solve(
     layers = converted_layers(student.config)
     found: dict[int, dict[str, Any]] = {}
     last = len(teacher_walk.blocks) if stream == "student" else max(layers, default=-1) + 1
-    turn = tqdm(range(last), desc="solve", unit="layer", disable=not progress)
+    turn = progress_bar(range(last), desc="solve", unit="layer", progress=progress)
     for layer in visit(turn, [walk for walk in (teacher_walk, student_walk) if walk is not None], found):
         if layer not in layers:
             for walk in filter(None, (teacher_walk, student_walk)):

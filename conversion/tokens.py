@@ -21,7 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from hf_fwp.telling import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def labelled_blocks(
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
     needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
     ids, labels = array("q"), array("q")  # lists of ints would take four times the memory
-    with tqdm(total=needed, desc="tokenise", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
+    with progress_bar(total=needed, desc="tokenise", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
         for text in texts:
             more, their_labels = _document_ids(text, tokenizer, labelled=labelled)
             ids.extend(more)

@@ -20,7 +20,8 @@ from hf_fwp.bench.commands import bench
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
-from hf_fwp.terminal import parse_dtype, parse_keep, parse_layers, reports_errors, show, show_rows
+from hf_fwp.telling import tell
+from hf_fwp.terminal import DryRun, parse_dtype, parse_keep, parse_layers, show, show_rows, well_mannered
 
 DATA = "a .txt or .jsonl file (either with .gz), a folder with a dataset, or a dataset of the Hub, NAME or NAME:SPLIT."
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def convert(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
     tokenizer: Annotated[
@@ -91,7 +92,7 @@ def convert(
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def ablate(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A folder, a Hub id or a GGUF file.")],
     tokenizer: Annotated[
@@ -135,27 +136,30 @@ def ablate(
         dry_run=dry_run,
     )
     if not dry_run:
-        table = conversion("ablate", "as_table")(rows)
-        sys.stdout.write(json_format.dumps(rows, indent=2) + "\n" if json else table)
+        if json:
+            sys.stdout.write(json_format.dumps(rows, indent=2) + "\n")
+        else:
+            tell(conversion("ablate", "as_table")(rows).rstrip())
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Held-out text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
-    show(
-        conversion("evaluate")(model, against=against, data=parse_data(data), tokens=tokens), as_json=json, title=model
-    )
+    measured = conversion("evaluate")(model, against=against, data=parse_data(data), tokens=tokens, dry_run=dry_run)
+    if not dry_run:
+        show(measured, as_json=json, title=model)
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     text: Annotated[str, typer.Option(help="What the model reads.")],
@@ -165,23 +169,26 @@ def inspect(
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3,5.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Read at most this many tokens.")] = 64,
     output: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Show what the fast weights hold while the model reads a text, as one HTML page."""
     found = importlib.import_module("hf_fwp.inspection").inspect(
         model,
         text,
-        against=None if against is None else conversion("teacher", "load_teacher")(against)[0],
+        against=None if against is None else conversion("teacher", "load_teacher")(against, weights=not dry_run)[0],
         layers=None if layers is None else parse_layers(layers),
         max_tokens=max_tokens,
         output=output,
         progress=not json,
+        dry_run=dry_run,
     )
-    show(found.summary(), as_json=json, title=f"saved in {output}")
+    if not dry_run:
+        show(found.summary(), as_json=json, title=f"saved in {output}")
 
 
 @app.command(name="info")
-@reports_errors
+@well_mannered
 def info_command(json: AsJson = False) -> None:
     """Show the rules, presets, families, recipes, backends and devices found on this machine."""
     told = info()
@@ -228,7 +235,7 @@ def installed_versions() -> dict[str, str]:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def demo(
     teacher: Annotated[str | None, typer.Argument(help="Default: SmolLM2-135M-Instruct from its package.")] = None,
     rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
@@ -238,10 +245,14 @@ def demo(
     ] = "closed-form",
     output: Annotated[Path, typer.Option(help="New folder for the model and its report.")] = Path("out/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """The main job, start to end, on a real small checkpoint."""
-    report = conversion("demo")(teacher, rule=rule, keep=parse_keep(keep), recipe=recipe, output=output, seed=seed)
+    asked = {"rule": rule, "keep": parse_keep(keep), "recipe": recipe, "output": output, "seed": seed}
+    report = conversion("demo")(teacher, **asked, dry_run=dry_run)
+    if dry_run:
+        return
     if json:
         show(report, as_json=True)
     else:
@@ -267,7 +278,7 @@ def show_demo(report: dict[str, Any], output: Path) -> None:
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Where it goes: you/name-of-the-model.")],
@@ -293,32 +304,35 @@ def push(
         sizes = {path: module.bytes_shown(size) for path, size in pushed.files.items()}
         show(sizes, as_json=False, title=f"would go to {repo}")
     else:
-        sys.stdout.write(f"{pushed.url}\n")
+        tell(pushed.url)
 
 
 @app.command(name="export-code")
-@reports_errors
+@well_mannered
 def export_code(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
 ) -> None:
     """Write a model's code into its folder, for those who load it without hf_fwp (trust_remote_code=True)."""
     written = importlib.import_module("hf_fwp.bundle").export_code(folder)
-    sys.stdout.write(f"{len(written)} files in {folder}\n")
+    tell(f"{len(written)} files in {folder}")
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def export(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained or convert wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     format: Annotated[str, typer.Option(help="fla: a checkpoint of flash-linear-attention; onnx: the decode step.")],
+    dry_run: DryRun = False,
 ) -> None:
     """Write a model in a form that others run."""
-    sys.stdout.write(f"{importlib.import_module('hf_fwp.exporting').export(model, output, format=format)}\n")
+    written = importlib.import_module("hf_fwp.exporting").export(model, output, format=format, dry_run=dry_run)
+    if not dry_run:
+        tell(str(written))
 
 
 @app.command()
-@reports_errors
+@well_mannered
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     host: Annotated[str, typer.Option(help="Where to listen.")] = "localhost",

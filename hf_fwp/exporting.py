@@ -12,11 +12,13 @@ import importlib
 import shutil
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from .estimates import empty_model, size
 from .options import refuse_unknown
+from .telling import say
 
-# format -> the module whose `write(model, folder)` writes it
+# format -> the module whose `write(model, folder)` writes it, and whose `check(model)` refuses what it cannot
 FORMATS = {"fla": "hf_fwp.interop.to_fla", "onnx": "hf_fwp.interop.onnx"}
 # What goes along from the folder of a model, by name.
 COMPANIONS = (
@@ -29,10 +31,11 @@ COMPANIONS = (
 )
 
 
-def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: str) -> Path:
+def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: str, dry_run: bool = False) -> Path:
     """Write a model, or the one in a folder, to the new folder `output`, which is returned.
 
-    From a folder its tokenizer and generation_config.json go along.
+    From a folder its tokenizer and generation_config.json go along. dry_run: refuse what would be refused, print how
+    much would be written, and write nothing; of a folder the weights are not read.
 
     Raises:
         ValueError: an unknown format, an `output` that holds something, or a model that this format cannot hold; it
@@ -42,6 +45,12 @@ def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: s
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; name a new one")
+    if dry_run:
+        planned = model if isinstance(model, PreTrainedModel) else empty_model(AutoConfig.from_pretrained(str(model)))
+        importlib.import_module(FORMATS[format]).check(planned)
+        held = size(planned.num_parameters() * planned.dtype.itemsize)
+        say(f"would write {type(planned).__name__} to {output}, for {format}: {held} of weights")
+        return output
     source = None if isinstance(model, PreTrainedModel) else Path(model)
     loaded = model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(str(model))
     importlib.import_module(FORMATS[format]).write(loaded, output)

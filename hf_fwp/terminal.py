@@ -1,26 +1,37 @@
 """How the command line reads what a user typed, and shows what a function gave back."""
 
 import functools
+import inspect
 import json as json_format
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-P = ParamSpec("P")
+from .telling import manner, tell
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and what --json prints only; the exit code tells.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it takes, and stop.")]
+COMMON = {"context": typer.Context, "quiet": Quiet}
 
 
-def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A wrong request ends in one line on stderr; the Python function of the same name gives the traceback."""
+def well_mannered(command: Callable[..., None]) -> Callable[..., None]:
+    """What every command has: --quiet, bars of progress on a terminal only, and errors in one line on stderr.
+
+    The Python function of the same name gives the traceback.
+    """
+    own = inspect.signature(command)
 
     @functools.wraps(command)
-    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
+    def reporting(**given: Any) -> None:
+        quiet = given.pop("quiet")
+        # until the innermost command is done: `bench -q cpu` is as quiet as `bench cpu -q`
+        given["context"].with_resource(manner(bars=sys.stderr.isatty() and not quiet, words=not quiet))
         try:
-            command(*args, **kwargs)
+            command(**{name: given[name] for name in own.parameters})
         except (ValueError, OSError, ImportError) as fault:
             sys.stderr.write(f"hf-fwp: {' '.join(str(fault).split())}\n")
             raise typer.Exit(2) from fault
@@ -28,6 +39,13 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             sys.stderr.write("hf-fwp: interrupted; a conversion goes on from here with --resume\n")
             raise typer.Exit(130) from stop
 
+    reporting.__annotations__ = command.__annotations__ | COMMON
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=False)
+        for name, kind in COMMON.items()
+        if name not in own.parameters
+    ]
+    setattr(reporting, "__signature__", own.replace(parameters=[*own.parameters.values(), *added]))  # noqa: B010
     return reporting
 
 
@@ -69,7 +87,7 @@ def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> 
     table = Table("", "", title=title, title_justify="left", show_header=False)
     for name, value in flat(result):
         table.add_row(name, value)
-    Console().print(table)
+    tell(table)
 
 
 def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str, ...]) -> None:
@@ -77,7 +95,7 @@ def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str
     table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
     for name, row in rows.items():
         table.add_row(name, *(row[column] for column in columns))
-    Console().print(table)
+    tell(table)
 
 
 def flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 import typer
+from transformers.utils import logging
 from typer.testing import CliRunner
 
-from hf_fwp import cli
+from hf_fwp import cli, telling
 from hf_fwp.conversion.recipes import RECIPES
 from hf_fwp.hosts import HOSTS
 from hf_fwp.presets import PRESETS
@@ -32,6 +33,7 @@ FUNCTIONS = {
     "bench serve": ("hf_fwp.bench.serve", "bench_serve"),
     "export": ("hf_fwp.exporting", "export"),
     "demo": ("hf_fwp.conversion.demo", "demo"),
+    "bench page": ("hf_fwp.bench.page", "bench_page"),
     "bench tasks": ("hf_fwp.bench.scores", "bench_tasks"),
     "bench convert": ("hf_fwp.conversion.timing", "bench_convert"),
     "bench cpu": ("hf_fwp.bench.cpu", "bench_cpu"),
@@ -78,7 +80,7 @@ def test_every_command_is_a_function():
 
 @pytest.mark.parametrize("words", FUNCTIONS)
 def test_a_command_has_the_argument_names_of_its_function(words):
-    given = {parameter.name for parameter in command(words).params} - {"help"}
+    given = {parameter.name for parameter in command(words).params} - {"help", "quiet"}
     parameters = inspect.signature(function(words)).parameters
     assert given - {"json"} <= set(parameters)
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
@@ -86,7 +88,7 @@ def test_a_command_has_the_argument_names_of_its_function(words):
 
 
 def test_convert_offers_every_argument():
-    given = {parameter.name for parameter in command("convert").params} - {"json", "help"}
+    given = {parameter.name for parameter in command("convert").params} - {"json", "help", "quiet"}
     assert given == set(inspect.signature(function("convert")).parameters)
 
 
@@ -174,6 +176,68 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(words, message, teacher, tm
     assert message in last
 
 
+@pytest.mark.parametrize("words", FUNCTIONS)
+def test_every_command_can_be_quiet(words):
+    (quiet,) = [parameter for parameter in command(words).params if parameter.name == "quiet"]
+    assert quiet.opts == ["--quiet", "-q"]
+
+
+def test_quiet_tells_nothing_but_json_and_errors(teacher):
+    assert invoke("info").stdout
+    done = invoke("info", "-q")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads(invoke("info", "-q", "--json").stdout)
+    wrong = invoke("evaluate", "nowhere/at/all", "--quiet")
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("hf-fwp: found no model")
+    assert invoke("info").stdout, "the next command speaks again"
+
+
+def test_a_quiet_plan_is_not_shown(teacher, corpus, monkeypatch):
+    shorten(monkeypatch)
+    words = ("convert", teacher, "--recipe", "closed-form", "--keep", "1", "--data", corpus, "--dry-run")
+    assert "1 of 2 layers stay softmax" in invoke(*words).stderr
+    done = invoke(*words, "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_bars_are_there_on_a_terminal_and_in_python(capsys, monkeypatch):
+    def shown() -> bool:
+        list(telling.progress_bar([1, 2], desc="loop"))
+        return "loop" in capsys.readouterr().err
+
+    assert shown()
+    with telling.manner(bars=False, words=True):
+        assert not shown()
+        assert not logging.is_progress_bar_enabled(), "those of transformers follow"
+        with telling.manner(bars=True, words=True):
+            assert not shown(), "what is not wanted outside is not shown inside"
+    assert shown()
+    assert logging.is_progress_bar_enabled()
+    seen = []
+    monkeypatch.setattr(cli, "info", lambda: seen.append(telling.current()) or {"rules": {}, "presets": {}})
+    for terminal, words in ((True, ["info"]), (False, ["info"]), (True, ["info", "-q"])):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            cli.app(words)
+        assert stopped.value.code == 0
+    assert [found.bars for found in seen] == [True, False, False]
+
+
+def test_the_group_is_as_quiet_as_its_commands(tmp_path):
+    rows = [{"what": "forward", "ms": 1.0, "ms_quartiles": [1.0, 1.0]}]
+    (tmp_path / "old.json").write_text(json.dumps({"machine": {}, "rows": rows}))
+    words = ("--compare", tmp_path / "old.json", tmp_path / "old.json")
+    assert "forward" in invoke("bench", *words).stdout
+    done = invoke("bench", "-q", *words)
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
+def test_colours_are_for_terminals_only(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert "\x1b[" not in invoke("info").stdout
+
+
 def test_an_unknown_option_is_exit_code_2():
     told = invoke("convert", "x", "--no-such-option")
     assert told.exit_code == 2
@@ -199,14 +263,21 @@ def test_no_traceback_reaches_the_terminal():
     assert run.stderr.strip().splitlines()[-1].startswith("hf-fwp: convert needs --output")
 
 
-def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, monkeypatch):
+def shorten(monkeypatch) -> None:
+    """A recipe for tiny teachers and texts."""
     few = replace(RECIPES["closed-form"], sequence_length=64, solve_tokens=512, rank_solve_tokens=320, rank_tokens=64)
     monkeypatch.setitem(RECIPES, "closed-form", few)
+
+
+def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, monkeypatch):
+    shorten(monkeypatch)
     output = tmp_path / "student"
     words = ("convert", teacher, "--recipe", "closed-form", "--keep", "1", "--data", corpus, "--output", output)
     converted = invoke(*words, "--json")
     assert converted.exit_code == 0, converted.output
     assert json.loads(converted.stdout)
+    assert "1 of 2 layers stay softmax" in converted.stderr
+    assert "layer/s" not in converted.stderr, "a bar where nobody sees it move"
     assert (output / "config.json").is_file()
     measured = invoke("evaluate", output, "--against", teacher, "--data", corpus, "--tokens", "1024", "--json")
     assert measured.exit_code == 0, measured.output

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+from accelerate.commands.launch import launch_command_parser
 from typer.testing import CliRunner
 
 from hf_fwp import cli
 from hf_fwp.catalogue import WHEN, rule_pages
+from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("tutorial", "how-to", "explanation")
+PAGES = ("tutorial", "how-to", "explanation", "results")
 # Sizes are all that is changed, and each of them stands on a page.
 SMALLER = {"hidden_size=512": "hidden_size=64", "max_steps=100": "max_steps=2", "--tokens 16384": "--tokens 512"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -66,6 +68,25 @@ def test_the_how_to_page_runs(folder):
             run(kind, source)
     finally:
         RULES.pop("fixed_rate_delta", None)
+        HOSTS.pop("seed_oss", None)
+    assert (folder / "for-fla" / "config.json").is_file()
+    assert not (folder / "smol-onnx").exists()
+
+
+def test_processes_are_started_with_options_that_accelerate_has():
+    lines = re.findall(r"^accelerate launch (.*)$", (DOCS / "how-to.md").read_text(), flags=re.M)
+    assert lines
+    for line in lines:
+        given = launch_command_parser().parse_args(line.split())
+        assert (given.training_script, given.num_processes) == ("train.py", 4)
+        assert given.use_fsdp == ("fsdp" in line)
+
+
+def test_the_page_of_results_is_made(folder):
+    (folder / "hf_fwp").symlink_to(DOCS.parent / "hf_fwp")
+    for kind, source in blocks("results"):
+        run(kind, source)
+    assert "Benchmarks of hf_fwp" in (folder / "results.html").read_text()
 
 
 def test_the_explanation_has_nothing_to_run():
@@ -80,7 +101,7 @@ def test_sizes_that_are_made_smaller_stand_on_a_page():
 def test_links_lead_somewhere():
     for page in DOCS.rglob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert target.startswith("http") or (page.parent / target).is_file(), f"{page.name}: {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_pages_of_the_rules_are_those_of_the_code():

@@ -94,6 +94,7 @@ def test_the_wheel_holds_both_packages_and_no_other(checkout, tmp_path):
     assert {name for name in names if name.endswith(".py")} == sources
     assert any(name.endswith("LICENSE") for name in names)
     assert "hf_fwp/inspection/page.html" in names
+    assert not [name for name in names if "results/" in name], "they are of a checkout, as docs/results.md says"
     assert "hf_fwp/py.typed" in names
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
+
+from ..telling import tell
 
 Row = Mapping[str, Any]
 
@@ -53,7 +54,7 @@ def compare(old: str | Path, new: str | Path, *, json: str | Path | None = None)
     if not rows:
         raise ValueError(f"{old} and {new} have no row in common; compare two results of the same bench")
     result = {"old": before["machine"], "new": after["machine"], "rows": rows}
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

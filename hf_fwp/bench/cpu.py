@@ -9,26 +9,28 @@ import json as jsonlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich
 import rich.table
 import torch
 import transformers
 from torch import Tensor
 
 from ..card import commit
+from ..estimates import duration
 from ..ops import gated_delta_rule
+from ..telling import say, tell
 
 # B, T, H, D
 SHAPES = ((1, 2048, 9, 64), (1, 4096, 16, 128))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Operator = Callable[..., tuple[Tensor, Any]]
+PART = 8  # of a sequence, a dry run times one
 
 
 def bench_cpu(
@@ -38,20 +40,36 @@ def bench_cpu(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     repeats: int = 11,
     threads: int = 2,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Time forward, forward + backward and one decode step; print a table, and write it to `json` when given."""
+    """Time forward, forward + backward and one decode step; print a table, and write it to `json` when given.
+
+    dry_run: print what would be timed and how long that takes, found with sequences of an eighth, and return nothing.
+    """
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
         raise ValueError(f"unknown dtype {unknown[0]!r}; choose from {', '.join(DTYPES)}")
     if repeats < 1 or threads < 1:
         raise ValueError(f"repeats is {repeats} and threads {threads}; both must be at least 1")
+    if dry_run:
+        with threads_of_torch(threads):
+            short = [(batch, -(-length // PART), heads, size) for batch, length, heads, size in shapes]
+            rows = [row for name in dtypes for shape in short for row in time_shape(shape, name, 1)]
+        say_plan(rows, repeats)
+        return {}
     with threads_of_torch(threads):
         rows = [row for name in dtypes for shape in shapes for row in time_shape(shape, name, repeats)]
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result
+
+
+def say_plan(rows: Sequence[Mapping[str, Any]], repeats: int) -> None:
+    """How many things are timed beside those of transformers, and how long it takes by the times of a PART of each."""
+    seconds = PART * (repeats + 1) * sum(row["ms"] + row["transformers_ms"] for row in rows) / 1e3
+    say(f"{len(rows)} things, ours beside transformers', {repeats} times each: {duration(seconds)}")
 
 
 @contextmanager

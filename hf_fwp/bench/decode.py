@@ -47,11 +47,17 @@ def bench_decode(
     commit: str | None = None,
     shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[str] = ("bfloat16",),
+    dry_run: bool = False,
 ) -> Row:
     """Time one decode step of every operator at every (sequences, heads, size); print a table, write it where asked.
 
-    Raises ValueError without a GPU.
+    dry_run: print how many rows would be timed, and return nothing. Raises ValueError without a GPU.
     """
+    if dry_run:
+        device.check_dtypes(dtypes)
+        alone = sum(make(operator) is not None for operator in OPERATORS for make in IMPLEMENTATIONS.values())
+        mixers = len((OURS, MANY)) * len(OPERATORS)
+        return device.say_plan(len(dtypes) * len(shapes) * (alone + mixers), "decode step")
     device.check_request(dtypes, plot)
     rows: list[Row] = []
     for dtype in dtypes:

@@ -22,9 +22,12 @@ import rich.table
 import torch
 
 from ..card import commit as commit_of_checkout
-from ..look import FIGURES, new_figure
+from ..look import FIGURES
+from ..telling import say, tell
+from .plots import bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARMUP_MS, REPEAT_MS = 25, 100  # of every row
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -43,6 +46,14 @@ class Work:
 
     bytes: int
     flops: int
+
+
+def say_plan(rows: int, title: str) -> Row:
+    """What would be timed; the answer of a dry run, which holds nothing."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU is here: it would be refused"
+    seconds = rows * (WARMUP_MS + REPEAT_MS) / 1e3
+    say(f"{title}: {rows} rows, at least {seconds:.0f} s and what compiling takes; {here}")
+    return {}
 
 
 def require_gpu() -> None:
@@ -77,7 +88,7 @@ def quartiles_ms(run: Run) -> list[float]:
     """The lower quartile, the median and the upper one."""
     from triton.testing import do_bench
 
-    found: Any = do_bench(run, warmup=25, rep=100, quantiles=[0.25, 0.5, 0.75])
+    found: Any = do_bench(run, warmup=WARMUP_MS, rep=REPEAT_MS, quantiles=[0.25, 0.5, 0.75])
     return [float(ms) for ms in found]
 
 
@@ -202,7 +213,7 @@ def table(result: Row, title: str) -> rich.table.Table:
 
 def write(result: Row, *, json: str | Path | None, plot: str | Path | None, title: str) -> None:
     """Print the table; write the JSON and the picture where asked."""
-    rich.print(table(result, title))
+    tell(table(result, title))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     if plot is not None:
@@ -213,32 +224,13 @@ def draw(result: Row, file: Path, title: str) -> None:
     """Milliseconds as bars, one group for everything that is comparable; the format is the file's ending."""
     from matplotlib import rc_context
 
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["ms"] is not None:
+            group = " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))
+            series.setdefault(row["implementation"], {})[group] = row["ms"]
     with rc_context(FIGURES):
-        _drawn(result, title).savefig(file)
-
-
-def _drawn(result: Row, title: str) -> Any:
-    groups = list(dict.fromkeys(_group(row) for row in result["rows"]))
-    names = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
-    figure = new_figure((9, 1 + 0.18 * len(result["rows"])))
-    axes = figure.subplots()
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        rows = [row for row in result["rows"] if row["implementation"] == name and row["ms"] is not None]
-        axes.barh(
-            [groups.index(_group(row)) + i * height for row in rows], [row["ms"] for row in rows], height, label=name
-        )
-    axes.set_yticks([i + 0.4 for i in range(len(groups))], groups, fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("ms, less is better")
-    axes.invert_yaxis()
-    axes.legend()
-    axes.set_title(f"{title} on {result['machine']['device']}")
-    return figure
-
-
-def _group(row: Row) -> str:
-    return " ".join(cell(row[name]) for name in ("operator", "shape", "dtype", "what"))
+        bars(series, axis="ms, less is better", title=f"{title} on {result['machine']['device']}").savefig(file)
 
 
 def main(commit: str | None) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..interop.hybrids import patch_hybrids
-from .cpu import in_turns, machine, threads_of_torch
+from ..telling import tell
+from .cpu import PART, in_turns, machine, say_plan, threads_of_torch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 1000,
@@ -38,7 +38,12 @@ HEADS = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
-EXPERTS = {"num_experts": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
 # Family -> (model type, what its config has beside SIZES).
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", HEADS | EXPERTS),
@@ -69,17 +74,26 @@ def bench_hybrids(
     tokens: int = 1024,
     repeats: int = 3,
     threads: int = 2,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Time forward, forward + backward, and `generate` after a short prompt; print a table, and write it to `json`."""
+    """Time forward, forward + backward, and `generate` after a short prompt; print a table, and write it to `json`.
+
+    dry_run: print what would be timed and how long that takes, found with sequences of an eighth, and return nothing.
+    """
     unknown = [name for name in families if name not in FAMILIES]
     if unknown:
         raise ValueError(f"unknown family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
     if min(tokens, repeats, threads) < 1:
         raise ValueError(f"tokens is {tokens}, repeats {repeats} and threads {threads}; each must be at least 1")
+    if dry_run:
+        with threads_of_torch(threads):
+            rows = [row for family in families for row in time_family(family, -(-tokens // PART), 1)]
+        say_plan(rows, repeats)
+        return {}
     with threads_of_torch(threads):
         rows = [row for family in families for row in time_family(family, tokens, repeats)]
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result

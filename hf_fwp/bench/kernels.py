@@ -66,12 +66,18 @@ def bench_kernels(
     commit: str | None = None,
     shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[str] = ("bfloat16",),
+    dry_run: bool = False,
 ) -> Row:
     """Time every operator at every shape; print a table, and write it and a picture where asked.
 
     `tune` tries other rows of the kernels' table of block sizes first and reports the best; `commit` names the version
-    where the checkout has no history. Raises ValueError without a GPU.
+    where the checkout has no history. dry_run: print how many rows would be timed, and return nothing. Raises
+    ValueError without a GPU.
     """
+    if dry_run:
+        device.check_dtypes(dtypes)
+        installed = sum(make(operator) is not None for operator in GATES for make in IMPLEMENTATIONS.values())
+        return device.say_plan(len(dtypes) * len(shapes) * len(WHAT) * installed, "chunked operators")
     device.check_request(dtypes, plot)
     tuned = importlib.import_module("hf_fwp.bench.tune").best_launches(shapes, dtypes) if tune else None
     rows: list[Row] = []

@@ -14,22 +14,23 @@ from __future__ import annotations
 import json as jsonlib
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForTokenClassification
 
 from ..card import commit
 from ..configuration import FwpConfig
+from ..estimates import duration
 from ..files import write_whole
 from ..rules import RULES
+from ..telling import progress_bar, say, tell
 from . import tasks
 from .cpu import cpu_name
 from .learning import fit, right_answers
@@ -39,6 +40,7 @@ ATTENTION = "full_attention"
 RULES_SHOWN = (ATTENTION, "linear_attention", "delta_net", "gated_delta_net")
 TESTS = 128  # sequences
 SYMBOLS = 64
+FEW = 5  # steps of a training whose time is measured
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,11 @@ def bench_tasks(
     json: str | Path | None = None,
     plot: str | Path | None = None,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train a model of every rule on every task and print the shares of right answers.
+
+    dry_run: print the trainings and how long they take, by two of each of a few steps; return nothing.
 
     With `json` every score is written as soon as it is known; a run that finds the file, made with the same settings,
     goes on from it. Raises ValueError for an unknown rule, steps or seeds below 1, a file of other settings.
@@ -111,15 +116,29 @@ def bench_tasks(
     settings = {"steps": steps, "seeds": seeds}
     result = _started(json, settings)
     left = [(rule, name) for rule in rules for name in TASKS if not _known(result["rows"], rule, name)]
-    for rule, name in tqdm(left, desc="trainings", disable=not progress):
+    if dry_run:
+        seconds = seeds * sum(_seconds(rule, name, steps) for rule, name in left)
+        say(f"{seeds * len(left)} trainings of {steps} steps: {duration(seconds)}")
+        return {}
+    for rule, name in progress_bar(left, desc="trainings", progress=progress):
         scores = [scored(rule, name, steps=steps, seed=seed) for seed in range(seeds)]
         result["rows"] += [_row(rule, asked, [found[asked] for found in scores]) for asked in TASKS[name].asked]
         if json is not None:
             write_whole(Path(json), jsonlib.dumps(result, indent=2) + "\n")
-    rich.print(table(result))
+    tell(table(result))
     if plot is not None:
         draw(result, Path(plot))
     return result
+
+
+def _seconds(rule: str, name: str, steps: int) -> float:
+    """Of one training and its questions, by a training of FEW steps and one of a single step."""
+    times = []
+    for count in (1, FEW):
+        started = time.perf_counter()
+        scored(rule, name, steps=count, seed=0)
+        times.append(time.perf_counter() - started)
+    return times[0] + max(0.0, times[1] - times[0]) * (steps - 1) / (FEW - 1)
 
 
 def scored(rule: str, name: str, *, steps: int, seed: int, batch: int = 32) -> dict[str, float]:
@@ -187,18 +206,11 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     """The scores as bars, one group for each question; the format is the file's ending."""
     from matplotlib import rc_context
 
-    from ..look import FIGURES, OTHER, OURS, THEIRS, new_figure
+    from ..look import FIGURES
+    from .plots import bars
 
-    rules = list(dict.fromkeys(row["rule"] for row in result["rows"]))
-    scores = {(row["rule"], row["task"]): row["accuracy"] for row in result["rows"]}
+    series: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        series.setdefault(row["rule"], {})[row["task"]] = row["accuracy"]
     with rc_context(FIGURES):
-        figure = new_figure((9, 3.5))
-        axes, width = figure.subplots(), 0.8 / len(rules)
-        for i, rule in enumerate(rules):
-            heights = [scores.get((rule, asked), 0.0) for asked in QUESTIONS]
-            places = [place + i * width for place in range(len(QUESTIONS))]
-            axes.bar(places, heights, width, label=rule, color=[THEIRS, OTHER, OURS][i] if i < 3 else None)
-        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(QUESTIONS))], QUESTIONS, fontsize=8)
-        axes.set_ylabel("right answers")
-        axes.legend(frameon=False, ncols=len(rules), fontsize=8)
-        figure.savefig(file)
+        bars(series, axis="right answers").savefig(file)

@@ -49,11 +49,16 @@ def bench_sequential(
     commit: str | None = None,
     shapes: Sequence[Shape] = SHAPES,
     dtypes: Sequence[str] = ("bfloat16",),
+    dry_run: bool = False,
 ) -> Row:
     """Time forward and backward of every sequential rule at every (B, T, H, D); print a table, write it where asked.
 
-    Raises ValueError without a GPU.
+    dry_run: print how many rows would be timed, and return nothing. Raises ValueError without a GPU.
     """
+    if dry_run:
+        device.check_dtypes(dtypes)
+        count = len(dtypes) * len(shapes) * len(SEQUENTIAL) * len(BACKENDS)
+        return device.say_plan(count, "sequential rules")
     device.check_request(dtypes, plot)
     rows: list[Row] = []
     for dtype in dtypes:

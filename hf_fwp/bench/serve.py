@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich
 import rich.table
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..estimates import duration, empty_model, seconds_per_token, size
+from ..telling import say, tell
 from .cpu import machine
 
 CONTEXTS = (512, 2048, 8192, 32768)
@@ -37,8 +38,11 @@ def bench_serve(
     repeats: int = 3,
     device: str | None = None,
     json: str | Path | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Time both models at every length of context; print a table, and write it to `json` when given.
+
+    dry_run: print what would be timed, the weights that are held and on a CPU the least it takes; return nothing.
 
     Raises:
         ValueError: a number below 1, or no context.
@@ -50,6 +54,9 @@ def bench_serve(
             "least one context, and numbers of at least 1"
         )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dry_run:
+        _say_plan(model, against, tokens=batch * sum(contexts) * (repeats + 1), contexts=contexts, place=place)
+        return {}
     rows: dict[int, dict[str, Any]] = {length: {"context": length, "batch": batch} for length in contexts}
     for prefix, source in (("", model), ("teacher_", against)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
@@ -61,10 +68,20 @@ def bench_serve(
     about = machine(torch.get_num_threads()) | {"device": device_name(place), "model": str(model)}
     result = {"machine": about | {"teacher": str(against)}, "new_tokens": new_tokens, "repeats": repeats}
     result["rows"] = list(rows.values())
-    rich.print(table(result))
+    tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
     return result
+
+
+def _say_plan(
+    model: str | Path, against: str | Path, *, tokens: int, contexts: Sequence[int], place: torch.device
+) -> None:
+    models = [empty_model(AutoConfig.from_pretrained(str(source))) for source in (model, against)]
+    held = size(max(each.num_parameters() * each.dtype.itemsize for each in models))
+    least = "" if place.type != "cpu" else f", at least {duration(tokens * sum(map(seconds_per_token, models)))}"
+    lengths = ", ".join(map(str, contexts))
+    say(f"{model} beside {against} on {place} after {lengths} tokens: {held} of weights at once{least}")
 
 
 @torch.no_grad()

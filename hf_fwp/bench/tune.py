@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
-import rich
 import torch
 
+from ..telling import tell
 from . import device
 from .device import Row, Run
 
@@ -43,7 +43,7 @@ def best_launches(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[
             {"device": torch.cuda.get_device_name(), "key": list(key), "shape": list(shape), "dtype": dtype}
             | {"row": repr(row), "ms": ms, "ms_before": before_ms}
         )
-        rich.print(f"{key}: {row!r},  # {ms:.4g} ms, {before_ms:.4g} before; {torch.cuda.get_device_name()}, {shape}")
+        tell(f"{key}: {row!r},  # {ms:.4g} ms, {before_ms:.4g} before; {torch.cuda.get_device_name()}, {shape}")
     return found
 
 

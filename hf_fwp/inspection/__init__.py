@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..estimates import duration, empty_model, seconds_per_token, size
 from ..files import write_whole
 from ..layer import FastWeightLayer, layers_of
+from ..telling import progress_bar, say
 from .lens import Lens, finding_lens
 from .measures import LayerView, measure
 from .recording import Recording, recording
@@ -81,25 +82,31 @@ def inspect(
     max_tokens: int = MAX_TOKENS,
     output: str | Path | None = None,
     progress: bool = True,
+    dry_run: bool = False,
 ) -> Inspection:
     """Look into the fast weights of `model` (a model, a folder or a Hub id) while it reads `text` or `input_ids` [T].
 
     `against` is a softmax model with the same tokens, its teacher for instance, whose attention maps are shown beside
     the effective attention of the same layer. `layers` limits what is looked at. Memory: T x states of one layer.
+    dry_run: print what it takes, without loading weights, and return an inspection that holds nothing.
     Raises ValueError for a model without fast-weight layers or with a rule that reads ahead, a text without a
     tokenizer, an empty text, an unknown layer, a teacher that reads other tokens.
     """
     name = _name(model)
     if tokenizer is None and text is not None and not isinstance(model, PreTrainedModel):
         tokenizer = AutoTokenizer.from_pretrained(model)
-    model = _load(model)
+    model = _shape(model) if dry_run else _load(model)
     ids, words = _tokens(text, input_ids, tokenizer)
     chosen = _layers(model, layers)
     total = len(ids)
     ids, words = ids[:max_tokens], words[:max_tokens]
+    if dry_run:
+        models = [model, *(() if against is None else [_shape(against)])]
+        say(f"inspect {name}: {len(chosen)} layers while it reads {len(ids)} tokens, {_takes(models, len(ids))}")
+        return Inspection(model=name, tokens=words, total=total, layers={}, reads={}, writes={}, softmax={})
     recorded, lens = _record(model, ids)
     views, reads, writes = {}, {}, {}
-    for layer_idx in tqdm(chosen, desc="fast weights", unit="layer", disable=not progress):
+    for layer_idx in progress_bar(chosen, desc="fast weights", unit="layer", progress=progress):
         views[layer_idx] = measure(recorded[layer_idx])
         if lens is not None and tokenizer is not None:
             weight = _projections(chosen[layer_idx])
@@ -130,6 +137,16 @@ def _name(model: PreTrainedModel | str | Path) -> str:
 
 def _load(model: PreTrainedModel | str | Path, **how: Any) -> PreTrainedModel:
     return model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(model, **how)
+
+
+def _shape(model: PreTrainedModel | str | Path) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else empty_model(AutoConfig.from_pretrained(model))
+
+
+def _takes(models: Sequence[PreTrainedModel], tokens: int) -> str:
+    """Time of the forward passes and memory of the weights, in words."""
+    held = sum(each.num_parameters() * each.dtype.itemsize for each in models)
+    return f"{duration(tokens * sum(map(seconds_per_token, models)))} to read and {size(held)} of weights"
 
 
 def _tokens(text: str | None, input_ids: Tensor | Sequence[int] | None, tokenizer: Any) -> tuple[Tensor, list[str]]:

@@ -27,8 +27,7 @@ def write(model: Any, folder: Path) -> None:
 
     from .decode_step import DecodeStep
 
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the model is in {model.dtype}; onnxruntime computes the step in float32: use model.float()")
+    check(model)
     training = model.training
     try:
         step = DecodeStep(model.eval())
@@ -47,6 +46,17 @@ def write(model: Any, folder: Path) -> None:
     written.save(folder / STEP)
     initial: Any = {name: state.cpu().numpy() for name, state in step.initial.items()}
     np.savez(folder / INITIAL, **initial)
+
+
+def check(model: Any) -> None:
+    """Raise ValueError for a model in the wrong dtype, or with a layer that cannot be exported."""
+    import torch
+
+    from .decode_step import refuse_what_cannot_be_exported
+
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the model is in {model.dtype}; onnxruntime computes the step in float32: use model.float()")
+    refuse_what_cannot_be_exported(model)
 
 
 class OnnxDecoder:

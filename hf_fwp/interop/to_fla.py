@@ -104,6 +104,11 @@ def write(model: PreTrainedModel, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def check(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that `write` would refuse; its weights are not looked at."""
+    their_config(model.config)
+
+
 def their_config(config: Any) -> dict[str, Any]:
     """config.json of flash-linear-attention for one of ours."""
     if not isinstance(config, FwpConfig):

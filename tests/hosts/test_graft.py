@@ -19,6 +19,7 @@ from transformers import (
 from hf_fwp import hosts
 from hf_fwp.cache import FastWeightCacheLayer
 from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.memory import recompute_activations
 from hf_fwp.hosts import HOSTS, Host, mixer_options, student_config
 from hf_fwp.hosts.table import HEADS, SHAPES
 from hf_fwp.layer import FastWeightLayer
@@ -183,7 +184,7 @@ def test_gradients_reach_every_weight_and_checkpointing_does_not_change_them(nam
     for checkpointing in (False, True):
         student = student_of(name, [0, 2]).train()
         if checkpointing:
-            student.gradient_checkpointing_enable()
+            recompute_activations(student, on=True)
         student(tokens, labels=tokens).loss.backward()
         gradients.append({key: parameter.grad for key, parameter in student.named_parameters()})
     for key, gradient in gradients[0].items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_fwp import assert_close, tiny_model, tokens
 
+from hf_fwp.conversion.memory import recompute_activations
 from hf_fwp.features import FEATURES, QK_NORMS, Favor, Hedgehog, feature_size, make_feature_map
 
 x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -63,7 +64,7 @@ def test_checkpointing_meets_the_same_random_features():
     for checkpointing in (False, True):
         model = tiny_model("linear_attention", feature_map="favor:8,redraw=1", dropout=0.2).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model, on=True)
         torch.manual_seed(0)
         loss = sum(model(tokens(), labels=tokens()).loss for _ in range(2))  # the second forward draws others
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))

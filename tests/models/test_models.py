@@ -12,6 +12,7 @@ from transformers import (
 )
 
 import hf_fwp
+from hf_fwp.conversion.memory import recompute_activations
 from hf_fwp.modeling import (
     MODELS,
     FwpForCausalLM,
@@ -178,7 +179,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
     for checkpointing in (False, True):
         model = tiny_model(kind).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model, on=True)
         loss = model(tokens(), labels=tokens()).loss
         outcomes.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     for plain, checkpointed in zip(*outcomes, strict=True):

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
+from hf_fwp.bench import hybrids
 from hf_fwp.bench.cpu import bench_cpu
 
 
@@ -20,3 +22,10 @@ def test_bench_cpu_prints_and_writes(tmp_path, capsys):
 def test_bench_cpu_refuses_an_unknown_dtype():
     with pytest.raises(ValueError, match="unknown dtype 'int8'; choose from float32, bfloat16"):
         bench_cpu(dtypes=["int8"])
+
+
+@pytest.mark.parametrize("family", hybrids.FAMILIES)
+def test_a_hybrid_has_as_many_experts_as_a_token_is_sent_to(family):
+    model_type, fields = hybrids.FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **hybrids.SIZES | fields)
+    assert getattr(config, "num_experts_per_tok", 0) <= getattr(config, "num_experts", 0) or "num_experts" not in fields
