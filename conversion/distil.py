@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_fwp.layer import layers_of
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
+from .dropout import NEVER, WindowDropout, set_rate
 from .memory import freed_memory_kept
 
 LOGGED = 50  # entries of the history, about
@@ -51,6 +52,7 @@ def distil(
     gradient_checkpointing: bool = False,
     peft_config: Any = None,
     lora: Mapping[str, Any] | None = None,
+    window_dropout: Sequence[float] = NEVER,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def distil(
     both rise over the first `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the
     Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
     never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
+    `window_dropout`: how often windows are left out, in the first and in the last step (dropout.py).
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
@@ -102,6 +105,7 @@ def distil(
             losses=losses,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(WindowDropout(layers_of(student).values(), window_dropout))
         if gradient_checkpointing:
             student.gradient_checkpointing_enable()
         trainer.finish(last)
@@ -240,6 +244,7 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         # accelerate leaves autocast around the model's forward (huggingface/accelerate#858)
         for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
+        set_rate(layers_of(student).values(), 0.0)
         student.config.use_cache = use_cache
         student.gradient_checkpointing_disable()
         student.eval()
