@@ -109,6 +109,10 @@ class Recipe:
         made = replace(self, **fields)
         return made.with_trained(self.trained()) if made.trained() else made
 
+    def with_mixer(self, options: Mapping[str, Any] | None) -> Recipe:
+        """The same recipe with some options of the mixers changed."""
+        return replace(self, fwp={**self.fwp, **(options or {})})
+
     def with_rates(self, factor: float) -> Recipe:
         """The same recipe with every learning rate that it names times `factor`."""
         stages = {stage: getattr(self, stage) for stage in TRAINING}
