@@ -106,7 +106,7 @@ class WindowAttention(nn.Module):
             dropped_B1 = torch.rand(len(position_BT), 1, device=device) < self.dropout
             near, first = near & ~dropped_B1[..., None], first & ~dropped_B1[..., None]
             outside_BT = torch.where(dropped_B1, position_BT + 1, outside_BT)
-        return near, first, outside_BT.to(self.scale.dtype).log()
+        return near, first, outside_BT.to(torch.promote_types(self.scale.dtype, torch.float32)).log()
 
     def join(self, reads_BTC: Tensor, near_BTHV: Tensor, outside_BTH: Tensor) -> Tensor:
         """[B, T, (reads + H) V]: the fast weights' reads, as much as lies outside, and the window's part."""

@@ -74,6 +74,16 @@ def test_converted_models_are_shown_beside_their_teacher():
         assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-5)
 
 
+def test_beside_a_window_the_reads_of_fast_weights_are_shown():
+    model, given = every_model("llama with a window", dtype=torch.float32), []
+    model.hf_fwp_layers[1].o_proj.register_forward_pre_hook(lambda _, args: given.append(args[0][0]))
+    reads = recorded(model)[1].mixed_TRV
+    width = reads.shape[1] * reads.shape[2]
+    assert torch.equal(reads.flatten(1), given[0][:, :width])
+    assert given[0].shape[1] > width
+    assert list(look(model).reads) == [0, 1]
+
+
 def test_maps_are_never_those_of_another_layer():
     half = every_model("qwen3 half converted", dtype=torch.float32)
     with pytest.raises(ValueError, match="gives 1 attention maps for 2 layers"):
