@@ -69,6 +69,7 @@ CHOICES: dict[str, Choice] = {
     "no constant": Choice("worse: a sink's value is a constant", {"fwp.o_bias": False}),
     "no bias of q and k": Choice("worse: the state cannot be asked for the mean value", {"fwp.state_bias": False}),
     "no gate": Choice("worse: nothing says 'nothing here'", {"fwp.output_gate": "none"}),
+    "window and sinks": Choice("better: what is near is exact", {"fwp.window": 64, "fwp.sinks": 4}),
     "grouped states": Choice("worse: fewer states, by as many as share a key", {"fwp.state_heads": "grouped"}),
     "lambda 0.01": Choice("worse: it overfits few tokens", {"solve.lambdas": (1e-2,)}),
     "lambda 1": Choice("worse: layers differ in what they need", {"solve.lambdas": (1.0,)}),

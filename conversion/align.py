@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from hf_fwp.layer import FastWeightLayer, layers_of
 from hf_fwp.telling import progress_bar
 
 from .checkpoint import check_settings, latest, load, save
+from .dropout import NEVER, dropping, rate
 from .families import attention_modules, output_projection_name
 from .memory import freed_memory_kept
 from .processes import is_first, meet, own_rows, summed, wait
@@ -58,6 +59,7 @@ def align(
     resume: bool = False,
     save_every: int = 50,
     bf16: bool | None = None,
+    window_dropout: Sequence[float] = NEVER,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def align(
     `lr` (0: it stays as it is); both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every
     `save_every` steps and when it is interrupted; `resume` continues it with the same result as if it had never
     stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
+    `window_dropout`: how often windows are left out, in the first and in the last step (dropout.py).
     """
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < 1:
@@ -85,6 +88,7 @@ def align(
         "layers": list(mixers),
         "blocks": list(ids_NT.shape),
         "bf16": bf16,
+        "window_dropout": list(window_dropout),
         "seed": seed,
     }
     if checkpoint is not None:
@@ -94,7 +98,10 @@ def align(
         bar = progress_bar(total=steps, initial=run.step, desc="align", unit="step", progress=shown)
         try:
             while run.step < steps:
-                run.train_step(teacher, batch(ids_NT, run.step, size=batch_size, seed=seed), steps=steps, lr_end=lr_end)
+                ids_BT = batch(ids_NT, run.step, size=batch_size, seed=seed)
+                left_out = rate(window_dropout, run.step, steps=steps)
+                with dropping(mixers.values(), left_out, seed=seed + run.step):
+                    run.train_step(teacher, ids_BT, steps=steps, lr_end=lr_end)
                 bar.update()
                 bar.set_postfix(residual=f"{run.recent:.4f}", refresh=False)
                 if checkpoint is not None and (run.step % save_every == 0 or run.step == steps):

@@ -2,7 +2,8 @@
 
 naive_copy        the teacher's projections under the update rule, nothing solved or trained: beta = 1/2, half-life 38
 sliding_window    the teacher itself, attending to the last 64 tokens and the first 4, in the layers that are converted
-fast_weights_off  our own model with mixers that output zero: what its other layers do alone
+fast_weights_off  our own model without what its fast weights read: what its other layers, and windows, do alone
+window_off        our own model without the windows beside its fast weights, where it has them (hf_fwp/window.py)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 
+from .dropout import dropping
 from .evaluate import Forward, compare, forward_of, heldout_blocks
 from .families import attention_modules, copy_teacher
 
@@ -51,6 +53,8 @@ def baselines(
     }
     if student is not None:
         models["fast_weights_off"] = fast_weights_off(student)
+        if any(mixer.window is not None for mixer in layers_of(student).values()):
+            models["window_off"] = window_off(student)
     return compare(models, forward_of(teacher), ids_NT, progress=progress, description="baselines")
 
 
@@ -121,18 +125,38 @@ def _both(mask: Tensor, own: Tensor | None) -> Tensor:
 
 
 def fast_weights_off(student: PreTrainedModel) -> Forward:
-    """The student with nothing coming out of its mixers."""
-    forward = forward_of(student)
+    """The student with nothing coming out of its mixers, or, of those with a window, with that alone."""
+    forward, mixers = forward_of(student), list(layers_of(student).values())
 
     def silence(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, None]) -> tuple[Tensor, None]:
         zeros = torch.zeros_like(output[0])
         return (args[1] + zeros if len(args) > 1 else zeros), None  # the stream, where the attention adds it itself
 
+    def unread(mixer: FastWeightLayer) -> Any:
+        reads = mixer.options.num_reads * mixer.options.value_head_dim
+        return mixer.o_proj.register_forward_pre_hook(
+            lambda _, args: torch.cat([torch.zeros_like(args[0][..., :reads]), args[0][..., reads:]], dim=-1)
+        )
+
+    def hook(mixer: Any) -> Any:
+        return mixer.register_forward_hook(silence) if mixer.window is None else unread(mixer)
+
     def silent(ids_BT: Tensor) -> Tensor:
-        with hooked(list(layers_of(student).values()), lambda module: module.register_forward_hook(silence)):
+        with hooked(mixers, hook):
             return forward(ids_BT)
 
     return silent
+
+
+def window_off(student: PreTrainedModel) -> Forward:
+    """The student whose mixers see nothing of their windows, so that all lies outside."""
+    forward, mixers = forward_of(student), list(layers_of(student).values())
+
+    def blind(ids_BT: Tensor) -> Tensor:
+        with dropping(mixers, 1.0, seed=0):
+            return forward(ids_BT)
+
+    return blind
 
 
 @contextmanager

@@ -28,12 +28,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_fwp.cache import MixerInputs
 from hf_fwp.features import QK_NORMS
 from hf_fwp.layer import FastWeightLayer, rotate
 from hf_fwp.options import refuse_unknown
+from hf_fwp.packing import Window
 
 from .softmax import Softmax
 
@@ -67,7 +69,8 @@ class Heads:
     """What the teacher's attention does in one layer, per query head.
 
     q, k [n,T,H,K] plain and rotated, k and v repeated over their groups; out [n,T,H,V] the heads' outputs;
-    sink, local [n,T,H] the attention mass on the first token, and on the last LOCAL ones but the first.
+    sink, local, near [n,T,H] the attention mass on the first token, on the last LOCAL ones but the first, and on the
+    mixer's window and sinks.
     """
 
     q: Tensor
@@ -78,6 +81,7 @@ class Heads:
     out: Tensor
     sink: Tensor
     local: Tensor
+    near: Tensor
 
 
 @torch.no_grad()
@@ -98,14 +102,17 @@ def attention_heads(
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     rotary = mixer.standard_rotary(rotary)
     q_rotated, k_rotated = (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
-    out, sink, local = torch.empty_like(v), torch.empty_like(v[..., 0]), torch.empty_like(v[..., 0])
+    out, (sink, local, near) = torch.empty_like(v), (torch.empty_like(v[..., 0]) for _ in range(3))
     for rows, mass, back in masses(q_rotated, k_rotated, softmax):
         out[:, rows] = torch.einsum("nhqt,nthv->nqhv", mass, v[:, : rows.stop])
         sink[:, rows] = mass[..., 0].transpose(1, 2)
-        near = (back >= 0) & (back < LOCAL)
-        near[:, 0] = False
-        local[:, rows] = (mass * near).sum(-1).transpose(1, 2)
-    return Heads(q, k, q_rotated, k_rotated, v, out, sink, local)
+        counted = (back >= 0) & (back < LOCAL)
+        counted[:, 0] = False
+        local[:, rows] = (mass * counted).sum(-1).transpose(1, 2)
+        counted = back < options.window
+        counted[:, : options.sinks] = True
+        near[:, rows] = (mass * counted).sum(-1).transpose(1, 2)
+    return Heads(q, k, q_rotated, k_rotated, v, out, sink, local, near)
 
 
 def masses(q: Tensor, k: Tensor, softmax: Softmax) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -141,11 +148,16 @@ def calibrate(
         raise ValueError(f"heldout is {heldout} of {len(x_NTD)} sequences; keep at least one to fit and one to judge")
     heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
     gates_MNTH = fit_gates(mixer, x_NTD, heads)
+    gates = [None] * mixer.options.time_scales if gates_MNTH is None else list(gates_MNTH)
+    found: list[Tensor] = []
+    if mixer.window is not None:
+        near_NTHV, outside_NTH = fit_window(mixer, x_NTD, heads, softmax)
+        found.append(near_NTHV)
+        gates = [outside_NTH if gate is None else gate * outside_NTH for gate in gates]
     search = _Search(mixer, heads, heldout, fixed or {})
     chosen: list[dict[str, list[Any]]] = []
-    found: list[Tensor] = []
-    for m in range(mixer.options.time_scales):
-        setting, read, residual = search.best(m, found, None if gates_MNTH is None else gates_MNTH[m])
+    for m, gate in enumerate(gates):
+        setting, read, residual = search.best(m, found, gate)
         found.append(read)
         chosen.append({**{name: value.tolist() for name, value in setting.items()}, "residual": residual.tolist()})
         search.write(m, setting)
@@ -306,14 +318,39 @@ def fit_gates(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads) -> Tensor | N
     if mixer.options.output_gate != "head_sigmoid":
         return None
     targets = [1 - heads.sink, heads.local, *[1 - heads.sink] * mixer.options.time_scales]
-    wanted = torch.cat(targets[: mixer.options.time_scales], dim=-1).clamp(1e-3, 1 - 1e-3).logit()
-    inputs = torch.cat([x_NTD, torch.ones_like(x_NTD[..., :1])], dim=-1)
+    gate: Any = mixer.g_proj  # a Linear for the gate "head_sigmoid"
     # the first tokens see little else than the sink
-    rows, odds = inputs[:, 4:].flatten(0, 1), wanted[:, 4:].flatten(0, 1)
+    _regress(gate, x_NTD[:, 4:], _log_odds(torch.cat(targets[: mixer.options.time_scales], dim=-1))[:, 4:])
+    return mixer.g_proj(x_NTD).sigmoid().unflatten(-1, (mixer.options.time_scales, -1)).permute(2, 0, 1, 3)
+
+
+def fit_window(mixer: FastWeightLayer, x_NTD: Tensor, heads: Heads, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """Set the window's scale and the logit of what lies outside, so that the mass there is the teacher's; returns what
+    the window gives: its part [n,T,H,V] and the mass outside [n,T,H]."""
+    window: Any = mixer.window
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return window(MixerInputs(x_NTD), heads.q_rotated, heads.k_rotated, heads.v, Window(None, None), {})[:2]
+
+    window.scale.fill_(softmax.scale)
+    for parameter in window.outside.parameters():
+        parameter.zero_()
+    first = mixer.options.window + mixer.options.sinks  # before it nothing lies outside
+    if first < x_NTD.shape[1]:
+        missing = _log_odds(1 - heads.near) - _log_odds(attend()[1], least=1e-30)
+        _regress(window.outside, x_NTD[:, first:], missing[:, first:])
+    return attend()
+
+
+def _log_odds(mass: Tensor, *, least: float = 1e-3) -> Tensor:
+    return mass.clamp(least, 1 - max(least, 1e-6)).logit()
+
+
+def _regress(linear: nn.Linear, x_NTD: Tensor, wanted_NTH: Tensor) -> None:
+    """Set a Linear with bias to the ridge regression of `wanted_NTH` on x."""
+    rows = torch.cat([x_NTD, torch.ones_like(x_NTD[..., :1])], dim=-1).flatten(0, 1)
     gram = rows.mT @ rows
     gram.diagonal().add_(1e-2 * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, rows.mT @ odds)
-    gate: Any = mixer.g_proj  # a Linear for the gate "head_sigmoid"
-    gate.weight.copy_(weight[:-1].mT)
-    gate.bias.copy_(weight[-1])
-    return mixer.g_proj(x_NTD).sigmoid().unflatten(-1, (mixer.options.time_scales, -1)).permute(2, 0, 1, 3)
+    weight = torch.linalg.solve(gram, rows.mT @ wanted_NTH.flatten(0, 1))
+    linear.weight.copy_(weight[:-1].mT)
+    linear.bias.copy_(weight[-1])

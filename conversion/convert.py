@@ -13,7 +13,7 @@ A finished stage is saved beside `output`, in `output`.partial, until the finish
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,7 @@ def convert(
     rule: str = "gated_delta_net",
     keep: Keep = 0.25,
     recipe: str | Recipe = "quick",
+    mixer: Mapping[str, Any] | None = None,
     budget: int | str | None = None,
     data: Any = None,
     output: str | Path | None = None,
@@ -70,17 +71,18 @@ def convert(
     """Swap the softmax attention of `teacher` for fast weights and repair what that broke; returns the student.
 
     teacher: a model (never modified), a folder, a Hub id or a .gguf file. keep: layers that stay softmax (keep.py).
-    recipe: the name of one, or one of your own (recipes.py). budget: tokens for the stages that take gradient steps,
-    or a time ("20m"). data: a text, a Path (a file, or a folder with a dataset), a list of texts or rows, or a datasets
-    object; with splits "train" and "test" the report is measured on "test". output: a new folder for model, tokenizer,
-    report and card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by default what
-    is free; a teacher that needs more is solved layer by layer from its safetensors files, and the student returned has
-    its weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return the teacher
-    without its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before
-    it starts.
+    recipe: the name of one, or one of your own (recipes.py). mixer: options of the mixers that differ from those of the
+    recipe, {"window": 64, "sinks": 4}. budget: tokens for the stages that take gradient steps, or a time ("20m").
+    data: a text, a Path (a file, or a folder with a dataset), a list of texts or rows, or a datasets object; with
+    splits "train" and "test" the report is measured on "test". output: a new folder for model, tokenizer, report and
+    card; an interrupted run continues with `resume`. max_memory: bytes, or a size ("8GiB"), by default what is free; a
+    teacher that needs more is solved layer by layer from its safetensors files, and the student returned has its
+    weights in `output` alone (its own are on the device "meta"). dry_run: print the plan and return the teacher without
+    its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before it
+    starts.
     """
     meet(device)
-    options, output = find_recipe(recipe), None if output is None else Path(output)
+    options, output = find_recipe(recipe).with_mixer(mixer), None if output is None else Path(output)
     options.options(rule)
     check_output(output, resume=resume)
     given = isinstance(teacher, PreTrainedModel)

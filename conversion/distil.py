@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from hf_fwp.layer import layers_of
 from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
+from .dropout import NEVER, WindowDropout, set_rate
 from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
 
@@ -53,6 +54,7 @@ def distil(
     gradient_checkpointing: bool = False,
     peft_config: Any = None,
     lora: Mapping[str, Any] | None = None,
+    window_dropout: Sequence[float] = NEVER,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -64,7 +66,8 @@ def distil(
     both rise over the first `warmup` (a fraction of the steps) and end at `lr_end` times that. With `output_dir` the
     Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
     never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it. Several
-    processes share the `batch_size` sequences of a step.
+    processes share the `batch_size` sequences of a step. `window_dropout`: how often windows are left out, in the first
+    and in the last step (dropout.py).
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
@@ -111,6 +114,7 @@ def distil(
                 "distil gives back a whole student, and FSDP and DeepSpeed leave it in pieces; launch it without them, "
                 "or use DistilTrainer"
             )
+        trainer.add_callback(WindowDropout(layers_of(student).values(), window_dropout))
         if gradient_checkpointing:
             recompute_activations(student, on=True)
         trainer.finish(last)
@@ -259,6 +263,7 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         # accelerate leaves autocast around the model's forward (huggingface/accelerate#858)
         for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
+        set_rate(layers_of(student).values(), 0.0)
         student.config.use_cache = use_cache
         recompute_activations(student, on=False)
         student.eval()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_fwp.layer import FastWeightLayer
 
-from .calibrate import attention_heads, fit_gates, masses, write_rates
+from .calibrate import attention_heads, fit_gates, fit_window, masses, write_rates
 from .softmax import Softmax
 
 NEAREST = 0.05  # tokens; a head that looks at its own token alone still forgets within reason
@@ -43,6 +43,8 @@ def calibrate_by_formulas(
     """
     heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
     fit_gates(mixer, x_NTD, heads)
+    if mixer.window is not None:
+        fit_window(mixer, x_NTD, heads, softmax)
     distance_H, entropy_H = statistics(heads.q_rotated, heads.k_rotated, softmax)
     states = mixer.options.heads_of_states  # one per head, or one for a group of heads: their mean
     distance_S, entropy_S = (x.view(states, -1).mean(1) for x in (distance_H, entropy_H))

@@ -66,7 +66,8 @@ TEMPLATE = """<!doctype html>
 {% endfor %}</table>
 <p class="quiet">KL: how much the next-token distribution differs from the teacher's. Baselines are compared with the
 teacher on the tokens they were measured on. The sliding window is in the layers that are converted here, and needs no
-conversion at all; fast weights off shows what the rest of this model does alone.</p></div>
+conversion at all; fast weights off shows what the rest of this model does alone, window off what its fast weights do
+without the window beside them.</p></div>
 {% endif %}
 {% if report.samples %}
 <h2>What they say</h2>

@@ -4,6 +4,7 @@
 measures the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
 `extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `rank` those of
 rank_layers, `report` those of report.measure, `fwp` options of the mixers; every choice is an ablation of ablate.py.
+`window_dropout` is for mixers that have a window.
 """
 
 from __future__ import annotations
@@ -108,6 +109,10 @@ class Recipe:
         made = replace(self, **fields)
         return made.with_trained(self.trained()) if made.trained() else made
 
+    def with_mixer(self, options: Mapping[str, Any] | None) -> Recipe:
+        """The same recipe with some options of the mixers changed."""
+        return replace(self, fwp={**self.fwp, **(options or {})})
+
     def with_rates(self, factor: float) -> Recipe:
         """The same recipe with every learning rate that it names times `factor`."""
         stages = {stage: getattr(self, stage) for stage in TRAINING}
@@ -124,8 +129,8 @@ def _scaled(settings: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 
 # Learning rates for models of up to 200M parameters; papers give those of 7B models. ablate with sweep="lr" tries more.
-_ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4}
-_DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4}
+_ALIGN: dict[str, Any] = {"lr": 1e-3, "lr_projections": 1e-4, "window_dropout": (0.5, 0.25)}
+_DISTIL: dict[str, Any] = {"lr": 5e-4, "lr_rest": 2e-4, "window_dropout": (0.25, 0.0)}
 _EXTEND: dict[str, Any] = {"lr": 1e-5, "lr_rest": 1e-5, "gradient_checkpointing": True}
 _LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 _COPIED: dict[str, Any] = {"copied": True, "solve_tokens": 0, "rank_solve_tokens": 0}

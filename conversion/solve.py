@@ -226,14 +226,15 @@ def head_weights(mixer: FastWeightLayer, projection: nn.Linear, fit: Moments) ->
 
 
 def own_regressors(mixer: FastWeightLayer) -> list[Tensor]:
-    """Per query head, the indices of the regressors that belong to it: its reads, its group's values, and 1."""
+    """Per query head, the indices of the regressors that belong to it: its reads, the window's among them, its group's
+    values, and 1."""
     options = mixer.options
     V, queries, values = options.value_head_dim, options.num_attention_heads, options.num_value_heads or 1
-    reads = options.num_reads * V
+    reads = options.output_width
     total = reads + options.value_skip * values * V
     found = []
     for head in range(queries):
-        blocks = [(m * queries + head) * V for m in range(options.time_scales)]
+        blocks = [(m * queries + head) * V for m in range(reads // (queries * V))]
         blocks += [reads + (j * values + head * values // queries) * V for j in range(options.value_skip)]
         own = [start + i for start in blocks for i in range(V)]
         found.append(torch.tensor([*own, total] if options.o_bias else own))

@@ -38,6 +38,7 @@ BASELINES = {  # as a reader sees them; keys as in baselines.py
     "naive_copy": "naive copy (nothing solved or trained)",
     "sliding_window": "teacher, sliding window 64 + 4 sinks",
     "fast_weights_off": "this model, fast weights off",
+    "window_off": "this model, window off",
 }
 
 

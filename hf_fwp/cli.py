@@ -21,7 +21,7 @@ from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 from hf_fwp.telling import tell
-from hf_fwp.terminal import DryRun, parse_dtype, parse_keep, parse_layers, show, show_rows, well_mannered
+from hf_fwp.terminal import DryRun, parse_dtype, parse_keep, parse_layers, parse_mixer, show, show_rows, well_mannered
 
 DATA = "a .txt or .jsonl file (either with .gz), a folder with a dataset, or a dataset of the Hub, NAME or NAME:SPLIT."
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -53,6 +53,9 @@ def convert(
         typer.Option(help="Layers that stay softmax: a fraction (0.25), a count (7), a list (0,3,5) or uniform:0.25."),
     ] = "0.25",
     recipe: Annotated[str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")] = "quick",
+    mixer: Annotated[
+        str | None, typer.Option(help="Options of the mixers that differ from the recipe's: window=64,sinks=4.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Limit in tokens (200k) or time (5m) instead of the recipe's.")
     ] = None,
@@ -77,6 +80,7 @@ def convert(
         rule=rule,
         keep=parse_keep(keep),
         recipe=recipe,
+        mixer=parse_mixer(mixer),
         budget=budget,
         data=parse_data(data),
         output=output,

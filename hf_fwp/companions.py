@@ -84,6 +84,16 @@ class ShortConvolution(nn.Conv1d):
         return short_convolution(longer_BTC, weight_CJ, None, self.silu)[:, -length:]
 
 
+def gate_projection(kind: str, hidden: int, *, reads: int, value_size: int) -> nn.Module:
+    """What gives the gate of `reads` reads of size `value_size`; `kind` a name of GATES."""
+    if kind == "head_sigmoid":
+        return nn.Linear(hidden, reads)
+    if kind.startswith("low_rank_sigmoid"):  # Kimi Linear 2025
+        up = nn.Linear(value_size, reads * value_size, bias=kind.endswith("bias"))
+        return nn.Sequential(nn.Linear(hidden, value_size, bias=False), up)
+    return nn.Linear(hidden, reads * value_size, bias=False)
+
+
 def gated(reads_BTRV: Tensor, norm: nn.RMSNorm | None, gate: Tensor | None, kind: str) -> Tensor:
     """gate · norm(reads) as [B, T, R * V]; `gate` is what its projection gives, `kind` a name of GATES."""
     if norm is not None and gate is not None and _kernel_fits(reads_BTRV, norm, gate, kind):

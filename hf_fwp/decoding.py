@@ -26,6 +26,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "qk_norm": ("none", "l2", "sum"),
     "head_norm": (False, True),
     "value_skip": (0, 1),
+    "window": (0,),
     "backend": (None, "step"),
 }
 # the same function of another projection

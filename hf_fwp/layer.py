@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .cache import FastWeightCacheLayer, MixerInputs, fast_weight_layer
-from .companions import ShortConvolution, gated
+from .companions import ShortConvolution, gate_projection, gated
 from .decoding import can_decode, decode, serves
 from .features import HEAD_NORMS, QK_NORMS, Favor, IdentityLinear, feature_size, make_feature_map
 from .options import MixerOptions, find_rule
@@ -30,9 +30,12 @@ from .packing import Window, packed_segments, push_left, take, valid_tokens
 from .rotation import choose_heads, rotate
 from .rules.base import Gates
 from .rules.gating import Decay, Rate, scaled, start_rates, start_steps, value_of
-from .slow_net import SlowLstm
+from .slow_net import SlowLstm, make_slow_net
+from .window import WindowAttention
 
 States = dict[str, Tensor]
+# The modules of a mixer that do not start as a plain Linear.
+PARTS = (OwnWeights, ShortConvolution, SlowLstm, Favor, IdentityLinear, WindowAttention)
 
 
 class FastWeightLayer(nn.Module):
@@ -48,13 +51,14 @@ class FastWeightLayer(nn.Module):
         self.heads = (options.num_attention_heads, options.num_key_value_heads, options.num_value_heads)
         query, key, value = self.heads
         hidden, K, V = options.hidden_size, options.head_dim, options.value_head_dim
-        self.slow_net = self._make_slow_net()
+        self.slow_net = make_slow_net(options, takes_beta="beta" in self.inputs)
         if self.rule.qkv and self.slow_net is None:
             self.q_proj = nn.Linear(hidden, query * K, bias=options.qkv_bias)
             self.k_proj = nn.Linear(hidden, self.writes * key * K, bias=options.qkv_bias)
             self.v_proj = nn.Linear(hidden, self.writes * value * V, bias=options.qkv_bias)
         self.own = OwnWeights(options) if options.has_own else None
-        self.o_proj = nn.Linear(options.num_reads * V, hidden, bias=options.o_bias)
+        self.window = WindowAttention(options) if options.window else None
+        self.o_proj = nn.Linear(options.output_width, hidden, bias=options.o_bias)
         self.gates = self._make_gates()
         if self.projects("beta") and self.slow_net is None:
             self.b_proj = nn.Linear(hidden, self.writes * options.num_states, bias=options.beta_bias)
@@ -78,13 +82,8 @@ class FastWeightLayer(nn.Module):
         self.feature_map = make_feature_map("identity" if at_once and options.conv_size else options.feature_map, K)
         if options.output_norm:
             self.o_norm = nn.RMSNorm(V, eps=options.norm_eps)
-        if options.output_gate == "head_sigmoid":
-            self.g_proj = nn.Linear(hidden, options.num_reads)
-        elif options.output_gate.startswith("low_rank_sigmoid"):  # Kimi Linear 2025
-            up = nn.Linear(V, options.num_reads * V, bias=options.output_gate.endswith("bias"))
-            self.g_proj = nn.Sequential(nn.Linear(hidden, V, bias=False), up)
-        elif options.output_gate != "none":
-            self.g_proj = nn.Linear(hidden, options.num_reads * V, bias=False)
+        if options.output_gate != "none":
+            self.g_proj = gate_projection(options.output_gate, hidden, reads=options.num_reads, value_size=V)
         if options.state_bias:
             self.q_bias = nn.Parameter(torch.zeros(options.num_reads, K))
             self.k_bias = nn.Parameter(torch.zeros(options.num_states, K))
@@ -99,15 +98,6 @@ class FastWeightLayer(nn.Module):
         o = self.options
         sizes = {"key_size": feature_size(o.feature_map, o.head_dim), "value_size": o.value_head_dim}
         return self.rule.gates(o.hidden_size, states=o.num_states, **sizes, options=o.rule_options)
-
-    def _make_slow_net(self) -> SlowLstm | None:
-        """The LSTM that stands for the projections of q, k, v and beta, where the rule's options ask for it."""
-        if self.options.rule_options.get("slow_net", "linear") == "linear":
-            return None
-        query, key, value = self.heads
-        K, V = self.options.head_dim, self.options.value_head_dim
-        rates = [self.options.num_states] if "beta" in self.inputs else []
-        return SlowLstm(self.options.hidden_size, [query * K, key * K, value * V, *rates])
 
     def projects(self, name: str) -> bool:
         """Whether the layer itself computes this input of the rule."""
@@ -179,7 +169,7 @@ class FastWeightLayer(nn.Module):
         if isinstance(attention_mask, dict):
             attention_mask = next((mask for mask in attention_mask.values() if mask is not None), None)
         mask_BT = valid_tokens(attention_mask, batch=batch, length=length, past=past)
-        if not any(self.options.rotates):
+        if not self.options.needs_rotary:
             rotary = None
         elif rotary is None:
             raise ValueError(
@@ -245,7 +235,8 @@ class FastWeightLayer(nn.Module):
 
     @property
     def _looks_back(self) -> bool:
-        return self.options.conv_size > 1 or self.options.value_skip > 1 or self.slow_net is not None
+        o = self.options
+        return o.conv_size > 1 or o.value_skip > 1 or self.slow_net is not None or self.window is not None
 
     def _mix_together(
         self, tokens: MixerInputs, states: States, *, cu_seqlens: Tensor | None, in_place: bool
@@ -257,7 +248,7 @@ class FastWeightLayer(nn.Module):
         if self.rule.qkv:
             inputs, kept = self._queries_keys_values(projected, tokens, window, states)
             new_states |= kept
-        taps: list[Tensor] = []
+        near, taps = inputs.pop("near", None), []
         if options.value_skip:
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
         if self.own is not None:
@@ -281,6 +272,8 @@ class FastWeightLayer(nn.Module):
         )
         self._ran(ran[-1])
         reads = self._gated(out_BTRV.to(x_BTD.dtype), x_BTD)
+        if self.window is not None:
+            reads = self.window.join(reads, *near)
         return torch.cat([reads, *taps], dim=-1) if taps else reads, {**new_states, **rule_states}
 
     def _ran(self, backend: str) -> None:
@@ -305,13 +298,18 @@ class FastWeightLayer(nn.Module):
                 key, convolution = f"{name}_conv", getattr(self, f"{name}_conv1d")
                 projected[name], new_states[key] = convolution(projected[name], window, states.get(key))
         q_BTC, k_BTC, v_BTC = (projected[name] for name in ("q", "k", "v"))
+        given: dict[str, Any] = {}
+        if self.window is not None:
+            heads = (*self._heads(q_BTC, k_BTC), v_BTC.unflatten(-1, (-1, self.options.value_head_dim)))
+            *given["near"], kept = self.window(tokens, *heads, window, states)
+            new_states |= kept
         if isinstance(self.feature_map, Favor):
             self.feature_map.advance()
         if self.options.feature_map == "silu" and not self.options.conv_size:
             # the activation of the whole modern shell (Yang et al. 2024), values included
             v_BTC = F.silu(v_BTC)
-        q, k, v = self._written(q_BTC, k_BTC, v_BTC, tokens.rotary)
-        given = {"q": q, "k": k, "v": v}
+        rotary = tokens.rotary if any(self.options.rotates) else None
+        given["q"], given["k"], given["v"] = self._written(q_BTC, k_BTC, v_BTC, rotary)
         return given | ({"skip": v_BTC} if self.options.value_skip else {}), new_states
 
     def _written(
@@ -325,12 +323,14 @@ class FastWeightLayer(nn.Module):
         k = torch.stack([k, *(self._features(q_BTC, key, rotary)[1] for key in keys[1:])], dim=3)
         return q, k, torch.stack([self._values_of_states(value) for value in values], dim=3)
 
+    def _heads(self, q_BTC: Tensor, k_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys head by head, normed where the layer has such a norm."""
+        q, k = (x_BTC.unflatten(-1, (-1, self.options.head_dim)) for x_BTC in (q_BTC, k_BTC))
+        return (self.q_norm(q), self.k_norm(k)) if self.options.head_norm else (q, k)
+
     def _features(self, q_BTC: Tensor, k_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries and keys as the rule takes them: each state's own, rotated or not."""
-        q = q_BTC.unflatten(-1, (-1, self.options.head_dim))
-        k = k_BTC.unflatten(-1, (-1, self.options.head_dim))
-        if self.options.head_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._heads(q_BTC, k_BTC)
         rotates = self.options.rotates
         if self.options.state_bias:
             # the bias belongs to a state and is not rotated: it has to be added before features and norm
@@ -396,5 +396,5 @@ def backends_of(model: nn.Module) -> dict[int, str | None]:
 
 def init_mixer_weights(module: nn.Module) -> None:
     """The part of `_init_weights` that concerns mixers: what does not start as a plain Linear."""
-    if isinstance(module, (FastWeightLayer, OwnWeights, ShortConvolution, SlowLstm, Favor, IdentityLinear)):
+    if isinstance(module, (FastWeightLayer, *PARTS)):
         module.init_weights()

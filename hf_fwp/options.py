@@ -45,6 +45,7 @@ WITHOUT_QKV: dict[str, Any] = {
     "rope_heads": "none",
     "state_bias": False,
     "value_skip": 0,
+    "window": 0,
 }
 
 
@@ -87,7 +88,8 @@ class MixerOptions:
 
     Heads: `num_attention_heads` queries, `num_key_value_heads` keys, `num_value_heads` values (None: as many as keys).
     States are kept per query head (`state_heads="query"`) or per value head ("grouped"), `time_scales` of each;
-    everything that belongs to states is ordered (scale, head) with the scale outermost.
+    everything that belongs to states is ordered (scale, head) with the scale outermost. `window` and `sinks`: how many
+    of the last and of the first tokens softmax attention reads beside them (window.py).
     """
 
     rule: str
@@ -116,6 +118,8 @@ class MixerOptions:
     value_skip: int = 0
     time_scales: int = 1
     state_heads: str = "query"
+    window: int = 0
+    sinks: int = 0
     backend: str | None = None
     initializer_range: float = 0.02
 
@@ -170,11 +174,12 @@ class MixerOptions:
         for option in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_value_heads", "head_dim"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} is {getattr(self, option)}; it must be at least 1")
-        for option in ("conv_size", "value_skip"):
+        for option in ("conv_size", "value_skip", "window", "sinks"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{option} is {getattr(self, option)}; it must be 0 (none) or more")
         if self.time_scales < 1:
             raise ValueError(f"time_scales is {self.time_scales}; it must be at least 1 (fast weights per head)")
+        self._check_window()
         query, key, value = self.num_attention_heads, self.num_key_value_heads, self.num_value_heads
         if query % key or value % key or (query != key and query % value):
             raise ValueError(
@@ -187,6 +192,20 @@ class MixerOptions:
             raise ValueError(
                 f"rope_heads has {len(self.rope_heads)} entries; it needs one per state: {self.time_scales} time "
                 f"scales x {self.heads_of_states} heads = {self.num_states}, or 'all' or 'none'"
+            )
+
+    def _check_window(self) -> None:
+        if self.sinks and not self.window:
+            raise ValueError(f"sinks is {self.sinks} but window is 0: sinks are read beside a window; give both")
+        if self.window and self.num_value_heads != self.num_key_value_heads:
+            raise ValueError(
+                f"window is {self.window}, whose attention needs a value for each key, but there are "
+                f"{self.num_key_value_heads} key heads and {self.num_value_heads} value heads; make them equal"
+            )
+        if self.window and self.rule_options.get(find_rule(self.rule).writes, 1) != 1:
+            raise ValueError(
+                f"window is {self.window}, but the rule {self.rule} makes several keys of a token "
+                f"({find_rule(self.rule).writes}={self.rule_options[find_rule(self.rule).writes]}); set that to 1"
             )
 
     @property
@@ -247,8 +266,13 @@ class MixerOptions:
 
     @property
     def num_reads(self) -> int:
-        """Reads per token, each of size `value_head_dim`: o_proj's input is `num_reads * value_head_dim` wide."""
+        """Reads of fast weights per token, each of size `value_head_dim`."""
         return self.time_scales * max(self.num_attention_heads, self.num_value_heads)
+
+    @property
+    def output_width(self) -> int:
+        """How wide o_proj's input is: the reads, and after them what each head reads of the window."""
+        return (self.num_reads + (self.num_attention_heads if self.window else 0)) * self.value_head_dim
 
     @property
     def rotates(self) -> tuple[bool, ...]:
@@ -256,6 +280,11 @@ class MixerOptions:
         if isinstance(self.rope_heads, str):
             return (self.rope_heads == "all",) * self.num_states
         return self.rope_heads
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether anything is rotated. A window is wherever heads may be, also where none of the states chose to."""
+        return any(self.rotates) or (self.window > 0 and self.rope_heads != "none")
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> MixerOptions:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from transformers import initialization as init
 
+from .options import MixerOptions
 from .rules.base import keep_valid
 from .rules.checks import sequence_bounds
 
@@ -87,3 +88,12 @@ class SlowLstm(nn.Module):
         outs, _ = pad_packed_sequence(packed._replace(data=data), batch_first=True)
         out = outs.new_zeros(len(rows), *outs.shape[1:]).index_copy(0, index, outs)
         return out, h.index_copy(0, order, new_h[0]), c.index_copy(0, order, new_c[0])
+
+
+def make_slow_net(options: MixerOptions, *, takes_beta: bool) -> SlowLstm | None:
+    """The LSTM that stands for the projections of q, k, v and beta, where the rule's options ask for it."""
+    if options.rule_options.get("slow_net", "linear") == "linear":
+        return None
+    query, key = options.num_attention_heads * options.head_dim, options.num_key_value_heads * options.head_dim
+    rates = [options.num_states] if takes_beta else []
+    return SlowLstm(options.hidden_size, [query, key, options.num_value_heads * options.value_head_dim, *rates])

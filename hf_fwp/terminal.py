@@ -63,6 +63,22 @@ def parse_keep(text: str) -> float | int | list[int] | str:
         ) from fault
 
 
+def parse_mixer(text: str | None) -> dict[str, Any] | None:
+    """`window=64,sinks=4`: options of mixers. A value is what JSON makes of it, or else a word."""
+    if text is None:
+        return None
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"cannot read --mixer {text!r}; give options with commas between: window=64,sinks=4")
+        try:
+            options[name] = json_format.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
 def parse_layers(text: str) -> list[int]:
     """`0,3,5`: indices of layers."""
     try:

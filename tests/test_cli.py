@@ -126,6 +126,15 @@ def test_an_unreadable_keep_is_refused(text):
         cli.parse_keep(text)
 
 
+def test_options_of_mixers_are_read_as_json_has_them():
+    read = cli.parse_mixer("window=64, sinks=4,o_bias=false,output_gate=none,scale=0.5")
+    assert read == {"window": 64, "sinks": 4, "o_bias": False, "output_gate": "none", "scale": 0.5}
+    assert cli.parse_mixer(None) is None
+    for wrong in ("window", "window=", "=4", ""):
+        with pytest.raises(ValueError, match="window=64,sinks=4"):
+            cli.parse_mixer(wrong)
+
+
 def test_dtype_is_read_by_name():
     assert cli.parse_dtype("bfloat16") is torch.bfloat16
     assert cli.parse_dtype(None) is None

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "hf_fwp.ops": {"hf_fwp.rules"},
     "hf_fwp.options": {"hf_fwp.rules", "hf_fwp.features"},
     "hf_fwp.own": {"hf_fwp.options"},
-    "hf_fwp.slow_net": {"hf_fwp.rules"},
+    "hf_fwp.slow_net": {"hf_fwp.rules", "hf_fwp.options"},
+    "hf_fwp.window": {"hf_fwp.cache", "hf_fwp.options", "hf_fwp.packing", "hf_fwp.rotation"},
     "hf_fwp.rotation": set(),
     "hf_fwp.presets": set(),
     "hf_fwp.configuration": {
@@ -51,6 +52,7 @@ MAY_IMPORT = {
         "hf_fwp.packing",
         "hf_fwp.rotation",
         "hf_fwp.slow_net",
+        "hf_fwp.window",
     },
     "hf_fwp.series": {
         "hf_fwp.rules",

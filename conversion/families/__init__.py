@@ -182,6 +182,12 @@ def start_neutral(layer: FastWeightLayer) -> None:
             gate.weight.zero_()
         if layer.options.value_skip:
             layer.skip_proj.weight.zero_()
+        if layer.window is not None:
+            # o_proj was copied as the mean of all that it reads; the window's part and the mean read are a sum
+            layer.window.outside.weight.zero_()
+            reads = layer.options.num_reads * layer.options.value_head_dim
+            layer.o_proj.weight.mul_(layer.options.time_scales + 1)
+            layer.o_proj.weight[:, :reads].div_(layer.options.time_scales)
 
 
 def _placed(key: str, tensor: Tensor, config: Any, host: Host) -> dict[str, Tensor]:

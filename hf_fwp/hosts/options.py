@@ -52,6 +52,12 @@ def mixer_options(config: Any, layer_idx: int) -> MixerOptions:
                 f"(rope_heads is {options['rope_heads']}); leave rope_heads out for this layer"
             )
         options["rope_heads"] = "none"  # "all": those that rotate in the teacher
+    alibi = find_host(config).alibi
+    if options.get("window") and (getattr(config, alibi) if isinstance(alibi, str) else alibi):
+        raise ValueError(
+            f"the attention of {config.model_type!r} has a linear bias (ALiBi), which a window beside fast weights has "
+            "not; leave the option window out"
+        )
     return MixerOptions.from_dict(options)
 
 

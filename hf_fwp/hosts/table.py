@@ -53,6 +53,7 @@ class Host:
     module: str = ""  # the modeling file, where it is not transformers.models.{name}.modeling_{name}
     classes: Mapping[str, str] = field(default_factory=dict)  # key of HEADS -> class, where it is not title + key
     rotates: bool | str = True  # rotary positions: yes, no, or the config's attribute, for all layers or one per layer
+    alibi: bool | str = False  # a linear bias of the scores in place of positions: yes, no, or the config's attribute
     rotary: str = "halves"  # the form of cos and sin, a key of hf_fwp.hosts.rotary.FORMS
     adds_residual: bool = False  # the attention is given the residual stream, and adds it itself
     masked_positions: bool = False  # positions are counted in the padding mask
@@ -191,6 +192,7 @@ HOSTS: dict[str, Host] = {
             projections="query_key_value",
             lora_targets=FUSED_TARGETS,
             rotates="rotary",
+            alibi="alibi",
             masked_positions=True,
             closed=True,
         ),
@@ -204,6 +206,7 @@ HOSTS: dict[str, Host] = {
             projections="query_key_value",
             lora_targets=FUSED_TARGETS,
             rotates=False,
+            alibi=True,
             masked_positions=True,
             closed=True,
             adds_residual=True,

@@ -192,9 +192,9 @@ def _record(model: PreTrainedModel, ids: Tensor) -> tuple[dict[int, Recording], 
 
 
 def _projections(layer: FastWeightLayer) -> Tensor:
-    """W_o, head by head: [R, D, V]."""
-    weight = layer.o_proj.weight.detach()
-    return weight.unflatten(1, (layer.options.num_reads, -1)).transpose(0, 1)
+    """W_o, head by head: [R, D, V], without what it makes of a window."""
+    R, V = layer.options.num_reads, layer.options.value_head_dim
+    return layer.o_proj.weight.detach()[:, : R * V].unflatten(1, (R, V)).transpose(0, 1)
 
 
 def _words(lens: Lens, tokenizer: Any, weight_HDV: Tensor, vectors_THV: Tensor) -> list[list[list[str]]]:

@@ -63,7 +63,8 @@ def _listen(layer: FastWeightLayer, layer_idx: int, found: dict[int, Recording])
         given, out = seen.pop("given"), seen.pop("out")[0].float()
         tokens = {name: _plain(x) for name, x in given.items() if isinstance(x, Tensor)}
         constants = {name: _plain(x) for name, x in given.items() if not isinstance(x, Tensor)}
-        reads = inputs[0][0].detach().float().view(out.shape)
+        # after the reads of fast weights stands what is read of a window
+        reads = inputs[0][0, :, : out[0].numel()].detach().float().view(out.shape)
         found[layer_idx] = Recording(rule, tokens, constants, out, reads)
 
     # a rule of kernels would be given what its rates are computed from

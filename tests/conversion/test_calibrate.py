@@ -6,13 +6,16 @@ import pytest
 import torch
 from teachers import LAYERS, tiny_teacher
 
+from hf_fwp.cache import MixerInputs
 from hf_fwp.conversion.calibrate import LOCAL, Heads, attention_heads, calibrate
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.recipes import STUDENTS, student_options
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import HOSTS
+from hf_fwp.packing import Window
 
 SEQUENCES, LENGTH = 4, LOCAL + 8
+formulas = importlib.import_module("hf_fwp.conversion.formulas")
 stage = importlib.import_module("hf_fwp.conversion.calibrate")
 
 
@@ -82,7 +85,7 @@ def searched(monkeypatch):
 
 
 def reads_of(mixer, x_NTD, rotary):
-    width = mixer.o_proj.in_features
+    width = mixer.options.num_reads * mixer.options.value_head_dim
     return mixer.mixed_reads(x_NTD, position_embeddings=rotary)[..., :width]
 
 
@@ -99,6 +102,8 @@ VARIANTS = [
     {"qk_norm": "none", "scale": 0.3},
     {"value_skip": 0},
     {"state_heads": "grouped"},
+    {"window": 5, "sinks": 2},
+    {"window": 4, "state_heads": "grouped", "output_gate": "none"},
     {"state_heads": "grouped", "output_gate": "none", "family": "qwen3"},
 ]
 
@@ -230,6 +235,25 @@ def test_gates_follow_the_sink(ids_NT):
     gate_NTR = mixer.g_proj(x_NTD).sigmoid()[:, 4:]
     wanted = torch.cat([1 - heads.sink, heads.local], dim=-1)[:, 4:]
     assert torch.corrcoef(torch.stack([gate_NTR.flatten(), wanted.flatten()]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2"])
+@pytest.mark.parametrize("rates", [stage.calibrate, formulas.calibrate_by_formulas])
+@torch.no_grad()
+def test_what_lies_outside_a_window_is_as_much_as_in_the_teacher(family, rates, ids_NT):
+    mixer, x_NTD, rotary, softmax = scene(ids_NT, family=family, window=4, sinks=1)
+    heads = attention_heads(mixer, x_NTD, rotary, softmax=softmax)
+
+    def missed():
+        mass = mixer.window(MixerInputs(x_NTD), heads.q_rotated, heads.k_rotated, heads.v, Window(None, None), {})[1]
+        return (mass + heads.near - 1).square().mean()
+
+    before = missed()
+    rates(mixer, x_NTD, rotary, softmax=softmax, heldout=1)
+    assert missed() < 0.5 * before
+    torch.testing.assert_close(mixer.window.scale, torch.full((4,), softmax.scale))
+    at_first = mixer.window(MixerInputs(x_NTD), heads.q_rotated, heads.k_rotated, heads.v, Window(None, None), {})[0]
+    torch.testing.assert_close(at_first[:, :5], heads.out[:, :5])
 
 
 def test_what_cannot_be_calibrated_is_refused(ids_NT):

@@ -55,9 +55,10 @@ def assert_same(ours, theirs):
         assert torch.equal(value, theirs[key]), key
 
 
-@pytest.mark.parametrize("recipe", ["closed-form", "quick"])
-def test_from_a_folder_to_a_model_that_reloads(recipe, folder, ids, tmp_path):
-    student = convert(folder, keep=1, recipe=recipe, data=TEXTS, output=tmp_path / "made")
+@pytest.mark.parametrize(("recipe", "mixer"), [("closed-form", None), ("quick", {"window": 4, "sinks": 1})])
+def test_from_a_folder_to_a_model_that_reloads(recipe, mixer, folder, ids, tmp_path):
+    student = convert(folder, keep=1, recipe=recipe, mixer=mixer, data=TEXTS, output=tmp_path / "made")
+    assert [layer.window is not None for layer in student.hf_fwp_layers.values()] == [mixer is not None] * (LAYERS - 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     names = {path.name for path in (tmp_path / "made").iterdir()}
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "report.json", "README.md"}

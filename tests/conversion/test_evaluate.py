@@ -10,7 +10,14 @@ from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_fwp.conversion.baselines import baselines, fast_weights_off, naive_copy, sliding_window, window_mask
+from hf_fwp.conversion.baselines import (
+    baselines,
+    fast_weights_off,
+    naive_copy,
+    sliding_window,
+    window_mask,
+    window_off,
+)
 from hf_fwp.conversion.calibrate import attention_heads
 from hf_fwp.conversion.evaluate import (
     PROMPTS,
@@ -211,6 +218,30 @@ def test_with_fast_weights_off_a_converted_layer_adds_nothing(student, teacher, 
             mixer.o_proj.bias.zero_()
     torch.testing.assert_close(fast_weights_off(student)(ids_NT), forward_of(silent)(ids_NT))
     assert not torch.allclose(forward_of(student)(ids_NT), forward_of(silent)(ids_NT))
+
+
+def test_beside_a_window_what_is_off_is_one_of_the_two(teacher, ids_NT):
+    fwp = {"window": 5, "sinks": 1, "value_skip": 1}
+    student = copy_teacher(teacher, layers=[0, 2], fwp=fwp)
+    forgetful = copy_teacher(teacher, layers=[0, 2], fwp=fwp)
+    with torch.no_grad():
+        for mixer in forgetful.hf_fwp_layers.values():
+            mixer.o_proj.weight[:, : mixer.options.num_reads * mixer.options.value_head_dim] = 0
+    whole, without = forward_of(student)(ids_NT), fast_weights_off(student)(ids_NT)
+    torch.testing.assert_close(without, forward_of(forgetful)(ids_NT))
+    blind = copy_teacher(teacher, layers=[0, 2], fwp={"value_skip": 1})
+    with torch.no_grad():
+        for layer, mixer in blind.hf_fwp_layers.items():
+            theirs = dict(student.hf_fwp_layers[layer].named_parameters())
+            for name, parameter in mixer.named_parameters():
+                parameter.copy_(theirs[name][:, : parameter.shape[-1]] if name == "o_proj.weight" else theirs[name])
+    torch.testing.assert_close(window_off(student)(ids_NT), forward_of(blind)(ids_NT))
+    assert (whole - without).abs().max() > 1e-3
+    assert (whole - window_off(student)(ids_NT)).abs().max() > 1e-3
+    assert torch.equal(forward_of(student)(ids_NT), whole)
+    measured = baselines(teacher, ids_NT, student=student, progress=False)
+    assert list(measured) == ["naive_copy", "sliding_window", "fast_weights_off", "window_off"]
+    assert measured["window_off"]["kl"] > 0
 
 
 def test_the_naive_copy_has_the_rates_it_is_known_for(teacher):

@@ -166,6 +166,7 @@ SHAPES = [
     {"value_skip": 0},
     {"value_skip": 2},
     {"time_scales": 3, "o_bias": False},
+    {"window": 3, "sinks": 1},
 ]
 
 
@@ -215,6 +216,20 @@ def test_the_prior_is_each_head_from_its_own_regressors(shuffled, ids_NT, monkey
         monkeypatch.setattr(stage, "own_regressors", lambda _: own[2:] + own[:2])
     missed = (r @ head_weights(mixer, projection, moments) - target).norm() / target.norm()
     assert missed > 1e-2 if shuffled else missed < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])
+@torch.no_grad()
+def test_less_is_missed_beside_a_window_and_nothing_beside_one_that_reaches_everything(family, ids_NT):
+    teacher = tiny_teacher(family)
+    missed = []
+    for window, sinks in ((0, 0), (4, 1), (LENGTH - 3, 3)):
+        student = student_of(teacher, window=window, sinks=sinks)
+        found = solve(student, teacher, ids_NT, heldout=HELDOUT, progress=False)
+        missed.append(max(each["residual"] for each in found.values()))
+    assert missed[1] < 0.8 * missed[0]
+    assert missed[2] < 1e-3
+    torch.testing.assert_close(student(ids_NT).logits, teacher(ids_NT).logits, rtol=0.05, atol=0.05)
 
 
 def test_what_cannot_be_solved_is_refused(ids_NT):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_model import WINDOWED, every_model
 from teachers import tiny_teacher
 from tiny import byte_tokenizer
 from tiny_fwp import KINDS, tiny_model, tokens
@@ -47,6 +48,7 @@ QUICK = {
     "llama sequence classification": lambda: with_trained_head(converted("llama", "ForSequenceClassification")),
 }
 SLOW = {
+    **{name: lambda name=name: every_model(name, dtype=torch.float32) for name in WINDOWED},
     **{kind: lambda kind=kind: own(kind) for kind in KINDS},
     **{f"own {head.__name__}": lambda head=head: own("gated_delta_net", head) for head in HEADS},
     **{family: lambda family=family: converted(family) for family in HOSTS},

@@ -1,11 +1,11 @@
 """Every test that takes `name` runs for every kind of model; one that takes `model` gets it in float64.
 
 All of it is `make test-full`. `make test` takes every rule through the tests of EVERY_RULE, one own and one converted
-model through those of PAIR, which take seconds each, and CORE through the others.
+model through those of PAIR, which take seconds each, and CORE through the others. Windows: tests/models/test_window.py.
 """
 
 import pytest
-from every_model import CONVERTED, MODELS, every_model
+from every_model import CONVERTED, MODELS, WINDOWED, every_model
 from tiny_fwp import HYBRIDS
 
 CORE = {"gated_delta_net", *HYBRIDS, *CONVERTED}
@@ -26,7 +26,7 @@ PAIR = {
 def pytest_generate_tests(metafunc):
     if "name" in metafunc.fixturenames:
         test = metafunc.function.__name__
-        quick = MODELS if test in EVERY_RULE else PAIR.get(test, CORE)
+        quick = set(MODELS) - set(WINDOWED) if test in EVERY_RULE else PAIR.get(test, CORE)
         names = [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
         metafunc.parametrize("name", names)
 

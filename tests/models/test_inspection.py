@@ -13,7 +13,7 @@ from teachers import tiny_teacher
 from tiny_fwp import KINDS, VOCAB, assert_close, tiny_model
 
 import hf_fwp
-from hf_fwp.inspection import inspect, measures
+from hf_fwp.inspection import _projections, inspect, measures
 from hf_fwp.inspection.measures import first_order_shares, measure, value_weights, view_state
 from hf_fwp.inspection.page import LEVELS, packed
 from hf_fwp.inspection.recording import recording
@@ -72,6 +72,17 @@ def test_converted_models_are_shown_beside_their_teacher():
     assert list(found.softmax) == list(found.layers) == [0, 1]
     for weights in found.softmax.values():
         assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-5)
+
+
+def test_beside_a_window_the_reads_of_fast_weights_are_shown():
+    model, given = every_model("llama with a window", dtype=torch.float32), []
+    model.hf_fwp_layers[1].o_proj.register_forward_pre_hook(lambda _, args: given.append(args[0][0]))
+    reads = recorded(model)[1].mixed_TRV
+    width = reads.shape[1] * reads.shape[2]
+    assert torch.equal(reads.flatten(1), given[0][:, :width])
+    assert given[0].shape[1] > width
+    assert list(look(model).layers) == [0, 1]
+    assert _projections(model.hf_fwp_layers[1]).shape == (reads.shape[1], 32, reads.shape[2])
 
 
 def test_maps_are_never_those_of_another_layer():

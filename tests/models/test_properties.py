@@ -4,7 +4,7 @@ import functools
 import itertools
 
 import torch
-from every_model import CONVERTED, MODELS, every_model
+from every_model import HOSTED, MODELS, every_model
 from hypothesis import strategies as some
 from properties import for_any
 from tiny_fwp import VOCAB, assert_close
@@ -19,7 +19,7 @@ NAMES = some.sampled_from(MODELS)
 
 def tolerance_of(name):
     """Families rotate in float32."""
-    return 1e-6 if name in CONVERTED else 1e-9
+    return 1e-6 if name in HOSTED else 1e-9
 
 
 def fed(model, ids, edges, mask=None, cache=None):
