@@ -128,6 +128,14 @@ def scan_backward(
 
 
 @triton.jit
+def _both_ways(x):
+    """The symmetric matrix with what is below the diagonal of x."""
+    i = tl.arange(0, x.shape[0])
+    below = tl.where(i[:, None] > i[None, :], x, 0.0)
+    return below + tl.trans(below)
+
+
+@triton.jit
 def _add_pairs(
     d_q, d_e, d_k, d_g, d_a, d_p, q_tile, e_tile, k_tile, step,
     LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -262,9 +270,8 @@ def gradients(
         )  # fmt: skip
         p = scale * with_diagonal(p, same)
     d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ U
-    along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
-    along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
+    # Σ_v of dY ⊙ U, dY ⊙ R and dO ⊙ O
+    along_value, along_written, along_read = tl.sum(d_a, 1), tl.sum(d_a, 1), tl.sum(d_a, 1)
     written = operand(tl.zeros([C, BV], tl.float32), DOT)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
@@ -304,10 +311,7 @@ def gradients(
     tl.debug_barrier()  # what is in the `room` is read by other threads than wrote it
 
     met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
-    d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
-    d_p = tl.where(rows[:, None] > others[None, :], scale * d_p, 0.0)
-    d_a += tl.trans(d_a)
-    d_p += tl.trans(d_p)
+    d_a, d_p = _both_ways(share * d_a), _both_ways(scale * d_p)
     eta = along_value
     d_steps = tl.zeros([C], tl.float32)
     for piece in tl.range(0, K, KB, disable_licm=True):
@@ -327,8 +331,7 @@ def gradients(
         d_q *= scale * decay
         later = rate[:, None] * e_tile
         d_step = tl.cumsum(q_tile * d_q + later * d_e, 0, reverse=True)
-        written_before = k_tile * d_k
-        d_step += tl.cumsum(written_before, 0) - written_before + along_state[None, :]
+        d_step += tl.cumsum(k_tile * d_k, 0) - k_tile * d_k + along_state[None, :]
         d_q, d_e, d_k, d_step = _add_pairs(
             d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
         )
