@@ -31,13 +31,14 @@ from .linear_class_segments import carry
 # By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
 # yet measured on a device. Shorter chunks take less of both, but leave more states to the backward.
 TABLE = {
-    (2, 64): Launches(64, Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 8, 1)),
+    (2, 64): Launches(64, Launch(32, 4, 1), Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 8, 1)),
     (2, 128): Launches(64, Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 1), Launch(32, 8, 1)),
     (2, 256): Launches(64, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
     (4, 64): Launches(32, Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 8, 1)),
     (4, 128): Launches(32, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 8, 1)),
     (4, 256): Launches(16, Launch(32, 4, 1), Launch(16, 8, 1), Launch(16, 8, 1), Launch(32, 4, 1)),
 }
+KEYS = 16  # key columns that `gradients` takes at a time
 
 
 def channel_sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, across: bool) -> Sizes:
@@ -193,7 +194,9 @@ def channel_decay_backward(
     rates = (call.sizes.chunks if a_log is not None else 0, call.readers, 2, k.shape[3])
     d_rates = torch.zeros(rates, dtype=torch.float32, device=v.device)
     query, d_read = (d_out, q) if across else (q, d_out)
-    d_states, written = torch.empty_like(states), torch.empty_like(d_read)
+    d_states = torch.empty_like(states)
+    # R of wider heads: kept on the chip, at 128 in bf16, 808 bytes per thread would be spilled instead of 208
+    room = torch.empty_like(d_read) if call.width(call.sizes.launches.gradients) < v.shape[3] else None
     # without rates and gates the gradient of what was written is that of v
     d_written = dv if beta is None and write is None else torch.empty_like(v)
     inputs, outputs, end = (query, k, *gates, solve, d_read), (d_states, d_written, scale), d_final
@@ -207,8 +210,8 @@ def channel_decay_backward(
         )
         call.run(
             gradients, call.sizes.chunks * call.readers, launches.gradients, query, k, v, *gates, solve, states,
-            d_states, d_written, out, d_read, written, shares[0], shares[1], dv, shares[2], d_write, d_beta, shares[3],
-            d_rates, scale, BV=call.width(launches.gradients),
+            d_states, d_written, out, d_read, room, shares[0], shares[1], dv, shares[2], d_write, d_beta, shares[3],
+            d_rates, scale, BV=call.width(launches.gradients), KB=KEYS,
         )  # fmt: skip
     for total, parts in zip((dq, dk, d_erase, d_g), shares, strict=True):
         if parts is not total:

@@ -12,6 +12,8 @@ The gradient of a factor exp(Σ g) times the factor belongs to every g of the su
 q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk from the end of the chunk would give the same, but most of it cancels.
 The projections that the gradient of a unit vector needs are sums over the values, known before:
     Σ_k q̂ ⊙ dq̂ = Σ_v dO ⊙ O         Σ_k ê ⊙ dê = Σ_v dY ⊙ (R - βU)       Σ_k k ⊙ dk = Σ_v dY ⊙ R
+What pairs of tokens give is multiplied with 11 bits: dA_log, a sum over tokens and channels, cancels so much that the 8
+bits of bf16 left an error of 3.7e-2.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -26,15 +28,16 @@ from .channel_decay_tiles import (
     inverse_lengths,
     level_decay,
     lies_between,
+    lies_later,
     load_erase,
     load_gate,
     load_keys,
     load_steps,
     load_turned,
     load_values,
-    meets,
     next_level,
     pair_products,
+    parts_at,
     sigmoid_backward,
     store_turned,
     with_diagonal,
@@ -44,13 +47,14 @@ from .tiles import (
     chunk_in_slot,
     chunks_to_walk,
     dot,
+    fine_dot,
     first_slot,
     inverse_length,
     load_matrix,
     load_rate,
     load_tile,
+    operand,
     sequence_span,
-    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -84,7 +88,7 @@ def scan_backward(
     if HAS_FINAL:
         d_state = load_turned(d_final, pair.to(tl.int64), keys, values, K, V, ACROSS and not SEGMENTED)
 
-    for back in range(start, end):
+    for back in tl.range(start, end, disable_licm=True):
         i = end - 1 - (back - start)
         at = first + i * C
         here = rows < count - i * C
@@ -112,7 +116,7 @@ def scan_backward(
             dw += dot(tl.trans(p), do, DOT, PRECISION)
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
         t = load_matrix(solve, (slot + i) * HV + hv, rows, others, C, C)
-        dw = tl.where(valid[:, None], solve_dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
+        dw = tl.where(valid[:, None], fine_dot(tl.trans(t), dw, DOT, PRECISION), 0.0)
         e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
         rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
         d_state -= dot(tl.trans(e_tile * decay), rate[:, None] * dw, DOT, PRECISION)
@@ -124,25 +128,31 @@ def scan_backward(
 
 
 @triton.jit
+def _both_ways(x):
+    """The symmetric matrix with what is below the diagonal of x."""
+    i = tl.arange(0, x.shape[0])
+    below = tl.where(i[:, None] > i[None, :], x, 0.0)
+    return below + tl.trans(below)
+
+
+@triton.jit
 def _add_pairs(
     d_q, d_e, d_k, d_g, d_a, d_p, q_tile, e_tile, k_tile, step,
     LEVELS: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q̂, ê, k and g with the sums over pairs of tokens added, level by level."""
+    """The gradients of q̂, ê, k and g with the sums over pairs of tokens added, level by level. `d_a` and `d_p` are
+    symmetric: a later token takes from earlier ones by the same product as these from it."""
     before, after = step, step * 0.0
     for level in range(LEVELS):
-        decay, met = level_decay(before, after, level), meets(level, C)
-        a, p = tl.where(met, d_a, 0.0), tl.where(met, d_p, 0.0)
-        earlier = k_tile * decay
-        more_q = decay * dot(p, earlier, DOT, PRECISION)
-        more_e = decay * dot(a, earlier, DOT, PRECISION)
-        later = dot(tl.trans(p), q_tile * decay, DOT, PRECISION)
-        more_k = decay * (later + dot(tl.trans(a), e_tile * decay, DOT, PRECISION))
-        moved = q_tile * more_q + e_tile * more_e + k_tile * more_k
-        d_g += dot(tl.trans(lies_between(level, C).to(tl.float32)), moved, DOT, PRECISION)
-        d_q += more_q
-        d_e += more_e
-        d_k += more_k
+        decay, met, later = level_decay(before, after, level), parts_at(level, C), lies_later(level, C)[:, None]
+        read, erased = tl.where(later, q_tile, k_tile), tl.where(later, e_tile, k_tile)
+        d_read = decay * fine_dot(tl.where(met, d_p, 0.0), read * decay, DOT, PRECISION)
+        d_erased = decay * fine_dot(tl.where(met, d_a, 0.0), erased * decay, DOT, PRECISION)
+        moved = read * d_read + erased * d_erased
+        d_g += fine_dot(tl.trans(lies_between(level, C).to(tl.float32)), moved, DOT, PRECISION)
+        d_q += tl.where(later, d_read, 0.0)
+        d_e += tl.where(later, d_erased, 0.0)
+        d_k += tl.where(later, 0.0, d_read + d_erased)
         before, after = next_level(before, after, level)
     return d_q, d_e, d_k, d_g
 
@@ -191,11 +201,11 @@ def _store_erase(
 
 @triton.jit
 def _through_states(
-    states, d_states, index, written, d_written, d_out, at, reader, readers, hv, HV, rows, keys, valid,
+    states, d_states, index, written, room, d_written, d_out, at, reader, readers, hv, HV, rows, keys, valid,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dO S0ᵀ, -dY S0ᵀ, R dSᵀ and, of every channel, Σ_v S0 ⊙ dS1."""
+    """dO S0ᵀ, -dY S0ᵀ, R dSᵀ and, of every channel, Σ_v S0 ⊙ dS1. R is `written`, or is in the `room`."""
     d_q = tl.zeros([C, KB], tl.float32)
     d_e = tl.zeros([C, KB], tl.float32)
     d_k = tl.zeros([C, KB], tl.float32)
@@ -204,19 +214,20 @@ def _through_states(
         values = part + tl.arange(0, BV)
         s = load_matrix(states, index, keys, values, K, V)
         ds = load_matrix(d_states, index, keys, values, K, V)
-        r = load_tile(written, at, reader, readers, V, rows, values, valid)
         dw = load_tile(d_written, at, hv, HV, V, rows, values, valid)
         do = load_tile(d_out, at, reader, readers, V, rows, values, valid)
+        if room is not None:
+            written = load_tile(room, at, reader, readers, V, rows, values, valid)
         d_q += dot(do, tl.trans(s), DOT, PRECISION)
         d_e -= dot(dw, tl.trans(s), DOT, PRECISION)
-        d_k += dot(r, tl.trans(ds), DOT, PRECISION)
+        d_k += dot(written, tl.trans(ds), DOT, PRECISION)
         along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32), 1)
     return d_q, d_e, d_k, along_state
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
-    q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, written,
+    q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, room,
     dq, dk, dv, d_erase, d_write, d_beta, d_g, d_rates, scale, length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr,
@@ -227,8 +238,9 @@ def gradients(
     """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later,
     those of A and d, `d_rates` [slots, HV R, 2, K], over the tokens too.
 
-    What does not depend on the query is added by the first reader of a state. `written` is room for R. With ACROSS,
-    `q` is the gradient of the outputs and `d_out` the query, and `dq` gets the outputs for that.
+    What does not depend on the query is added by the first reader of a state. R stays on the chip where BV is all of V;
+    otherwise there is `room` for it. With ACROSS, `q` is the gradient of the outputs and `d_out` the query, and `dq`
+    gets the outputs for that.
     """
     slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
     hv = reader // R
@@ -251,16 +263,16 @@ def gradients(
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
-    d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ U
-    along_written = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ R
-    along_read = tl.zeros([C], tl.float32)  # Σ_v dO ⊙ O
     if ACROSS:
         p, same = pair_products(
             q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
             PRECISION,
         )  # fmt: skip
         p = scale * with_diagonal(p, same)
+    d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    # Σ_v of dY ⊙ U, dY ⊙ R and dO ⊙ O
+    along_value, along_written, along_read = tl.sum(d_a, 1), tl.sum(d_a, 1), tl.sum(d_a, 1)
+    written = operand(tl.zeros([C, BV], tl.float32), DOT)
     for part in range(0, V, BV):
         values = part + tl.arange(0, BV)
         u_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
@@ -278,12 +290,15 @@ def gradients(
                 q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
                 read += scale * dot(q_tile * decay, s, DOT, PRECISION)
         t = load_matrix(solve, index, rows, others, C, C)
-        r = solve_dot(t, rate[:, None] * (u_tile - before), DOT, PRECISION)
-        store_tile(written, at, reader, HV * R, V, rows, values, here, r)
+        r = fine_dot(t, rate[:, None] * (u_tile - before), DOT, PRECISION)
+        if room is None:
+            written = operand(r, DOT)
+        else:
+            store_tile(room, at, reader, HV * R, V, rows, values, here, r)
         if ACROSS:
             store_tile(dq, at, reader, HV * R, V, rows, values, here, read + dot(p, r, DOT, PRECISION))
-        d_a -= dot(dw, tl.trans(r), DOT, PRECISION)
-        d_p += dot(do, tl.trans(r), DOT, PRECISION)
+        d_a -= fine_dot(dw, tl.trans(r), DOT, PRECISION)
+        d_p += fine_dot(do, tl.trans(r), DOT, PRECISION)
         along_value += tl.sum(dw * u_tile, 1)
         along_written += tl.sum(dw * r, 1)
         if L2NORM:
@@ -293,18 +308,16 @@ def gradients(
                 dv, d_write, rate[:, None] * dw, v, write, at, hv, HV, rows, values, valid, here & leads,
                 V, HAS_WRITE, WRITE_RANGE,
             )  # fmt: skip
-    tl.debug_barrier()  # `written` is read by other threads than wrote it
+    tl.debug_barrier()  # what is in the `room` is read by other threads than wrote it
 
-    d_a = tl.where(rows[:, None] > others[None, :], share * d_a, 0.0)
-    d_p = tl.where(rows[:, None] >= others[None, :], d_p, 0.0)
     met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
-    d_p *= scale
+    d_a, d_p = _both_ways(share * d_a), _both_ways(scale * d_p)
     eta = along_value
     d_steps = tl.zeros([C], tl.float32)
-    for piece in range(0, K, KB):
+    for piece in tl.range(0, K, KB, disable_licm=True):
         keys = piece + tl.arange(0, KB)
         d_q, d_e, d_k, along_state = _through_states(
-            states, d_states, index, written, d_written, d_out, at, reader, HV * R, hv, HV, rows, keys, valid,
+            states, d_states, index, written, room, d_written, d_out, at, reader, HV * R, hv, HV, rows, keys, valid,
             K, V, C, KB, BV, DOT, PRECISION,
         )  # fmt: skip
         k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
@@ -317,9 +330,8 @@ def gradients(
         along_state *= share * after
         d_q *= scale * decay
         later = rate[:, None] * e_tile
-        d_step = dot((rows[:, None] <= others[None, :]).to(tl.float32), q_tile * d_q + later * d_e, DOT, PRECISION)
-        d_step += dot((rows[:, None] > others[None, :]).to(tl.float32), k_tile * d_k, DOT, PRECISION)
-        d_step += along_state[None, :]
+        d_step = tl.cumsum(q_tile * d_q + later * d_e, 0, reverse=True)
+        d_step += tl.cumsum(k_tile * d_k, 0) - k_tile * d_k + along_state[None, :]
         d_q, d_e, d_k, d_step = _add_pairs(
             d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
         )

@@ -108,7 +108,7 @@ def scan_forward(
     if HAS_STATE:
         state = load_matrix(initial, pair.to(tl.int64), keys, values, K, V)
 
-    for i in range(start, end):
+    for i in tl.range(start, end, disable_licm=True):
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)
@@ -175,7 +175,7 @@ def scan_across(
             store_turned(room, index, keys, values, K, V, state, True)
         tl.debug_barrier()  # the state is read by other threads than wrote it
 
-    for i in range(start, end):
+    for i in tl.range(start, end, disable_licm=True):
         at = first + i * C
         here = rows < count - i * C
         valid = valid_rows(mask, at, rows, here, HAS_MASK)

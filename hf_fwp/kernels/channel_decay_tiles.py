@@ -15,12 +15,12 @@ import triton.language as tl
 from .tiles import (
     EPS,
     dot,
+    fine_dot,
     inverse_length,
     load_column,
     load_matrix,
     load_tile,
     softplus,
-    solve_dot,
     split_sum,
     store_matrix,
 )
@@ -153,14 +153,39 @@ def replace_in_chunk(
     """R, what a chunk writes along its keys, from its values and the state at its start."""
     rows = tl.arange(0, C)
     written = rate[:, None] * (v_tile - dot(e_decayed, state, DOT, PRECISION))
-    return solve_dot(load_matrix(solve, index, rows, rows, C, C), written, DOT, PRECISION)
+    return fine_dot(load_matrix(solve, index, rows, rows, C, C), written, DOT, PRECISION)
+
+
+@triton.jit
+def lies_later(level, C: tl.constexpr):
+    """Which tokens lie in the later block of a pair of blocks."""
+    return ((tl.arange(0, C) >> level) & 1) == 1
+
+
+@triton.jit
+def parts_at(level, C: tl.constexpr):
+    """Which tokens i ≠ j meet at this level."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return ((i ^ j) >> level) == 1
+
+
+@triton.jit
+def meets(level, C: tl.constexpr):
+    """Which pairs i > j meet at this level."""
+    return parts_at(level, C) & (tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def lies_between(level, C: tl.constexpr):
+    """Whether the decay of token t lies between token i and the last token m of an earlier block: [i, t]."""
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return ((i >> level) == (t >> level)) & tl.where(lies_later(level, C)[:, None], t <= i, t > i)
 
 
 @triton.jit
 def level_decay(before, after, level):
     """The factors of one level: exp(G - G_m) in the later blocks, exp(G_m - G) in the earlier ones."""
-    i = tl.arange(0, before.shape[0])[:, None]
-    return tl.exp(tl.where(((i >> level) & 1) == 1, before, after))
+    return tl.exp(tl.where(lies_later(level, before.shape[0])[:, None], before, after))
 
 
 @triton.jit
@@ -170,23 +195,8 @@ def next_level(before, after, level):
     i = tl.arange(0, before.shape[0])[:, None]
     neighbour = (i ^ (1 << level)) + tl.zeros([1, before.shape[1]], tl.int32)
     total = tl.gather(before + after, neighbour, 0)
-    later = ((i >> level) & 1) == 1
+    later = lies_later(level, before.shape[0])[:, None]
     return tl.where(later, before + total, before), tl.where(later, after, after + total)
-
-
-@triton.jit
-def lies_between(level, C: tl.constexpr):
-    """Whether the decay of token t lies between token i and the last token m of an earlier block: [i, t]."""
-    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    later = ((i >> level) & 1) == 1
-    return ((i >> level) == (t >> level)) & tl.where(later, t <= i, t > i)
-
-
-@triton.jit
-def meets(level, C: tl.constexpr):
-    """Which pairs i > j meet at this level."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return (i > j) & (((i ^ j) >> level) == 1)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .tiles import (
     decay_between,
     decay_of,
     dot,
+    fine_dot,
     first_slot,
     inverse_length,
     load_matrix,
@@ -29,7 +30,6 @@ from .tiles import (
     load_step,
     load_tile,
     sequence_span,
-    solve_dot,
     store_matrix,
     store_tile,
     valid_rows,
@@ -89,7 +89,7 @@ def scan_backward(
             d_state += dot(tl.trans(q_tile), (q_norm * decay)[:, None] * do, DOT, PRECISION)
         if ERASE:
             t = load_solve(solve, n, first, length, i, hv, HV, C, PACKED)
-            dw = solve_dot(tl.trans(t), dw, DOT, PRECISION)
+            dw = fine_dot(tl.trans(t), dw, DOT, PRECISION)
             rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE) * decay * k_norm
             d_state -= dot(tl.trans(k_tile), rate[:, None] * dw, DOT, PRECISION)
         if KEEP:
@@ -144,7 +144,7 @@ def gradients(
     along_state = 0.0  # ⟨S0, dS1⟩
     if ERASE:
         t = load_solve(solve, n, at - i * C, length, i, hv, HV, C, PACKED)
-    for part in range(0, V, BV):
+    for part in tl.range(0, V, BV, disable_licm=True):
         values = part + tl.arange(0, BV)
         s = load_matrix(states, index, keys, values, K, V)
         ds = load_matrix(d_states, index, keys, values, K, V)
@@ -159,7 +159,7 @@ def gradients(
         if HAS_BETA:
             written *= rate[:, None]
         if ERASE:
-            written = solve_dot(t, written, DOT, PRECISION)
+            written = fine_dot(t, written, DOT, PRECISION)
             erased += dot(dw, tl.trans(written), DOT, PRECISION)
             d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
         omega += dot(do, tl.trans(written), DOT, PRECISION)

@@ -20,6 +20,7 @@ from .tiles import (
     decay_between,
     decay_of,
     dot,
+    fine_dot,
     first_slot,
     inverse_length,
     load_matrix,
@@ -28,7 +29,6 @@ from .tiles import (
     load_step,
     load_tile,
     sequence_span,
-    solve_dot,
     split_sum,
     store_matrix,
     store_tile,
@@ -195,7 +195,7 @@ def replace_in_chunk(
     if HAS_BETA:
         written *= rate[:, None]
     if ERASE:
-        written = solve_dot(load_solve(solve, n, first, length, i, hv, HV, C, PACKED), written, DOT, PRECISION)
+        written = fine_dot(load_solve(solve, n, first, length, i, hv, HV, C, PACKED), written, DOT, PRECISION)
     return written
 
 

@@ -203,18 +203,25 @@ INTERPRETED = tl.constexpr(not isinstance(sequence_span, triton.JITFunction))
 
 
 @triton.jit
-def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """a b with operands in the type DOT and the sum in float32."""
+def operand(x, DOT: tl.constexpr):
+    """x as `dot` takes it."""
     if INTERPRETED and tl.bfloat16 == DOT:  # numpy has no bf16
-        return tl.dot(rounded(a), rounded(b), input_precision=PRECISION, out_dtype=tl.float32)
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION, out_dtype=tl.float32)
+        return rounded(x)
+    return x.to(DOT)
 
 
 @triton.jit
-def solve_dot(t, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """T x or Tᵀ x. Operands of 8 bits would lose here what correlated keys leave of a value: they have 11 at least."""
+def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b with operands in the type DOT and the sum in float32."""
+    return tl.dot(operand(a, DOT), operand(b, DOT), input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def fine_dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b where the 8 bits of bf16 would lose too much: operands have 11 at least. So are T x and Tᵀ x, which must keep
+    what correlated keys leave of a value."""
     how: tl.constexpr = "tf32" if tl.float32 != DOT and PRECISION == "tf32x3" else PRECISION  # pyright: ignore[reportAssignmentType] Triton makes it one
-    return tl.dot(t.to(tl.float32), x.to(tl.float32), input_precision=how, out_dtype=tl.float32)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=how, out_dtype=tl.float32)
 
 
 @triton.jit

@@ -125,13 +125,13 @@ def spilled(binary: bytes, folder: Path) -> int:
 CASES = [
     (torch.bfloat16, 128, 550),
     pytest.param(torch.bfloat16, 64, 110, marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, 256, 1500, marks=pytest.mark.slow),
+    pytest.param(torch.bfloat16, 256, 1400, marks=pytest.mark.slow),
     pytest.param(torch.float32, 64, 1300, marks=pytest.mark.slow),
     pytest.param(torch.float32, 128, 2500, marks=pytest.mark.slow),
     pytest.param(torch.float32, 256, 4000, marks=pytest.mark.slow),
 ]
 # where another version of Triton leaves more than the newest, 3.7
-OTHERWISE = {("3.6", torch.bfloat16, 64): 600, ("3.6", torch.bfloat16, 256): 1700}
+OTHERWISE = {("3.6", torch.bfloat16, 64): 600}
 
 
 def version() -> str:
