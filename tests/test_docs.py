@@ -78,8 +78,9 @@ def test_processes_are_started_with_options_that_accelerate_has():
     assert lines
     for line in lines:
         given = launch_command_parser().parse_args(line.split())
-        assert (given.training_script, given.num_processes) == ("train.py", 4)
-        assert given.use_fsdp == ("fsdp" in line)
+        assert given.training_script in ("train.py", "convert.py")
+        assert given.num_processes == 4
+        assert (given.use_fsdp, given.multi_gpu) == ("fsdp" in line, "multi_gpu" in line)
 
 
 def test_the_page_of_results_is_made(folder):
