@@ -220,6 +220,11 @@ def other(**constants):
     return change
 
 
+def slow_but(kernels, rows):
+    """The rows of other kernels than these take their time in make test-full."""
+    return [row if row[0] in kernels else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
 PLAIN = (not_at_all, one_program_less, other(GK=0))
 ANY = (*PLAIN, *map(without, ("HAS_MASK", "L2NORM", "HAS_BETA")))
 MUTATIONS = [
@@ -239,7 +244,9 @@ def is_noticed(kernel, change, monkeypatch, problem, **call):
         agrees(problem, **call)
 
 
-@pytest.mark.parametrize(("kernel", "change"), MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("kernel", "change"), slow_but(("scan_forward", "gradients"), MUTATIONS), ids=lambda x: getattr(x, "__name__", x)
+)
 def test_a_broken_kernel_is_noticed(kernel, change, monkeypatch):
     is_noticed(kernel, change, monkeypatch, dataclasses.replace(KIMI, sizes=(4, 4), length=22))
 
@@ -281,7 +288,9 @@ RAW_MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "change"), RAW_MUTATIONS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("kernel", "change"), slow_but(("gradients",), RAW_MUTATIONS), ids=lambda x: getattr(x, "__name__", x)
+)
 def test_a_broken_gate_is_noticed(kernel, change, monkeypatch):
     in_segments(monkeypatch, 1)
     row = channel_decay.TABLE[4, 64]._replace(chunk=16)

@@ -15,12 +15,13 @@ from hf_fwp.rules import RULES, triton_fit
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_under_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(which):
     """In a process of its own: the interpreter would serve every later user of Triton in this one."""
     pytest.importorskip("triton", reason="the package triton is not installed")
     file = "tests/kernels/channel_decay_interpreted.py"
     done = subprocess.run(
-        (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file),
+        (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, file),
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
