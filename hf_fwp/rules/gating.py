@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .base import Gates
 
@@ -41,10 +40,16 @@ class Decay:
         dtype, states = wide(self.logits), self.logits.shape[2:]
         rate = self.A_log.to(dtype).exp().view(-1, *(1,) * (len(states) - 1))
         a = self.logits.to(dtype) + self.dt_bias.to(dtype).view(states)
-        return -rate * F.softplus(a) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * a)
+        return -rate * softplus(a) if self.lower_bound is None else self.lower_bound * torch.sigmoid(rate * a)
 
 
 Gate = Tensor | Rate | Decay
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)). Not torch's: the compiler takes the gradient of that to lie in memory as x does, and it lies as
+    the gradient it is given (torch 2.13, no public issue found)."""
+    return torch.logaddexp(x, x.new_zeros(()))
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .apply_form import apply_form
 from .base import MODERN_SHELL, Gates, Rule, States, read
-from .gating import start_rates, start_steps
+from .gating import softplus, start_rates, start_steps
 from .general import Form, decayed_sums
 
 SMALLEST = 1e-12  # log 0; nothing is gained below it, where k̃ = k x within 4 %
@@ -112,7 +112,7 @@ class MomentRates(Gates):
 
     def forward(self, x_BTD: Tensor) -> dict[str, Tensor]:
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        dt = F.softplus(self.decay_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
+        dt = softplus(self.decay_proj(x_BTD).to(wide) + self.dt_bias.to(wide))
         return {"moment_g": -self.A_log.to(wide).exp() * dt, "moment_beta": self.rate_proj(x_BTD).to(wide).sigmoid()}
 
 
