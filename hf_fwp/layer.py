@@ -252,7 +252,7 @@ class FastWeightLayer(nn.Module):
         if options.value_skip:
             taps, new_states["skip"] = window.taps(inputs.pop("skip"), options.value_skip, states.get("skip"))
         if self.own is not None:
-            inputs |= self.own(x_BTD)
+            inputs |= self.own.of(x_BTD)
         if tokens.times_BT is not None:
             first, last_B = options.rule_options["time_step"], states.get("time")
             inputs["dt"], new_states["time"] = window.elapsed(tokens.times_BT, last_B, first=first, like=inputs["b"])
@@ -367,7 +367,7 @@ class FastWeightLayer(nn.Module):
     def _rates(self, x_BTD: Tensor, b_BTS: Tensor | None = None, *, raw: bool = False) -> dict[str, Any]:
         """beta (of its raw value, where given) and g in float32 (float64 for float64 inputs), for the rules that take
         them, and the rule's own; with `raw` what beta and g are computed from, for a kernel that does it."""
-        rates: dict[str, Any] = {} if self.gates is None else self.gates(x_BTD)
+        rates: dict[str, Any] = {} if self.gates is None else self.gates.of(x_BTD)
         reach = 2.0 if self.options.allow_neg_eigval else 1.0
         rates |= {name: scaled(rates[name], reach) for name in ("beta", "erase") if name in rates}
         if self.projects("beta"):

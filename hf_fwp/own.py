@@ -36,11 +36,16 @@ class OwnWeights(nn.Module):
         for name, weight in self.options.own().weights.items():
             init.copy_(getattr(self, name), weight.draw(self.states, *weight.shape))
 
+    def of(self, x_BTD: Tensor) -> dict[str, Any]:
+        """What forward gives, with the learned tensors in "weights" alone."""
+        found = self(x_BTD)
+        weights = {name: found.pop(name) for name in self.learned}
+        return {"weights": weights, **found} if weights else found
+
     def forward(self, x_BTD: Tensor) -> dict[str, Any]:
         # the weights leave through here: a model kept on the disk has them only while a module's forward runs
-        # (huggingface/accelerate#3542)
-        weights = {name: getattr(self, name) for name in self.learned}
-        found: dict[str, Any] = {"weights": weights} if weights else {}
+        # (huggingface/accelerate#3542), and DeepSpeed keeps whole what a module's output names
+        found: dict[str, Any] = {name: getattr(self, name) for name in self.learned}
         for name, width in self.projections.items():
             found[name] = getattr(self, f"{name}_proj")(x_BTD).unflatten(-1, (self.states, width))
         if self.hidden:

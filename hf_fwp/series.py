@@ -247,7 +247,7 @@ class SplineLayer(FastWeightLayer):
         inputs, _ = self._queries_keys_values(projected, tokens, Window(None, None), {})
         heads = inputs["v"].shape[2]
         inputs |= {name: x.repeat_interleave(heads // x.shape[2], dim=2) for name, x in inputs.items()}
-        return {**inputs, **self.own(encoded_BTD)}, encoded_BTD
+        return {**inputs, **self.own.of(encoded_BTD)}, encoded_BTD
 
     def _solved(
         self, spline: Spline, inputs: Mapping[str, Tensor], encode: nn.Module, options: Mapping[str, Any]

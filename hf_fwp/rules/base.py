@@ -183,6 +183,11 @@ class Gates(nn.Module):
 
     gives: tuple[str, ...] = ()
 
+    def of(self, x_BTD: Tensor) -> dict[str, Any]:
+        """What forward gives for the rule. It gives parameters besides, for those who spread these over processes:
+        DeepSpeed keeps whole what a module's output names, after its forward too."""
+        return {name: gate for name, gate in self(x_BTD).items() if name in self.gives}
+
     def initial(self) -> dict[str, Tensor]:
         """The values that parameters start from, where a plain Linear's are not meant."""
         return {}

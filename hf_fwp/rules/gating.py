@@ -116,4 +116,5 @@ class ChannelDecay(Gates):
 
     def forward(self, x_BTD: Tensor) -> dict[str, Gate]:
         f = self.f_up(self.f_down(x_BTD)).unflatten(-1, (self.states, -1))
-        return {"g": Decay(f, self.A_log, self.dt_bias, self.lower_bound)}
+        named = {"A_log": self.A_log, "dt_bias": self.dt_bias}
+        return {"g": Decay(f, **named, lower_bound=self.lower_bound), **named}
