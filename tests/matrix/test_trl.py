@@ -62,8 +62,8 @@ def test_packed_rows_lose_what_separate_rows_lose(name, tmp_path):
     packed = sft_losses(name, tmp_path, rows=1, packing=True)
     flat = sft_losses(name, tmp_path, rows=len(TEXTS), padding_free=True, max_length=None)
     assert separate[-1] < separate[0]
-    for losses in (packed, flat):
-        assert max(abs(a - b) for a, b in zip(losses, separate, strict=True)) <= 1e-6
+    for losses in (packed, flat):  # logged in float32, whose numbers are 4.8e-7 apart at 5
+        assert max(abs(a - b) for a, b in zip(losses, separate, strict=True)) <= 2e-6
 
 
 @pytest.mark.slow
