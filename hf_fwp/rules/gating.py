@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .base import Gates
 
@@ -47,9 +48,9 @@ Gate = Tensor | Rate | Decay
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)). Not torch's: the compiler takes the gradient of that to lie in memory as x does, and it lies as
-    the gradient it is given (torch 2.13, no public issue found)."""
-    return torch.logaddexp(x, x.new_zeros(()))
+    """log(1 + exp(x)). The compiler takes the gradient of torch's to lie in memory as x does, and it lies as the
+    gradient that it is given (torch 2.13, no public issue found): compiled, it is another function of torch."""
+    return torch.logaddexp(x, x.new_zeros(())) if torch.compiler.is_compiling() else F.softplus(x)
 
 
 def wide(x: Tensor) -> torch.dtype:
