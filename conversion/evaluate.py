@@ -83,8 +83,8 @@ def _show_plan(model: Model, against: Model | None, data: Any, *, tokens: int, d
     models = [_without_weights(each, dtype) for each in (model, against) if each is not None]
     if against is not None:
         _check_vocabularies(*models)
-    if isinstance(data, Path) and not data.is_file():
-        raise ValueError(f"data file {data} does not exist or is not a file")
+    if isinstance(data, Path) and not data.exists():
+        raise ValueError(f"there is no data at {data}; give a file, or a folder with a dataset")
     count = data.numel() if isinstance(data, Tensor) else tokens
     takes = duration(count * sum(map(seconds_per_token, models)))
     held = size((peak_memory() or 0) + sum(each.num_parameters() * each.dtype.itemsize for each in models))

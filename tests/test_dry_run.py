@@ -8,8 +8,10 @@ import pytest
 import tiny
 from test_cli import FUNCTIONS, command, function, invoke, shorten
 from tiny_fwp import tiny_model
+from transformers import AutoModelForCausalLM
 
 import hf_fwp
+from hf_fwp import estimates
 from hf_fwp.bench import cpu, hybrids, scores
 from hf_fwp.conversion import evaluate
 
@@ -96,7 +98,7 @@ def test_the_time_of_a_bench_is_that_of_its_parts(tmp_path, capsys, monkeypatch)
 def test_what_would_be_refused_is_refused_in_a_dry_run(teacher, own, tmp_path):
     with pytest.raises(ValueError, match="a vocabulary of"):
         evaluate(own, against=tiny_model("delta_net", vocab_size=77), dry_run=True)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"there is no data at .*nowhere\.txt"):
         evaluate(own, data=tmp_path / "nowhere.txt", dry_run=True)
     with pytest.raises(ValueError, match="no model with rule=srwm"):
         hf_fwp.export(tiny_model("srwm"), tmp_path / "out", format="fla", dry_run=True)
@@ -104,6 +106,20 @@ def test_what_would_be_refused_is_refused_in_a_dry_run(teacher, own, tmp_path):
         hf_fwp.export(teacher, tmp_path / "out", format="onnx", dry_run=True)
     with pytest.raises(ValueError, match="has no fast-weight layer;"):
         hf_fwp.inspect(teacher, "hello", dry_run=True)
+
+
+def test_a_folder_of_texts_is_data_in_a_dry_run_too(own, tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text("hello\n")
+    assert evaluate(own, data=tmp_path, tokens=512, dry_run=True) == {}
+    assert "on 512 tokens" in capsys.readouterr().err
+
+
+def test_a_model_is_timed_once(own):
+    runs = []
+    model = AutoModelForCausalLM.from_pretrained(own)
+    model.base_model.register_forward_hook(lambda *_: runs.append(1))
+    assert estimates.seconds_per_token(model) == estimates.seconds_per_token(model)
+    assert len(runs) == 2, "the faster of two passes"
 
 
 def test_an_inspection_that_was_not_made_holds_nothing(own):
