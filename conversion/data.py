@@ -172,9 +172,8 @@ def opened(data: Any) -> Any:
         return load_dataset(TABLES[data.suffix], data_files=str(data), split="train", streaming=True)
     if any((data / file).is_file() for file in ON_DISK):
         return load_from_disk(str(data))
-    whole: Any = (
-        {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
-    )  # else every line is taken for a document
+    # a file of text is a document; left to itself, `datasets` takes every line for one
+    whole: Any = {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
     try:
         return load_dataset(str(data), streaming=True, **whole)
     except (OSError, ValueError) as fault:
