@@ -16,8 +16,8 @@ sequence accuracy: mean ± standard deviation over 3 seeds (published: Irie et a
 | SRWM                | 0.417 ± 0.413 (-) | 0.331 ± 0.468 (solves) | 0.667 ± 0.471 (-) | 0.667 ± 0.471 (-) |
 | LSTM                | 1.000 ± 0.000 (-) | 1.000 ± 0.000 (solves) | 1.000 ± 0.000 (-) | 1.000 ± 0.000 (-) |
 
-With two of the three seeds the SRWM has not learned parity after 600 steps, with one of them (aa)* neither. Took 653 s of
-one core (2456 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
+With two of the three seeds the SRWM has not learned parity after 600 steps, with one of them (aa)* neither.
+Took 653 s of one core (2456 s on the clock: a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
 """
 
 from collections import defaultdict
