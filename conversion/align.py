@@ -32,7 +32,7 @@ from hf_fwp.layer import FastWeightLayer, layers_of
 from hf_fwp.telling import progress_bar
 
 from .checkpoint import check_settings, latest, load, save
-from .dropout import NEVER, dropping, rate
+from .dropout import NEVER, drawn, leaving_out, rate
 from .families import attention_modules, output_projection_name
 from .memory import freed_memory_kept
 from .processes import is_first, meet, own_rows, summed, wait
@@ -99,8 +99,9 @@ def align(
         try:
             while run.step < steps:
                 ids_BT = batch(ids_NT, run.step, size=batch_size, seed=seed)
-                left_out = rate(window_dropout, run.step, steps=steps)
-                with dropping(mixers.values(), left_out, seed=seed + run.step):
+                probability = rate(window_dropout, run.step, steps=steps)
+                left_out = drawn(probability, mixers=len(mixers), sequences=batch_size, seed=seed + run.step)
+                with leaving_out(list(mixers.values()), left_out):
                     run.train_step(teacher, ids_BT, steps=steps, lr_end=lr_end)
                 bar.update()
                 bar.set_postfix(residual=f"{run.recent:.4f}", refresh=False)

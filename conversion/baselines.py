@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 
-from .dropout import dropping
+from .dropout import leaving_out
 from .evaluate import Forward, compare, forward_of, heldout_blocks
 from .families import attention_modules, copy_teacher
 
@@ -153,7 +153,7 @@ def window_off(student: PreTrainedModel) -> Forward:
     forward, mixers = forward_of(student), list(layers_of(student).values())
 
     def blind(ids_BT: Tensor) -> Tensor:
-        with dropping(mixers, 1.0, seed=0):
+        with leaving_out(mixers, torch.ones(len(mixers), 1, dtype=torch.bool)):
             return forward(ids_BT)
 
     return blind

@@ -26,7 +26,7 @@ from hf_fwp.layer import layers_of
 from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, evaluating, fast_bf16
-from .dropout import NEVER, WindowDropout, set_rate
+from .dropout import NEVER, WindowDropout, leave_out
 from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
 
@@ -114,7 +114,8 @@ def distil(
                 "distil gives back a whole student, and FSDP and DeepSpeed leave it in pieces; launch it without them, "
                 "or use DistilTrainer"
             )
-        trainer.add_callback(WindowDropout(layers_of(student).values(), window_dropout))
+        mixers = layers_of(student).values()
+        trainer.add_callback(WindowDropout(mixers, window_dropout, sequences=batch_size, seed=seed))
         if gradient_checkpointing:
             recompute_activations(student, on=True)
         trainer.finish(last)
@@ -263,7 +264,7 @@ def as_before(student: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         # accelerate leaves autocast around the model's forward (huggingface/accelerate#858)
         for wrapped in ("forward", "_original_forward"):
             student.__dict__.pop(wrapped, None)
-        set_rate(layers_of(student).values(), 0.0)
+        leave_out(list(layers_of(student).values()), None)
         student.config.use_cache = use_cache
         recompute_activations(student, on=False)
         student.eval()

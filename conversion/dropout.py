@@ -3,7 +3,8 @@
     rate(step) = start + (end - start) step / (steps - 1)
 
 In a step a sequence goes through a mixer without its window with this probability (hf_fwp/window.py); published hybrids
-were found to bypass their linear branch. A mixer without a window is left alone.
+were found to bypass their linear branch. Which ones follows from seed and step alone: they are the same after a resume,
+and in several processes. A mixer without a window is left alone.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
 from hf_fwp.layer import FastWeightLayer
+
+from .processes import own_rows
 
 NEVER = (0.0, 0.0)
 
@@ -30,39 +34,43 @@ def rate(schedule: Sequence[float], step: int, *, steps: int) -> float:
     return start + (end - start) * min(1.0, step / max(1, steps - 1))
 
 
-def set_rate(mixers: Iterable[FastWeightLayer], value: float) -> None:
-    """Give the windows of `mixers` this probability."""
-    for mixer in mixers:
+def drawn(probability: float, *, mixers: int, sequences: int, seed: int) -> Tensor:
+    """[mixers, sequences]: which sequences of a step go through which mixer without its window. Of several processes
+    each gets the columns of its own sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    return own_rows((torch.rand(mixers, sequences, generator=generator) < probability).T).T
+
+
+def leave_out(mixers: Sequence[FastWeightLayer], dropped_MB: Tensor | None) -> None:
+    """From now on these sequences go without the windows of `mixers`; None: none does."""
+    for number, mixer in enumerate(mixers):
         if mixer.window is not None:
-            mixer.window.dropout = value
+            mixer.window.dropped_B = None if dropped_MB is None else dropped_MB[number]
 
 
 @contextmanager
-def dropping(mixers: Iterable[FastWeightLayer], value: float, *, seed: int) -> Iterator[None]:
-    """Windows are left out with this probability, drawn by `seed`; outside, and in all other draws, as before."""
-    mixers = [mixer for mixer in mixers if mixer.window is not None]
-    if not mixers or not value:
+def leaving_out(mixers: Sequence[FastWeightLayer], dropped_MB: Tensor) -> Iterator[None]:
+    """The same inside; outside, all have their windows."""
+    leave_out(mixers, dropped_MB)
+    try:
         yield
-        return
-    devices = {parameter.device for mixer in mixers for parameter in mixer.parameters()}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
-        torch.manual_seed(seed)
-        set_rate(mixers, value)
-        try:
-            yield
-        finally:
-            set_rate(mixers, 0.0)
+    finally:
+        leave_out(mixers, None)
 
 
 class WindowDropout(TrainerCallback):
-    """The same in a Trainer, whose checkpoints hold the state of the generator that draws."""
+    """The same in every step of a Trainer, over all the `sequences` that its processes read in one."""
 
-    def __init__(self, mixers: Iterable[FastWeightLayer], schedule: Sequence[float]) -> None:
-        self.mixers, self.schedule = list(mixers), schedule
+    def __init__(
+        self, mixers: Iterable[FastWeightLayer], schedule: Sequence[float], *, sequences: int, seed: int
+    ) -> None:
+        self.mixers, self.schedule, self.sequences, self.seed = list(mixers), schedule, sequences, seed
         rate(schedule, 0, steps=1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_rate(self.mixers, rate(self.schedule, state.global_step, steps=state.max_steps))
+        probability = rate(self.schedule, state.global_step, steps=state.max_steps)
+        seed = self.seed + state.global_step
+        leave_out(self.mixers, drawn(probability, mixers=len(self.mixers), sequences=self.sequences, seed=seed))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_rate(self.mixers, 0.0)
+        leave_out(self.mixers, None)

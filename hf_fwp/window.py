@@ -30,14 +30,14 @@ States = dict[str, Tensor]
 
 
 class WindowAttention(nn.Module):
-    """The part of a mixer that attends to its window. `dropout`: the share of sequences that go without it."""
+    """The part of a mixer that attends to its window. `dropped_B`: the sequences that go without it, if any do."""
 
     def __init__(self, options: MixerOptions) -> None:
         super().__init__()
         self.options = options
         self.outside = nn.Linear(options.hidden_size, options.num_attention_heads)
         self.scale = nn.Parameter(torch.empty(options.num_attention_heads))
-        self.dropout = 0.0
+        self.dropped_B: Tensor | None = None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -102,8 +102,8 @@ class WindowAttention(nn.Module):
         left_BT = position_BT - size  # the last position that has left the window
         first = torch.arange(sinks, device=device) <= left_BT[..., None]
         outside_BT = (left_BT + 1 - sinks).clamp_min(0)
-        if self.dropout:  # all tokens lie outside of a window that is not there
-            dropped_B1 = torch.rand(len(position_BT), 1, device=device) < self.dropout
+        if self.dropped_B is not None:  # all tokens lie outside of a window that is not there
+            dropped_B1 = self.dropped_B.to(device)[:, None]
             near, first = near & ~dropped_B1[..., None], first & ~dropped_B1[..., None]
             outside_BT = torch.where(dropped_B1, position_BT + 1, outside_BT)
         return near, first, outside_BT.to(torch.promote_types(self.scale.dtype, torch.float32)).log()

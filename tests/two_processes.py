@@ -93,8 +93,10 @@ def aligning(folder: Path, batch_size: int, steps: int = 4):
     teacher = tiny_teacher("llama", num_hidden_layers=2).double()
     found = []
     for _ in range(2):
-        student = copy_teacher(teacher, layers=[0, 1], fwp={"rule": "gated_delta_net", "beta_bias": True}).double()
+        fwp = {"rule": "gated_delta_net", "beta_bias": True, "window": 4, "sinks": 1}
+        student = copy_teacher(teacher, layers=[0, 1], fwp=fwp).double()
         settings = {"steps": steps, "batch_size": batch_size, "lr": 1e-2, "save_every": steps, "progress": False}
+        settings["window_dropout"] = (0.5, 0.5)
         log = align(student, teacher, tokens(10, 12), checkpoint=folder / "steps", resume=True, **settings)
         found += [log, student.state_dict()]
     return found
@@ -112,7 +114,9 @@ def converting(folder: Path):
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         verb.most_needed = lambda ranking, count: sorted(sorted(ranking, key=ranking.get)[:count])
     small = {"sequence_length": 16, "solve_tokens": 112, "rank_solve_tokens": 80, "rank_tokens": 16}
-    small |= {"align_tokens": 128, "align": {"bf16": False}, "distil_tokens": 128, "distil": {"bf16": False}}
+    training = {"bf16": False, "window_dropout": (0.5, 0.5)}
+    small |= {"align_tokens": 128, "align": training, "distil_tokens": 128, "distil": training}
+    small["fwp"] = {"window": 4, "sinks": 1}
     measures = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
     recipe = Recipe("few", "few tokens", **small, report=measures)
     said = {"tokenizer": byte_tokenizer(), "keep": 1, "recipe": recipe, "data": TEXTS, "output": folder / "made"}

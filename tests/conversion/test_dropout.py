@@ -1,12 +1,14 @@
 """Windows left out while a student learns: as often as planned, the same after a resume, and to some effect."""
 
+import sys
+
 import pytest
 import torch
 from teachers import SHAPES, tiny_teacher
 
 from hf_fwp.conversion.align import align
 from hf_fwp.conversion.distil import distil
-from hf_fwp.conversion.dropout import WindowDropout, dropping, rate
+from hf_fwp.conversion.dropout import WindowDropout, drawn, rate
 from hf_fwp.conversion.families import copy_teacher
 
 SETTINGS = {"steps": 5, "batch_size": 2, "lr": 1e-2, "progress": False, "save_every": 2, "bf16": False}
@@ -48,13 +50,25 @@ def test_the_rate_goes_along_a_line():
 
 
 @pytest.mark.parametrize("stage", RUNS)
-def test_windows_are_left_out_as_often_as_planned(stage, teacher, ids, monkeypatch):
+def test_windows_are_left_out_as_often_as_planned(stage, teacher, ids):
     seen, student = [], student_of(teacher)
     mixer = student.hf_fwp_layers[2]
-    mixer.window.register_forward_hook(lambda window, *_: seen.append(window.dropout))
-    RUNS[stage](student, teacher, ids, **SETTINGS, window_dropout=(0.8, 0.0))
-    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-    assert mixer.window.dropout == 0
+    mixer.window.register_forward_hook(lambda window, *_: seen.append(window.dropped_B))
+    RUNS[stage](student, teacher, ids, **{**SETTINGS, "batch_size": 10}, window_dropout=(1.0, 0.0))
+    counts = [int(dropped.sum()) for dropped in seen]
+    assert [len(dropped) for dropped in seen] == [10] * 5
+    assert counts[0] == 10
+    assert counts[-1] == 0
+    assert 5 < sum(counts[1:-1]) < 25
+    assert mixer.window.dropped_B is None
+
+
+def test_draws_differ_between_mixers_and_steps():
+    draws = [drawn(0.3, mixers=3, sequences=2000, seed=seed).float() for seed in (1, 1, 2)]
+    assert all(share == pytest.approx(0.3, abs=0.05) for share in draws[0].mean(1).tolist())
+    assert torch.equal(draws[0], draws[1])
+    together = torch.cat([draws[0], draws[2]])
+    assert torch.corrcoef(together).fill_diagonal_(0).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("stage", ["align", pytest.param("distil", marks=pytest.mark.slow)])
@@ -79,28 +93,19 @@ def test_a_resumed_run_leaves_out_the_same(stage, teacher, ids, tmp_path, monkey
     parts.hf_fwp_layers[0].register_forward_pre_hook(stopped)
     with pytest.raises(KeyboardInterrupt):
         RUNS[stage](parts, teacher, ids, **SETTINGS, **settings)
-    assert parts.hf_fwp_layers[0].window.dropout == 0
+    assert parts.hf_fwp_layers[0].window.dropped_B is None
     torch.rand(7)  # another state of the generator than the one that was interrupted
     RUNS[stage](again, teacher, ids, **SETTINGS, **settings, resume=True)
     assert torch.equal(weights(again), whole)
 
 
 def test_the_comparison_sees_draws_that_go_on_from_anywhere(teacher, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    def anywhere(probability, *, mixers, sequences, seed):
+        return torch.rand(mixers, sequences) < probability
+
+    monkeypatch.setattr(sys.modules[align.__module__], "drawn", anywhere)
     with pytest.raises(AssertionError):
         test_a_resumed_run_leaves_out_the_same("align", teacher, ids, tmp_path, monkeypatch)
-
-
-def test_other_draws_are_as_if_there_was_no_dropout(teacher):
-    mixers = list(student_of(teacher).hf_fwp_layers.values())
-    torch.manual_seed(3)
-    wanted = torch.rand(2)
-    torch.manual_seed(3)
-    found = [torch.rand(1)]
-    with dropping(mixers, 0.5, seed=1):
-        torch.rand(5)
-    found.append(torch.rand(1))
-    assert torch.equal(torch.cat(found), wanted)
 
 
 def test_a_wrong_schedule_is_refused_before_the_first_step(teacher, ids):
@@ -108,4 +113,4 @@ def test_a_wrong_schedule_is_refused_before_the_first_step(teacher, ids):
         with pytest.raises(ValueError, match="window_dropout is"):
             trained(stage, teacher, ids, window_dropout=(0.5, 2.0))
     with pytest.raises(ValueError, match="window_dropout is"):
-        WindowDropout([], (2.0, 0.5))
+        WindowDropout([], (2.0, 0.5), sequences=1, seed=0)
