@@ -1,14 +1,17 @@
-"""The tables of results in the README: every recipe at every share of kept layers, on the same held-out text; before
-them the speed of the operators.
+"""The tables of results in the README: ways of converting at several shares of kept layers, on the same held-out text,
+and before them the speed of the operators.
 
-python -m hf_fwp.conversion.results                 all of it; what is there already is not measured again
-python -m hf_fwp.conversion.results --recipe quick  one recipe
+python -m hf_fwp.conversion.results                 all of it
+python -m hf_fwp.conversion.results --way quick     one way
+
+A row is in conversion/results.json as soon as it is measured, and is not measured again before it is deleted there.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,16 @@ from .evaluate import evaluate
 from .teacher import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "conversion" / "results.json"
 SPEED = ROOT / "hf_fwp" / "bench" / "results" / "cpu.json"
-RECIPES = ("closed-form", "quick")
+WINDOW = {"window": 64, "sinks": 4}
+# name: (recipe, options of the mixers)
+WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "closed-form": ("closed-form", {}),
+    "closed-form, window": ("closed-form", WINDOW),
+    "quick": ("quick", {}),
+    "quick, window": ("quick", WINDOW),
+}
 KEEP = (0, 0.5, 0.75)
 MEASURED = ("perplexity", "of the teacher's", "KL", "agreement", "minutes", "peak memory")
 HEADER = ("recipe", "kept softmax", *MEASURED, "commit")
@@ -31,36 +42,35 @@ HEADER = ("recipe", "kept softmax", *MEASURED, "commit")
 
 def results(
     *,
-    recipes: Sequence[str] = RECIPES,
+    ways: Sequence[str] = tuple(WAYS),
     keep: Sequence[float] = KEEP,
     tokens: int = 16384,
     output: str | Path = "out/results",
+    file: Path = ROWS,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Convert, measure and write down a row for each recipe and each `keep`."""
-    output = Path(output)
-    rows = []
-    for recipe in recipes:
-        for share in keep:
-            written = output / f"{recipe}-{share}.json"
-            if not written.is_file():
-                # a process of its own: the peak of its memory is that of this one conversion
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    place = output / f"{recipe}-{share}"
-                    row = process.submit(_measured, recipe, share, tokens=tokens, output=place, seed=seed).result()
-                write_whole(written, json.dumps(row, indent=2, default=str))
-            rows.append(json.loads(written.read_text()))
-    return rows
+    """Convert and measure for each of `ways` and each `keep` that `file` has no row of; gives all rows of the file."""
+    for way, share in product(ways, keep):
+        rows = measured_rows(file)
+        if not any((row["recipe"], row["keep"]) == (way, share) for row in rows):
+            # a process of its own: the peak of its memory is that of this one conversion
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                place = Path(output) / f"{way}-{share}"
+                row = process.submit(_measured, way, share, tokens=tokens, output=place, seed=seed).result()
+            write_whole(file, json.dumps(in_order([*rows, row]), indent=2, default=str) + "\n")
+    return measured_rows(file)
 
 
-def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int) -> dict[str, Any]:
+def _measured(way: str, share: float, *, tokens: int, output: Path, seed: int) -> dict[str, Any]:
     train, heldout = brown()
+    recipe, mixer = WAYS[way]
     if not output.is_dir():
         convert(
             smollm2_gguf(),
             rule="gated_delta_net",
             keep=share,
             recipe=recipe,
+            mixer=mixer,
             data={"train": train, "test": heldout},
             output=output,
             resume=True,
@@ -69,7 +79,7 @@ def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int
     report = json.loads((output / "report.json").read_text())
     measured = evaluate(output, against=smollm2_gguf(), data=heldout, tokens=tokens)
     return {
-        "recipe": recipe,
+        "recipe": way,
         "keep": share,
         "seconds": sum(stage["seconds"] for stage in report["stages"].values()),
         "peak_memory_bytes": report["peak_memory_bytes"],
@@ -79,26 +89,31 @@ def _measured(recipe: str, share: float, *, tokens: int, output: Path, seed: int
     }
 
 
-def measured_rows(output: str | Path) -> list[dict[str, Any]]:
-    """The rows that have been measured so far, in the order of the table."""
-    files = [Path(output) / f"{recipe}-{share}.json" for recipe in RECIPES for share in KEEP]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+def measured_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that have been measured so far."""
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Way by way, the fewest kept layers first."""
+    return sorted(rows, key=lambda row: (list(WAYS).index(row["recipe"]), row["keep"]))
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
     on = rows[0]["environment"]
     lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
-    teacher = rows[0]["evaluation"]
+    teacher, dates = rows[0]["evaluation"], sorted({row["environment"]["date"][:10] for row in rows})
     return "\n".join(
         [
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
-            f"{teacher['tokens']} held-out tokens of the Brown corpus, {on['date'][:10]}, {on['device']}, "
+            f"{teacher['tokens']} held-out tokens of the Brown corpus, {', '.join(dates)}, {on['device']}, "
             f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
-            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); printed by `make results`.",
+            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); window: {WINDOW['window']} tokens and "
+            f"{WINDOW['sinks']} sinks beside the fast weights; printed by `make results`.",
         ]
     )
 
@@ -130,16 +145,15 @@ def quote(table: str, name: str = "results", readme: Path = ROOT / "README.md") 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command behind `make results`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=RECIPES, help="only this recipe")
+    parser.add_argument("--way", choices=WAYS, help="only this way of converting")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--output", default="out/results")
     given = parser.parse_args(arguments)
-    recipes = RECIPES if given.recipe is None else (given.recipe,)
+    ways = tuple(WAYS) if given.way is None else (given.way,)
     if not SPEED.is_file():
         SPEED.parent.mkdir(parents=True, exist_ok=True)
         bench_cpu(json=SPEED)
-    results(recipes=recipes, tokens=given.tokens, output=given.output)
-    table = as_table(measured_rows(given.output))
+    table = as_table(results(ways=ways, tokens=given.tokens, output=given.output))
     quote(markdown(json.loads(SPEED.read_text())), "speed")
     quote(table)
     print(table)

@@ -1,6 +1,7 @@
 """The table of results: what was measured is quoted, and nothing else in the README changes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,22 +13,43 @@ MEASURED = {"perplexity": 75.0, "teacher_perplexity": 37.5, "ratio": 2.0, "kl": 
 ROW = {"keep": 0, "seconds": 240.0, "peak_memory_bytes": 3e9, "teacher_bytes": 1e9, "evaluation": MEASURED}
 
 
+def row(way, keep=0):
+    return {**ROW, "recipe": way, "keep": keep, "environment": environment()}
+
+
 @pytest.fixture
-def folder(tmp_path):
-    for recipe in ("quick", "closed-form"):
-        row = {**ROW, "recipe": recipe, "environment": environment()}
-        (tmp_path / f"{recipe}-0.json").write_text(json.dumps(row))
-    (tmp_path / "closed-form-0.3.json").write_text("not a row of the table")
-    return tmp_path
+def measured(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps([row("quick"), row("closed-form", 0.5)]))
+    return file
 
 
-def test_rows_come_in_the_order_of_the_table(folder):
-    assert [row["recipe"] for row in results.measured_rows(folder)] == ["closed-form", "quick"]
+def test_only_what_is_missing_is_measured(measured, monkeypatch):
+    class Here:
+        """Runs in this process what was to run in another."""
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        __enter__ = __exit__ = lambda self, *_: self
+
+        def submit(self, function, *args, **kwargs):
+            return SimpleNamespace(result=lambda: row(*args))
+
+    monkeypatch.setattr(results, "ProcessPoolExecutor", Here)
+    found = results.results(ways=["quick", "closed-form"], keep=[0, 0.5], file=measured)
+    assert found == json.loads(measured.read_text())
+    assert [(each["recipe"], each["keep"]) for each in found] == [
+        ("closed-form", 0),
+        ("closed-form", 0.5),
+        ("quick", 0),
+        ("quick", 0.5),
+    ]
 
 
-def test_a_row_says_what_was_measured(folder):
-    header, _, row, *_ = results.as_table(results.measured_rows(folder)).splitlines()
-    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+def test_a_row_says_what_was_measured():
+    header, _, line, *_ = results.as_table([row("quick")]).splitlines()
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
     assert cells["of the teacher's"] == "2.00 x"
     assert cells["minutes"] == "4.0"
     assert cells["peak memory"] == "2.8 GiB"
@@ -41,6 +63,11 @@ def test_the_table_replaces_the_one_before(tmp_path):
     readme.write_text("no place for it")
     with pytest.raises(ValueError, match="no <!-- results -->"):
         results.quote("new", readme=readme)
+
+
+def test_the_readme_quotes_the_rows_that_were_measured():
+    table = results.as_table(results.measured_rows(results.ROWS))
+    assert table in (results.ROOT / "README.md").read_text()
 
 
 def test_the_readme_quotes_the_speed_that_was_measured():
