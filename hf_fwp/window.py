@@ -65,15 +65,16 @@ class WindowAttention(nn.Module):
         q_BNCGJK = _in_blocks(q_BTGJK, k_near.shape[-1] - self.options.window + 1)
         s_near = torch.einsum("bncgjk,bngkp->bncgjp", q_BNCGJK, k_near).flatten(1, 2)[:, : x_BTD.shape[1]]
         form = "bpgk" if window.offsets_BT1 is None else "btpgk"  # packed: each sequence has sinks of its own
-        s_first = torch.einsum(f"btgjk,{form}->btgjp", q_BTGJK, k_first)
+        s_first = [torch.einsum(f"btgjk,{form}->btgjp", q_BTGJK, k_first)] if self.options.sinks else []
         z_BTGJ1 = (self.outside(x_BTD) + outside_BT[..., None]).unflatten(2, q_BTGJK.shape[2:4])[..., None]
-        scores = torch.cat([s_near, s_first, z_BTGJ1], dim=-1).to(torch.promote_types(x_BTD.dtype, torch.float32))
+        scores = torch.cat([s_near, *s_first, z_BTGJ1], dim=-1).to(torch.promote_types(x_BTD.dtype, torch.float32))
         visible = F.pad(torch.cat([near, first], dim=-1), (0, 1), value=True)
         mass = scores.masked_fill(~visible[:, :, None, None], -torch.inf).softmax(-1)
         p_near, p_first, p_outside = mass.to(v_BTGV.dtype).split([near.shape[-1], self.options.sinks, 1], dim=-1)
         read = torch.einsum("bncgjp,bngvp->bncgjv", _in_blocks(p_near, q_BNCGJK.shape[2]), v_near)
         read = read.flatten(1, 2)[:, : x_BTD.shape[1]]
-        read = read + torch.einsum(f"btgjp,{form.replace('k', 'v')}->btgjv", p_first, v_first)
+        if self.options.sinks:
+            read = read + torch.einsum(f"btgjp,{form.replace('k', 'v')}->btgjv", p_first, v_first)
         return read.flatten(2, 3), p_outside.flatten(2), {**kept, **more, "near_seen": seen_B}
 
     def _places(
