@@ -33,7 +33,8 @@ TESTS_interop := -m "not gpu" tests/interop
 TESTS_oldest := -m "not gpu" $(BOTH_VERSIONS)
 test-full: $(STAMP) $(OLDEST)/.installed $(PEERS)/.installed
 	@$(MAKE) --no-print-directory -k $(PIECES:%=$(FULL)/%.txt)
-	for piece in $(PIECES); do echo "== $$piece"; cat $(FULL)/$$piece.txt; done > docs/test-full.txt
+	for piece in $(PIECES); do echo "== $$piece"; sed -n -e 1,2p -e '/^FAILED /p' -e '/^ERROR /p' -e '$$p' $(FULL)/$$piece.txt; \
+		done > docs/test-full.txt
 	@! grep -E '^(FAILED|ERROR) ' docs/test-full.txt
 
 # pytest gives 1 when tests failed: that is a result too.
