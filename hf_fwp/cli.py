@@ -91,8 +91,8 @@ def convert(
         max_memory=max_memory,
         dry_run=dry_run,
     )
-    if not dry_run:
-        show(model.conversion_report, as_json=json, title=f"saved in {output}")
+    if output is not None and not dry_run:
+        show_report(model.conversion_report, output, as_json=json)
 
 
 @app.command()
@@ -257,26 +257,27 @@ def demo(
     report = conversion("demo")(teacher, **asked, dry_run=dry_run)
     if dry_run:
         return
-    if json:
+    show_report(report, output, as_json=json)
+
+
+def show_report(report: dict[str, Any], output: Path, *, as_json: bool) -> None:
+    """One screen: what was converted, how good it is, what both models say; the rest is in the folder's report."""
+    if as_json:
         show(report, as_json=True)
-    else:
-        show_demo(report, output)
-
-
-def show_demo(report: dict[str, Any], output: Path) -> None:
-    """One screen: what was converted, how good it is, what both models say."""
+        return
     measured = report["evaluation"]
     rows = {
         "text": report["data"],
-        "layers that stay softmax": f"{len(report.get('kept_layers', []))} of {report.get('num_layers', '?')}",
+        "layers that stay softmax": f"{len(report['kept_layers'])} of {report['num_layers']}",
         "perplexity": f"{measured['perplexity']:.1f}, the teacher's is {measured['teacher_perplexity']:.1f}",
         "ratio of the two": f"{measured['ratio']:.2f} on {measured['tokens']} held-out tokens",
         "same next token": f"{measured['agreement']:.0%}",
-        "reloaded bit for bit": report["reloaded_bitwise"],
-        "time": f"{report['conversion_s']:.0f} s to convert, {report['total_s']:.0f} s in all",
-        "report": output / "report.html",
     }
-    show(rows, as_json=False, title=f"{report['name']}: {report.get('rule')}, {report.get('recipe')}")
+    if "total_s" in report:  # of the demo
+        rows["reloaded bit for bit"] = report["reloaded_bitwise"]
+        rows["time"] = f"{report['conversion_s']:.0f} s to convert, {report['total_s']:.0f} s in all"
+    rows["report"] = output / "report.html"
+    show(rows, as_json=False, title=f"{output}: {report['rule']}, {report['recipe']}")
     for sample in report.get("samples", []):
         show(sample, as_json=False)
 

@@ -33,8 +33,8 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as '3.2 GiB'."""
-    return f"{count / 2**30:.1f} GiB"
+    """Bytes as '3.2 GiB', what is small as '4.5 MiB'."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def seconds_per_token(model: PreTrainedModel) -> float:

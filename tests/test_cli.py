@@ -278,13 +278,17 @@ def shorten(monkeypatch) -> None:
     monkeypatch.setitem(RECIPES, "closed-form", few)
 
 
-def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, monkeypatch):
+def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, monkeypatch, capsys):
     shorten(monkeypatch)
     output = tmp_path / "student"
     words = ("convert", teacher, "--recipe", "closed-form", "--keep", "1", "--data", corpus, "--output", output)
     converted = invoke(*words, "--json")
     assert converted.exit_code == 0, converted.output
-    assert json.loads(converted.stdout)
+    cli.show_report(json.loads(converted.stdout), output, as_json=False)
+    screen = capsys.readouterr().out
+    assert "1 of 2" in screen
+    assert "{" not in screen, "parts of the report that are for report.html"
+    assert len(screen.splitlines()) < 40
     assert "1 of 2 layers stay softmax" in converted.stderr
     assert "layer/s" not in converted.stderr, "a bar where nobody sees it move"
     assert (output / "config.json").is_file()

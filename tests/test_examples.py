@@ -1,6 +1,8 @@
 """The examples run from their own files, with small models in place of large ones."""
 
+import ast
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -50,6 +52,14 @@ def test_every_example_is_tried_here():
         "train_from_scratch",
         *QUICK,  # tests/test_reproductions.py
     }
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_shows_its_command_what_that_printed_and_how_long_it_took(path):
+    told = ast.get_docstring(ast.parse(path.read_text())) or ""
+    printed = told.partition(f"    python examples/{path.stem}.py")[2]
+    assert re.search(r"^( {4}\S|\|---)", printed, flags=re.MULTILINE)
+    assert re.search(r"Took \d+ s of .*torch 2\.\d+\.", told, flags=re.DOTALL)
 
 
 def test_register_family_converts_what_the_table_does_not_have(tmp_path, capsys):

@@ -102,7 +102,8 @@ def inspect(
     ids, words = ids[:max_tokens], words[:max_tokens]
     if dry_run:
         models = [model, *(() if against is None else [_shape(against)])]
-        say(f"inspect {name}: {len(chosen)} layers while it reads {len(ids)} tokens, {_takes(models, len(ids))}")
+        part = f"{len(chosen)} of {model.config.num_hidden_layers} layers"
+        say(f"inspect {name}: {part} while it reads {len(ids)} tokens, {_takes(models, len(ids))}")
         return Inspection(model=name, tokens=words, total=total, layers={}, reads={}, writes={}, softmax={})
     recorded, lens = _record(model, ids)
     views, reads, writes = {}, {}, {}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from hf_fwp.cli import show_demo
+from hf_fwp.cli import show_report
 from hf_fwp.conversion.demo import demo
 from hf_fwp.conversion.recipes import RECIPES
 
@@ -32,7 +32,7 @@ def test_the_demo_converts_reloads_and_shows(teacher, tmp_path, capsys):
     assert len(report["kept_layers"]) == 1
     assert set(report["baselines"]) == {"naive_copy", "sliding_window", "fast_weights_off"}
     assert (tmp_path / "made" / "report.html").is_file()
-    show_demo(report, tmp_path / "made")
+    show_report(report, tmp_path / "made", as_json=False)
     shown = capsys.readouterr().out
     assert "1 of 2" in shown
     assert f"{report['evaluation']['perplexity']:.1f}" in shown
