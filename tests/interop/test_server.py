@@ -140,6 +140,7 @@ def test_the_server_finds_the_class(kind, tmp_path):
     assert type(ModelManager(device="cpu")._load_model(f"{tmp_path}@main")) is type(model)
 
 
+@pytest.mark.usefixtures("fla_not_imported")
 def test_what_cannot_be_served_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
     refused = CliRunner().invoke(cli.app, ["serve", str(tmp_path)])

@@ -18,6 +18,7 @@ from hf_fwp import cli
 from hf_fwp.interop import fla, to_fla
 
 
+@pytest.mark.usefixtures("fla_not_imported")
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_bit_for_bit(name, tmp_path):
     model = model_of(name)
