@@ -111,7 +111,7 @@ def bench_hybrids(
 @well_mannered
 def bench_serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
-    against: Annotated[str, typer.Option(help="The teacher.")],
+    against: Annotated[str, typer.Option(help="The teacher: a folder, a Hub id or a GGUF file.")],
     contexts: Annotated[str, typer.Option(help="Lengths in tokens.")] = "512,2048,8192,32768",
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 32,

@@ -8,6 +8,7 @@ Both models get the same random tokens, one after the other in one process. The 
 
 from __future__ import annotations
 
+import importlib
 import json as jsonlib
 import statistics
 import time
@@ -42,6 +43,7 @@ def bench_serve(
 ) -> dict[str, Any]:
     """Time both models at every length of context; print a table, and write it to `json` when given.
 
+    `model` and `against` are folders, Hub ids or GGUF files.
     dry_run: print what would be timed, the weights that are held and on a CPU the least it takes; return nothing.
 
     Raises:
@@ -59,8 +61,7 @@ def bench_serve(
         return {}
     rows: dict[int, dict[str, Any]] = {length: {"context": length, "batch": batch} for length in contexts}
     for prefix, source in (("", model), ("teacher_", against)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
-        loaded = loaded.to(place).eval()
+        loaded = with_weights(source).to(place).eval()  # type: ignore[arg-type]
         for length, row in rows.items():
             measured = time_model(loaded, length, batch=batch, new_tokens=new_tokens, repeats=repeats)
             row |= {f"{prefix}{name}": value for name, value in measured.items()}
@@ -77,11 +78,28 @@ def bench_serve(
 def _say_plan(
     model: str | Path, against: str | Path, *, tokens: int, contexts: Sequence[int], place: torch.device
 ) -> None:
-    models = [empty_model(AutoConfig.from_pretrained(str(source))) for source in (model, against)]
+    models = [without_weights(source) for source in (model, against)]
     held = size(max(each.num_parameters() * each.dtype.itemsize for each in models))
     least = "" if place.type != "cpu" else f", at least {duration(tokens * sum(map(seconds_per_token, models)))}"
     lengths = ", ".join(map(str, contexts))
     say(f"{model} beside {against} on {place} after {lengths} tokens: {held} of weights at once{least}")
+
+
+def with_weights(source: str | Path) -> PreTrainedModel:
+    if str(source).endswith(".gguf"):
+        return _from_gguf(source)
+    return AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
+
+
+def without_weights(source: str | Path) -> PreTrainedModel:
+    """The same on the device "meta": it has shapes, and takes no memory."""
+    if str(source).endswith(".gguf"):
+        return _from_gguf(source, weights=False)
+    return empty_model(AutoConfig.from_pretrained(str(source)))
+
+
+def _from_gguf(source: str | Path, **settings: bool) -> PreTrainedModel:
+    return importlib.import_module("hf_fwp.conversion.teacher").load_teacher(source, **settings)[0]
 
 
 @torch.no_grad()

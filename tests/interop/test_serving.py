@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hf_fwp import cli
 from hf_fwp.bench.serve import bench_serve
+from hf_fwp.conversion import teacher
 from hf_fwp.conversion.families import copy_teacher
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
@@ -54,3 +55,17 @@ def test_bench_serve(folder, tmp_path):
     for wrong in ({"contexts": []}, {"contexts": [16], "batch": 0}):
         with pytest.raises(ValueError, match="at least one context"):
             bench_serve(folder / "converted", against=folder / "teacher", **wrong)
+
+
+def test_a_teacher_may_be_a_gguf_file(folder, monkeypatch):
+    opened = []
+
+    def load(*args, **kwargs):
+        opened.append(args)
+        return tiny.tiny_llama(), None
+
+    monkeypatch.setattr(teacher, "load_teacher", load)
+    bench_serve(folder / "converted", against="some.gguf", contexts=[16], dry_run=True)
+    found = bench_serve(folder / "converted", against="some.gguf", contexts=[16], new_tokens=1, repeats=1, device="cpu")
+    assert opened == [("some.gguf",)] * 2
+    assert found["rows"][0]["teacher_decode"] > 0
