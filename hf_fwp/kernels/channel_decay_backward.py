@@ -352,7 +352,7 @@ def gradients(
         )  # fmt: skip
         if L2NORM:
             d_q -= q_tile * along_read[:, None]
-            d_k -= k_tile * (2.0 * along_written - rate * along_value)[:, None]
+            d_k -= k_tile * (share * (2.0 * along_written - rate * along_value))[:, None]
         if not ACROSS:
             store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
         store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])

@@ -67,6 +67,12 @@ def test_several_steps_a_token_are_one_sequence():
     agrees(Problem("delta_product", torch.float32, 20, layout="padded", heads=(1, 1, 1)))
 
 
+@pytest.mark.parametrize(("rule", "raw"), [("gated_delta_net_2", True), ("kimi_delta", -5.0)])
+def test_several_queries_of_length_1_read_a_state(rule, raw):
+    """Of the gradient of a key's length every query would take all, if not only the first did."""
+    agrees(Problem(rule, torch.float32, 20, heads=(1, 1, 2), sizes=(4, 4), qk_l2norm=True), raw=raw)
+
+
 def kimi(length: int = 65, **changes) -> problems.Tensors:
     return problems.tensors(Problem("kimi_delta", torch.float32, length, heads=(1, 1, 1), **changes))
 
