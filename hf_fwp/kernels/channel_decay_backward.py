@@ -75,7 +75,7 @@ def scan_backward(
     sequences are turned, [V, K]."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv, h, _, first, count, slot, start, end = chunks_to_walk(
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
         pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
     )
     gate = (g, a_log, dt_bias)

@@ -93,7 +93,7 @@ def scan_forward(
     one segment, whose `initial` state `carry` has left."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv, h, _, first, count, slot, start, end = chunks_to_walk(
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
         pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
     )
     gate = (g, a_log, dt_bias)
@@ -146,7 +146,7 @@ def scan_across(
     which need not fit the chip together: it lies in `room`, where the final state will be, and is walked through by BV
     columns in every chunk. States of whole sequences are turned, [V, K]."""
     pair = tl.program_id(0)
-    hv, h, _, first, count, slot, start, end = chunks_to_walk(
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
         pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
     )
     gate = (g, a_log, dt_bias)

@@ -45,7 +45,7 @@ def map_segments(
     value_parts: tl.constexpr = (V + BV - 1) // BV
     parts: tl.constexpr = value_parts + (K + BV - 1) // BV
     pair, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    hv, h, n, first, count, _, start, end = chunks_to_walk(
+    hv, h, n, first, count, _slot, start, end = chunks_to_walk(
         pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, True
     )
     if start >= end:
