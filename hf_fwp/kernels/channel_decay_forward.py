@@ -174,7 +174,7 @@ def scan_across(
         for r in range(R):
             o = tl.zeros([C, BK], tl.float32)
             similar = tl.zeros([C, C], tl.float32)
-            for part in range(0, V, BV):
+            for part in tl.range(0, V, BV, disable_licm=True):
                 values = part + tl.arange(0, BV)
                 state = load_turned(room, index, keys, values, K, V, not SEGMENTED)
                 v_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)

@@ -91,7 +91,10 @@ def launches(
     return found
 
 
-def compiled(kernel, arguments, keywords):
+H100, MI300 = ("cuda", 90, 32), ("hip", "gfx942", 64)
+
+
+def compiled(kernel, arguments, keywords, target=H100):
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -107,7 +110,7 @@ def compiled(kernel, arguments, keywords):
         else:
             signature[name] = WORDS[type(x)] if not isinstance(x, int) or x < 1 << 31 else "i64"
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
 def spilled(binary: bytes, folder: Path) -> int:
