@@ -134,7 +134,7 @@ CASES = [
     pytest.param(torch.float32, 256, 4000, marks=pytest.mark.slow),
 ]
 # where another version of Triton leaves more than the newest, 3.7
-OTHERWISE = {("3.6", torch.bfloat16, 64): 600}
+OTHERWISE = {("3.6", torch.bfloat16, 64): 600, ("3.6", "wide"): 200}
 
 
 def version() -> str:
@@ -229,6 +229,7 @@ def test_the_whole_mixer_compiles_for_an_h100(monkeypatch, tmp_path, name):
     from hf_fwp.kernels import mixer_step
 
     options, allowed = MIXERS[name]
+    allowed = OTHERWISE.get((version(), name), allowed)
     options = MixerOptions(**{"hidden_size": 64, "num_attention_heads": 2, **options})
     layer = FastWeightLayer(options, 0).bfloat16()
     found: list = []
