@@ -287,8 +287,8 @@ def chunked(
     `erase_gates`) erased along, at the rate beta [B,T,HV]; what is written is v, times `write` [B,T,HV,V] where given.
     g is [B,T,HV,K], or [B,T,HV,1] for one decay per head.
 
-    With `l2norm` q and k have length 1; this needs one query per state, and `erase` only as gates. `across` needs one
-    query per state or more, [B,T,HQ,V], and states are turned, [N,HV,V,K].
+    With `l2norm` q and k have length 1; this needs `erase` only as gates. `across` needs one query per state or more,
+    [B,T,HQ,V], and states are turned, [N,HV,V,K].
     The backward's share is kept only when a gradient will be asked for.
     """
     ranges = [x.range if isinstance(x, Rate) else 0.0 for x in (erase, write, beta)]

@@ -12,8 +12,8 @@ The gradient of a factor exp(Σ g) times the factor belongs to every g of the su
 q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk from the end of the chunk would give the same, but most of it cancels.
 The projections that the gradient of a unit vector needs are sums over the values, known before:
     Σ_k q̂ ⊙ dq̂ = Σ_v dO ⊙ O         Σ_k ê ⊙ dê = Σ_v dY ⊙ (R - βU)       Σ_k k ⊙ dk = Σ_v dY ⊙ R
-What pairs of tokens give is multiplied with 11 bits: dA_log, a sum over tokens and channels, cancels so much that the 8
-bits of bf16 left an error of 3.7e-2.
+What pairs of tokens give is multiplied with 11 bits: with the 8 of bf16 `gradients` would spill more (at 128, 272 bytes
+per thread instead of 208; sm_90, Triton 3.7.1), and be a third less exact (5.6e-3 instead of 4.2e-3 for dk).
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -32,6 +32,7 @@ from .channel_decay_tiles import (
     load_erase,
     load_gate,
     load_keys,
+    load_queries,
     load_steps,
     load_turned,
     load_values,
@@ -48,13 +49,11 @@ from .tiles import (
     chunks_to_walk,
     dot,
     fine_dot,
-    first_slot,
-    inverse_length,
     load_matrix,
     load_rate,
     load_tile,
     operand,
-    sequence_span,
+    query_head,
     store_matrix,
     store_tile,
     valid_rows,
@@ -76,12 +75,10 @@ def scan_backward(
     sequences are turned, [V, K]."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv = pair % HV
-    h = hv // (HV // H)
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
+    )
     gate = (g, a_log, dt_bias)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
     rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     d_state = tl.zeros([BK, BV], tl.float32)
@@ -101,17 +98,10 @@ def scan_backward(
         dw = dot(k_tile * remaining, d_state, DOT, PRECISION)
         d_state = left[:, None] * d_state
         for r in range(R):
-            if SHARE:
-                hq, heads = h, H
-            else:
-                hq, heads = hv * R + r, HV * R
-            p, same = pair_products(
-                q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
-                PRECISION,
+            p, q_tile, q_norm = load_queries(
+                q, k, k_norm, gate, at, hv * R + r, HV * R, h, H, hv, HV, rows, keys, valid, scale,
+                SHARE, K, KB, LEVELS, GK, RAW_G, LOWER, L2NORM, DOT, PRECISION,
             )  # fmt: skip
-            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-            q_norm = scale * inverse_length(q_tile, L2NORM)
-            p = with_diagonal(p, same) * q_norm[:, None] * k_norm[None, :]
             do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
             dw += dot(tl.trans(p), do, DOT, PRECISION)
             d_state += dot(tl.trans(q_tile * decay), q_norm[:, None] * do, DOT, PRECISION)
@@ -225,6 +215,74 @@ def _through_states(
     return d_q, d_e, d_k, along_state
 
 
+@triton.jit
+def _read_state(
+    q, k, erase, gate, states, k_norm, index, at, hq, heads, h, H, hv, HV, rows, values, valid,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, GK: tl.constexpr,
+    RAW_G: tl.constexpr, LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, ACROSS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(E ⊙ exp(G)) S0 and, with ACROSS, (Q ⊙ exp(G)) S0."""
+    before, read = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
+    for piece in range(0, K, KB):
+        keys = piece + tl.arange(0, KB)
+        s = load_matrix(states, index, keys, values, K, V)
+        decay, _rest, _last = chunk_decay(load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER))
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+        before += dot(e_tile * decay, s, DOT, PRECISION)
+        if ACROSS:
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
+            read += dot(q_tile * decay, s, DOT, PRECISION)
+    return before, read
+
+
+@triton.jit
+def _written_again(
+    q, k, v, erase, write, gate, solve, states, d_written, out, d_out, room, dq, dv, d_write, p, rate, k_norm, scale,
+    index, at, leads, reader, readers, hq, heads, h, H, hv, HV, rows, valid, here,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, GK: tl.constexpr,
+    RAW_G: tl.constexpr, LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_WRITE: tl.constexpr,
+    WRITE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr, L2NORM: tl.constexpr, ACROSS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R is computed again: -dY Rᵀ, dO Rᵀ, the sums Σ_v of dY ⊙ U, dY ⊙ R and dO ⊙ O, and R, unless it is in the `room`.
+    What only the values need is stored: the gradients of v and its gate, and with ACROSS the outputs."""
+    d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    along_value, along_written, along_read = tl.sum(d_a, 1), tl.sum(d_a, 1), tl.sum(d_a, 1)
+    written = operand(tl.zeros([C, BV], tl.float32), DOT)
+    for part in range(0, V, BV):
+        values = part + tl.arange(0, BV)
+        u_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
+        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
+        do = load_tile(d_out, at, reader, readers, V, rows, values, valid).to(tl.float32)
+        before, read = _read_state(
+            q, k, erase, gate, states, k_norm, index, at, hq, heads, h, H, hv, HV, rows, values, valid,
+            K, V, BV, C, KB, GK, RAW_G, LOWER, ERASE, ERASE_RANGE, ACROSS, DOT, PRECISION,
+        )  # fmt: skip
+        t = load_matrix(solve, index, rows, tl.arange(0, C), C, C)
+        r = fine_dot(t, rate[:, None] * (u_tile - before), DOT, PRECISION)
+        if room is None:
+            written = operand(r, DOT)
+        else:
+            store_tile(room, at, reader, readers, V, rows, values, here, r)
+        if ACROSS:
+            read = scale * read + dot(p, r, DOT, PRECISION)
+            store_tile(dq, at, reader, readers, V, rows, values, here, read)
+        d_a -= fine_dot(dw, tl.trans(r), DOT, PRECISION)
+        d_p += fine_dot(do, tl.trans(r), DOT, PRECISION)
+        along_value += tl.sum(dw * u_tile, 1)
+        along_written += tl.sum(dw * r, 1)
+        if L2NORM:
+            along_read += tl.sum(do * load_tile(out, at, reader, readers, V, rows, values, valid).to(tl.float32), 1)
+        if HAS_BETA or HAS_WRITE:
+            _store_values(
+                dv, d_write, rate[:, None] * dw, v, write, at, hv, HV, rows, values, valid, here & leads,
+                V, HAS_WRITE, WRITE_RANGE,
+            )  # fmt: skip
+    return d_a, d_p, along_value, along_written, along_read, written
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
     q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, room,
@@ -247,10 +305,7 @@ def gradients(
     h = hv // (HV // H)
     gate = (g, a_log, dt_bias)
     leads = reader % R == 0
-    if SHARE:
-        hq, heads = h, H
-    else:
-        hq, heads = reader, HV * R
+    hq, heads = query_head(reader, h, HV * R, H, SHARE)
     _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
@@ -263,51 +318,19 @@ def gradients(
     share = tl.where(leads, 1.0, 0.0)
     index = slot.to(tl.int64) * HV + hv
 
+    p = None
     if ACROSS:
         p, same = pair_products(
             q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
             PRECISION,
         )  # fmt: skip
         p = scale * with_diagonal(p, same)
-    d_a, d_p = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    # Σ_v of dY ⊙ U, dY ⊙ R and dO ⊙ O
-    along_value, along_written, along_read = tl.sum(d_a, 1), tl.sum(d_a, 1), tl.sum(d_a, 1)
-    written = operand(tl.zeros([C, BV], tl.float32), DOT)
-    for part in range(0, V, BV):
-        values = part + tl.arange(0, BV)
-        u_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)
-        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
-        do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid).to(tl.float32)
-        before, read = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
-        for piece in range(0, K, KB):
-            keys = piece + tl.arange(0, KB)
-            s = load_matrix(states, index, keys, values, K, V)
-            decay, _rest, _last = chunk_decay(load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER))
-            k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
-            e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
-            before += dot(e_tile * decay, s, DOT, PRECISION)
-            if ACROSS:
-                q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-                read += scale * dot(q_tile * decay, s, DOT, PRECISION)
-        t = load_matrix(solve, index, rows, others, C, C)
-        r = fine_dot(t, rate[:, None] * (u_tile - before), DOT, PRECISION)
-        if room is None:
-            written = operand(r, DOT)
-        else:
-            store_tile(room, at, reader, HV * R, V, rows, values, here, r)
-        if ACROSS:
-            store_tile(dq, at, reader, HV * R, V, rows, values, here, read + dot(p, r, DOT, PRECISION))
-        d_a -= fine_dot(dw, tl.trans(r), DOT, PRECISION)
-        d_p += fine_dot(do, tl.trans(r), DOT, PRECISION)
-        along_value += tl.sum(dw * u_tile, 1)
-        along_written += tl.sum(dw * r, 1)
-        if L2NORM:
-            along_read += tl.sum(do * load_tile(out, at, reader, HV * R, V, rows, values, valid).to(tl.float32), 1)
-        if HAS_BETA or HAS_WRITE:
-            _store_values(
-                dv, d_write, rate[:, None] * dw, v, write, at, hv, HV, rows, values, valid, here & leads,
-                V, HAS_WRITE, WRITE_RANGE,
-            )  # fmt: skip
+    d_a, d_p, along_value, along_written, along_read, written = _written_again(
+        q, k, v, erase, write, gate, solve, states, d_written, out, d_out, room, dq, dv, d_write, p, rate, k_norm,
+        scale, index, at, leads, reader, HV * R, hq, heads, h, H, hv, HV, rows, valid, here,
+        K, V, BV, C, KB, GK, RAW_G, LOWER, ERASE, ERASE_RANGE, HAS_WRITE, WRITE_RANGE, HAS_BETA, L2NORM, ACROSS, DOT,
+        PRECISION,
+    )  # fmt: skip
     tl.debug_barrier()  # what is in the `room` is read by other threads than wrote it
 
     met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
@@ -352,7 +375,7 @@ def gradients(
         )  # fmt: skip
         if L2NORM:
             d_q -= q_tile * along_read[:, None]
-            d_k -= k_tile * (2.0 * along_written - rate * along_value)[:, None]
+            d_k -= k_tile * (share * (2.0 * along_written - rate * along_value))[:, None]
         if not ACROSS:
             store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
         store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])

@@ -21,6 +21,7 @@ from .channel_decay_tiles import (
     level_decay,
     load_erase,
     load_keys,
+    load_queries,
     load_steps,
     load_turned,
     load_values,
@@ -29,19 +30,15 @@ from .channel_decay_tiles import (
     pair_products,
     replace_in_chunk,
     store_turned,
-    with_diagonal,
 )
 from .linear_class_forward import UNSPECIALIZED
 from .tiles import (
     chunk_in_slot,
     chunks_to_walk,
     dot,
-    first_slot,
-    inverse_length,
     load_matrix,
     load_rate,
     load_tile,
-    sequence_span,
     store_matrix,
     store_tile,
     valid_rows,
@@ -96,12 +93,10 @@ def scan_forward(
     one segment, whose `initial` state `carry` has left."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv = pair % HV
-    h = hv // (HV // H)
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
+    )
     gate = (g, a_log, dt_bias)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     state = tl.zeros([BK, BV], tl.float32)
@@ -123,17 +118,10 @@ def scan_forward(
         if KEEP:
             store_matrix(states, kept, keys, values, K, V, state)
         for r in range(R):
-            if SHARE:
-                hq, heads = h, H
-            else:
-                hq, heads = hv * R + r, HV * R
-            p, same = pair_products(
-                q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
-                PRECISION,
+            p, q_tile, q_norm = load_queries(
+                q, k, k_norm, gate, at, hv * R + r, HV * R, h, H, hv, HV, rows, keys, valid, scale,
+                SHARE, K, KB, LEVELS, GK, RAW_G, LOWER, L2NORM, DOT, PRECISION,
             )  # fmt: skip
-            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32)
-            q_norm = scale * inverse_length(q_tile, L2NORM)
-            p = with_diagonal(p, same) * q_norm[:, None] * k_norm[None, :]
             o = q_norm[:, None] * dot(q_tile * decay, state, DOT, PRECISION)
             o += dot(p, written, DOT, PRECISION)
             store_tile(out, at, hv * R + r, HV * R, V, rows, values, here, o)
@@ -158,13 +146,11 @@ def scan_across(
     which need not fit the chip together: it lies in `room`, where the final state will be, and is walked through by BV
     columns in every chunk. States of whole sequences are turned, [V, K]."""
     pair = tl.program_id(0)
-    hv = pair % HV
-    h = hv // (HV // H)
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
+    )
     gate = (g, a_log, dt_bias)
     index = pair.to(tl.int64)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
     rows, others, keys = tl.arange(0, C), tl.arange(0, C), tl.arange(0, BK)
     if not SEGMENTED:
         for part in range(0, V, BV):
@@ -188,7 +174,7 @@ def scan_across(
         for r in range(R):
             o = tl.zeros([C, BK], tl.float32)
             similar = tl.zeros([C, C], tl.float32)
-            for part in range(0, V, BV):
+            for part in tl.range(0, V, BV, disable_licm=True):
                 values = part + tl.arange(0, BV)
                 state = load_turned(room, index, keys, values, K, V, not SEGMENTED)
                 v_tile = load_values(v, write, at, hv, HV, rows, values, valid, V, HAS_WRITE, WRITE_RANGE)

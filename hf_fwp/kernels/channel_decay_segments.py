@@ -11,9 +11,7 @@ from .linear_class_forward import UNSPECIALIZED
 from .tiles import (
     chunks_to_walk,
     dot,
-    first_slot,
     load_rate,
-    sequence_span,
     store_matrix,
     valid_rows,
 )
@@ -32,14 +30,12 @@ def map_segments(
     value_parts: tl.constexpr = (V + BV - 1) // BV
     parts: tl.constexpr = value_parts + (K + BV - 1) // BV
     pair, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    hv = pair % HV
-    h = hv // (HV // H)
+    hv, h, _n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, True
+    )
     gate = (g, a_log, dt_bias)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, True)
     if start >= end:
         return
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     adds = part < value_parts
     columns = tl.where(adds, part, part - value_parts) * BV + tl.arange(0, BV)

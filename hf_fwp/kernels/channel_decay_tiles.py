@@ -20,6 +20,7 @@ from .tiles import (
     load_column,
     load_matrix,
     load_tile,
+    query_head,
     softplus,
     split_sum,
     store_matrix,
@@ -231,6 +232,23 @@ def with_diagonal(found, same):
     """The square with a column on its diagonal."""
     i = tl.arange(0, found.shape[0])
     return tl.where(i[:, None] == i[None, :], same[:, None], found)
+
+
+@triton.jit
+def load_queries(
+    q, k, k_norm, gate, at, reader, readers, h, H, hv, HV, rows, columns, valid, scale,
+    SHARE: tl.constexpr, K: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr,
+    LOWER: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P of a reader, its queries, and what they must be multiplied with: the scale, over their length with L2NORM."""
+    hq, heads = query_head(reader, h, readers, H, SHARE)
+    p, same = pair_products(
+        q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+        PRECISION,
+    )  # fmt: skip
+    q_tile = load_tile(q, at, hq, heads, K, rows, columns, valid).to(tl.float32)
+    q_norm = scale * inverse_length(q_tile, L2NORM)
+    return with_diagonal(p, same) * q_norm[:, None] * k_norm[None, :], q_tile, q_norm
 
 
 @triton.jit

@@ -22,14 +22,13 @@ from .tiles import (
     decay_of,
     dot,
     fine_dot,
-    first_slot,
     inverse_length,
     load_matrix,
     load_rate,
     load_solve,
     load_step,
     load_tile,
-    sequence_span,
+    query_head,
     store_matrix,
     store_tile,
     valid_rows,
@@ -50,11 +49,9 @@ def scan_backward(
     SEGMENTED, of one segment: first dS at its start alone, then with KEEP the rest."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv = pair % HV
-    h = hv // (HV // H)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
+    hv, h, n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
+    )
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     lower = rows[:, None] >= tl.arange(0, C)[None, :]
@@ -77,10 +74,7 @@ def scan_backward(
         d_state = after * d_state
         gamma = decay_between(coarse, fine, coarse, fine, lower)
         for r in range(R):
-            if SHARE:
-                hq, heads = h, H
-            else:
-                hq, heads = hv * R + r, HV * R
+            hq, heads = query_head(hv * R + r, h, HV * R, H, SHARE)
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
             q_norm = scale * inverse_length(q_tile, L2NORM)
             do = load_tile(d_out, at, hv * R + r, HV * R, V, rows, values, valid).to(tl.float32)
@@ -116,10 +110,7 @@ def gradients(
     hv = reader // R
     h = hv // (HV // H)
     leads = reader % R == 0
-    if SHARE:
-        hq, heads = h, H
-    else:
-        hq, heads = reader, HV * R
+    hq, heads = query_head(reader, h, HV * R, H, SHARE)
     n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return

@@ -21,14 +21,13 @@ from .tiles import (
     decay_of,
     dot,
     fine_dot,
-    first_slot,
     inverse_length,
     load_matrix,
     load_rate,
     load_solve,
     load_step,
     load_tile,
-    sequence_span,
+    query_head,
     split_sum,
     store_matrix,
     store_tile,
@@ -213,11 +212,9 @@ def scan_forward(
     one segment, whose `initial` state `carry` has left."""
     parts: tl.constexpr = (V + BV - 1) // BV
     pair = tl.program_id(0) // parts
-    hv = pair % HV
-    h = hv // (HV // H)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, SEGMENTED)
-    first, count = sequence_span(n, cu, length, PACKED)
-    slot = first_slot(n, first, length, C, PACKED)
+    hv, h, n, first, count, slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, SEGMENTED
+    )
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     values = (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
     lower = rows[:, None] >= tl.arange(0, C)[None, :]
@@ -243,10 +240,7 @@ def scan_forward(
             store_matrix(states, (slot + i) * HV + hv, keys, values, K, V, state)
         gamma = decay_between(coarse, fine, coarse, fine, lower)
         for r in range(R):
-            if SHARE:
-                hq, heads = h, H
-            else:
-                hq, heads = hv * R + r, HV * R
+            hq, heads = query_head(hv * R + r, h, HV * R, H, SHARE)
             q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
             q_norm = scale * inverse_length(q_tile, L2NORM)
             reads = dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * gamma * q_norm[:, None] * k_norm[None, :]

@@ -45,12 +45,11 @@ def map_segments(
     value_parts: tl.constexpr = (V + BV - 1) // BV
     parts: tl.constexpr = value_parts + (K + BV - 1) // BV
     pair, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    hv = pair % HV
-    h = hv // (HV // H)
-    n, start, end = chunks_to_walk(pair // HV, cu, length, span, sequences, halvings, C, PACKED, True)
+    hv, h, n, first, count, _slot, start, end = chunks_to_walk(
+        pair, cu, length, span, sequences, halvings, H, HV, C, PACKED, True
+    )
     if start >= end:
         return
-    first, count = sequence_span(n, cu, length, PACKED)
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     adds = part < value_parts
     columns = tl.where(adds, part, part - value_parts) * BV + tl.arange(0, BV)

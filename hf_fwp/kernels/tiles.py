@@ -55,19 +55,29 @@ def chunk_in_slot(slot, cu, length, sequences, halvings, C, PACKED: tl.constexpr
 
 @triton.jit
 def chunks_to_walk(
-    index, cu, length, span, sequences, halvings, C: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr
-):
-    """What one program of a scan walks: a sequence, the first of its chunks and the one after the last. `index` is the
-    sequence, or with SEGMENTED the slot of a segment of `span` tokens."""
+    pair, cu, length, span, sequences, halvings,
+    H: tl.constexpr, HV: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """What one program of a scan walks: a value head and its key head; a sequence, its first token, the number of its
+    tokens and the slot of its first chunk; the first chunk to walk and the one after the last. `pair` is a value head
+    of a sequence, or with SEGMENTED of the slot of a segment of `span` tokens."""
+    index, hv = pair // HV, pair % HV
     if SEGMENTED:
         n, i, _, left = chunk_in_slot(index.to(tl.int64), cu, length, sequences, halvings, span, PACKED)
+        first, count = sequence_span(n, cu, length, PACKED)
         start = i * (span // C)
         end = start + tl.cdiv(tl.minimum(tl.maximum(left, 0), span), C)
     else:
         n = index
-        _, count = sequence_span(n, cu, length, PACKED)
+        first, count = sequence_span(n, cu, length, PACKED)
         start, end = count * 0, tl.cdiv(count, C)
-    return n, start, end
+    return hv, hv // (HV // H), n, first, count, first_slot(n, first, length, C, PACKED), start, end
+
+
+@triton.jit
+def query_head(reader, h, readers, H, SHARE: tl.constexpr):
+    """The head of q that a reader takes, and how many q has: as many as k, or one for every reader."""
+    return (h, H) if SHARE else (reader, readers)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def apply_form(
     if ran is not None:
         ran.append(backend)
     factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    if renames and backend == "triton" and not (qk_l2norm and q.shape[2] > v.shape[2]):
+    if renames and backend == "triton":
         assert make_form is not None
         form = make_form(q=q, k=k, v=v, **gates, **chosen)
         call = {"mask": mask, "cu_seqlens": cu_seqlens, "scale": factor, "l2norm": qk_l2norm}

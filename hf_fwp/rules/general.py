@@ -108,7 +108,7 @@ def run_kernels(
     """Reads [B, T, HQ, V] and the state after the last token, by Triton; products have operands of type `word`.
 
     Unlike in `run_form`, q may be [B, T, HQ, K] and w [B, T, H, K], and the kernels scale q, bring it and w to length 1
-    and compute gates. That needs e = w and one query per state, and not a transposed form.
+    and compute gates. That needs e = w, and not a transposed form.
     """
     q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
     tensors = (q.to(word), form.w.to(word), form.u.to(word))

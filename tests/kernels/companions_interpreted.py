@@ -38,7 +38,7 @@ NORMS = pairwise(
     }
 )
 
-triton_interpreter.patch_once_per_launch()
+triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import operators as problems
 import pytest
 import torch
 import triton
+import triton.language as tl
 import triton_interpreter
 from operators import Problem
 
@@ -54,7 +55,7 @@ def split(row):
 COVERING = [split(row) for row in problems.pairwise(CHOICES | WAYS)]
 GATED = Problem("gated_delta_net", torch.float32, 65, layout="padded", heads=(1, 2, 1), qk_l2norm=True)
 
-triton_interpreter.patch_once_per_launch()
+triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)
@@ -359,6 +360,20 @@ def test_a_broken_gate_is_noticed(kernel, change, monkeypatch, small):
 @pytest.mark.parametrize("arguments", [(), IN_SEGMENTS, RAW], ids=["plain", "in segments", "raw"])
 def test_kernels_that_are_not_broken_pass(small, arguments):
     small(*arguments)
+
+
+@triton.jit
+def _copy(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y + at, tl.load(x + at).to(y.dtype.element_ty))
+
+
+def test_numbers_are_rounded_to_the_nearest():
+    x, (low, high) = torch.randn(64), torch.tensor([0x3F80_8000, 0x3F81_8000], dtype=torch.int32).view(torch.float32)
+    x[:5] = torch.tensor([low, high, torch.nan, torch.inf, 2 - 2**-20])  # two ties; the last is rounded up to 2
+    y = torch.empty(64, dtype=torch.bfloat16)
+    _copy[(1,)](x, y, 64)
+    torch.testing.assert_close(y, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_interpreter_or_a_gpu_runs_this():

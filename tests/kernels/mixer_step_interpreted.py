@@ -64,7 +64,7 @@ STRICT = {
     "padded": True,
 }
 
-triton_interpreter.patch_once_per_launch()
+triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)

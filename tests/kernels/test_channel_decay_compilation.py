@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from test_compilation import Recorded, compiled, linear_class_launches, module, spilled  # noqa: F401 (module is a fixture)
+from test_compilation import (
+    H100,
+    MI300,
+    SMALL,
+    Recorded,
+    compiled,
+    linear_class_launches,
+    module,  # noqa: F401 (a fixture)
+    spilled,
+)
 
 SHARED = 64 * 1024  # bytes of shared memory: an AMD GPU has no more, NVIDIA's have 99 KiB or more
 KERNELS = ("invert_chunks", "scan_forward", "scan_backward", "gradients", "scan_across", "map_segments", "carry")
@@ -79,13 +88,17 @@ def test_compiles_packed_padded_for_several_queries_and_an_erase_vector(found, c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("target", "allowed"), [(H100, SMALL), (MI300, SHARED)], ids=["H100", "MI300"])
 @pytest.mark.parametrize("size", [64, 128, 256])
-def test_reading_across_compiles(found, size):
-    run(torch.float32, size, across=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_across_compiles(found, monkeypatch, dtype, size, target, allowed):
+    """A scan's operands of all keys are split in two by NVIDIA's tf32x3: they take more than an AMD GPU has."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if target == H100 else None)
+    run(dtype, size, across=True)
     assert [kernel.__name__ for kernel, *_ in found] == ["invert_chunks", "scan_across", *KERNELS[2:4]]
     for kernel, arguments, keywords in found:
-        built = compiled(kernel, arguments, keywords)
-        assert built.metadata.shared <= SHARED, kernel.__name__
+        shared = compiled(kernel, arguments, keywords, target).metadata.shared
+        assert shared <= allowed, f"{kernel.__name__}: {shared} bytes of shared memory"
 
 
 @pytest.mark.slow

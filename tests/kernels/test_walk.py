@@ -8,7 +8,7 @@ from pathlib import Path
 import operators as problems
 import pytest
 import torch
-from kernels.test_compilation import Recorded, compiled, spilled
+from kernels.test_compilation import Recorded, compiled, spilled, version
 from operators import WALKS_WITH, Problem
 
 from hf_fwp.rules import RULES, sequential, triton_fit
@@ -46,11 +46,22 @@ COMPILED = [
 ]  # fmt: skip
 
 
+# where another version of Triton leaves more than the newest, 3.7
+OTHERWISE = {
+    ("3.6", "self_modifying_delta", 64): 1100,
+    ("3.6", "recurrent_delta_net", 128): 1200,
+    ("3.6", "delta_rnn", 128): 150,
+    ("3.6", "ba_fast_weights", 128): 300,
+    ("3.6", "continuous_fwp", 128): 16,
+}
+
+
 @pytest.mark.parametrize(("rule", "number", "size", "allowed"), COMPILED)
 def test_compiles_for_an_h100(rule, number, size, allowed, monkeypatch, tmp_path):
     triton = pytest.importorskip("triton", reason="the package triton is not installed")
     if not Path(triton.__file__).with_name("backends").joinpath("nvidia", "bin", "ptxas").exists():
         pytest.skip("this build of triton has no ptxas")
+    allowed = OTHERWISE.get((version(), rule, size), allowed)
     for kernel, arguments, keywords in launches(rule, number, size, monkeypatch):
         found = compiled(kernel, arguments, keywords)
         spill = spilled(found.asm["cubin"], tmp_path)

@@ -25,7 +25,7 @@ FOLDER = Path(frame.__file__).parent
 SERVED = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel is not None]
 # delta_mlp has a number for every depth: two show what there is to see
 VARIANTS = [(rule, number) for rule, number in problems.every_variant(SERVED) if rule != "delta_mlp" or number < 2]
-triton_interpreter.patch_once_per_launch()
+triton_interpreter.patch()
 
 
 @pytest.fixture(autouse=True)
