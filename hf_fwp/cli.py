@@ -21,7 +21,17 @@ from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
 from hf_fwp.rules import RULES
 from hf_fwp.telling import tell
-from hf_fwp.terminal import DryRun, parse_dtype, parse_keep, parse_layers, parse_mixer, show, show_rows, well_mannered
+from hf_fwp.terminal import (
+    DryRun,
+    flat,
+    parse_dtype,
+    parse_keep,
+    parse_layers,
+    parse_mixer,
+    show,
+    show_rows,
+    well_mannered,
+)
 
 DATA = "a .txt or .jsonl file (either with .gz), a folder with a dataset, or a dataset of the Hub, NAME or NAME:SPLIT."
 VERSIONS_SHOWN = ("hf_fwp", "torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -188,7 +198,18 @@ def inspect(
         dry_run=dry_run,
     )
     if not dry_run:
-        show(found.summary(), as_json=json, title=f"saved in {output}")
+        show_layers(found.summary(), output, as_json=json)
+
+
+def show_layers(summary: dict[str, Any], output: Path, *, as_json: bool) -> None:
+    """A line for each layer that was looked into."""
+    if as_json:
+        show(summary, as_json=True)
+        return
+    layers = {layer: dict(flat(row)) for layer, row in summary["layers"].items()}
+    rows = {f"{layer} {row.pop('rule')}": row for layer, row in layers.items()}
+    columns = tuple(dict.fromkeys(name for row in rows.values() for name in row))
+    show_rows(rows, title=f"{summary['model']}, {summary['tokens']} tokens: saved in {output}", columns=columns)
 
 
 @app.command(name="info")

@@ -110,7 +110,7 @@ def show_rows(rows: dict[str, dict[str, str]], *, title: str, columns: tuple[str
     """A table with one line for each name, of some columns."""
     table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
     for name, row in rows.items():
-        table.add_row(name, *(row[column] for column in columns))
+        table.add_row(name, *(row.get(column, "") for column in columns))
     tell(table)
 
 

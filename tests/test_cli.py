@@ -14,6 +14,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from hf_fwp import cli, telling
+from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.recipes import RECIPES
 from hf_fwp.hosts import HOSTS
 from hf_fwp.presets import PRESETS
@@ -298,3 +299,14 @@ def test_convert_then_evaluate_from_the_command_line(teacher, corpus, tmp_path, 
     again = invoke(*words)
     assert again.exit_code == 2
     assert str(output) in again.stderr
+
+
+def test_inspect_ends_with_a_line_for_each_layer(tmp_path):
+    copy_teacher(tiny.tiny_llama(), layers=[1]).save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = ("inspect", tmp_path / "model", "--text", "fast weights", "--output", tmp_path / "page.html")
+    shown = invoke(*words)
+    assert shown.exit_code == 0, shown.output
+    (line,) = [line for line in shown.stdout.splitlines() if "gated_delta_net" in line]
+    assert line.split()[1] == "1"
+    assert json.loads(invoke(*words, "--json").stdout)["layers"].keys() == {"1"}
