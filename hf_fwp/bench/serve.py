@@ -66,9 +66,9 @@ def bench_serve(
             measured = time_model(loaded, length, batch=batch, new_tokens=new_tokens, repeats=repeats)
             row |= {f"{prefix}{name}": value for name, value in measured.items()}
         del loaded
-    about = machine(torch.get_num_threads()) | {"device": device_name(place), "model": str(model)}
-    result = {"machine": about | {"teacher": str(against)}, "new_tokens": new_tokens, "repeats": repeats}
-    result["rows"] = list(rows.values())
+    about = machine(torch.get_num_threads()) | {"device": device_name(place)}
+    about |= {"model": told(model), "teacher": told(against)}
+    result = {"machine": about, "new_tokens": new_tokens, "repeats": repeats, "rows": list(rows.values())}
     tell(table(result))
     if json is not None:
         Path(json).write_text(jsonlib.dumps(result, indent=2) + "\n")
@@ -83,6 +83,11 @@ def _say_plan(
     least = "" if place.type != "cpu" else f", at least {duration(tokens * sum(map(seconds_per_token, models)))}"
     lengths = ", ".join(map(str, contexts))
     say(f"{model} beside {against} on {place} after {lengths} tokens: {held} of weights at once{least}")
+
+
+def told(source: str | Path) -> str:
+    """A Hub id as it is, of a folder or file its name: where it lies says nothing on another machine."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
 
 
 def with_weights(source: str | Path) -> PreTrainedModel:

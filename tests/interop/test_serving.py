@@ -45,6 +45,8 @@ def test_bench_serve(folder, tmp_path):
     assert CliRunner().invoke(cli.app, words).exit_code == 0
     short, long = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert [short["context"], long["context"]] == [16, 64]
+    told = json.loads((tmp_path / "b.json").read_text())["machine"]
+    assert (told["model"], told["teacher"]) == ("converted", "teacher")
     assert all(
         row[f"{who}{what}"] > 0 for row in (short, long) for who in ("", "teacher_") for what in ("prefill", "decode")
     )
