@@ -114,7 +114,7 @@ def distil(
                 "distil gives back a whole student, and FSDP and DeepSpeed leave it in pieces; launch it without them, "
                 "or use DistilTrainer"
             )
-        mixers = layers_of(student).values()
+        mixers = list(layers_of(student).values())
         trainer.add_callback(WindowDropout(mixers, window_dropout, sequences=batch_size, seed=seed))
         if gradient_checkpointing:
             recompute_activations(student, on=True)

@@ -9,7 +9,7 @@ and in several processes. A mixer without a window is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,9 +62,9 @@ class WindowDropout(TrainerCallback):
     """The same in every step of a Trainer, over all the `sequences` that its processes read in one."""
 
     def __init__(
-        self, mixers: Iterable[FastWeightLayer], schedule: Sequence[float], *, sequences: int, seed: int
+        self, mixers: Sequence[FastWeightLayer], schedule: Sequence[float], *, sequences: int, seed: int
     ) -> None:
-        self.mixers, self.schedule, self.sequences, self.seed = list(mixers), schedule, sequences, seed
+        self.mixers, self.schedule, self.sequences, self.seed = mixers, schedule, sequences, seed
         rate(schedule, 0, steps=1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -61,7 +61,7 @@ def bench_serve(
         return {}
     rows: dict[int, dict[str, Any]] = {length: {"context": length, "batch": batch} for length in contexts}
     for prefix, source in (("", model), ("teacher_", against)):
-        loaded = with_weights(source).to(place).eval()  # type: ignore[arg-type]
+        loaded = with_weights(source).to(place).eval()
         for length, row in rows.items():
             measured = time_model(loaded, length, batch=batch, new_tokens=new_tokens, repeats=repeats)
             row |= {f"{prefix}{name}": value for name, value in measured.items()}
@@ -90,7 +90,7 @@ def told(source: str | Path) -> str:
     return Path(source).resolve().name if Path(source).exists() else str(source)
 
 
-def with_weights(source: str | Path) -> PreTrainedModel:
+def with_weights(source: str | Path) -> Any:
     if str(source).endswith(".gguf"):
         return _from_gguf(source)
     return AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
@@ -103,7 +103,7 @@ def without_weights(source: str | Path) -> PreTrainedModel:
     return empty_model(AutoConfig.from_pretrained(str(source)))
 
 
-def _from_gguf(source: str | Path, **settings: bool) -> PreTrainedModel:
+def _from_gguf(source: str | Path, **settings: bool) -> Any:
     return importlib.import_module("hf_fwp.conversion.teacher").load_teacher(source, **settings)[0]
 
 
