@@ -4,7 +4,7 @@
     hf-fwp ablate TEACHER --keep 0.5 --choices "kept"        those whose names begin so
     hf-fwp ablate TEACHER --recipe quick,radlads --sweep lr  recipes side by side, each at the rates of SWEEPS
 
-All runs read the same number of tokens. Every finished run is a file in OUTPUT/runs and is not repeated; an
+A budget is of all tokens that a run reads. Every finished run is a file in OUTPUT/runs and is not repeated; an
 interrupted one that takes gradient steps goes on where it was. OUTPUT/ablation.json and ablation.md hold the table.
 """
 
@@ -113,6 +113,12 @@ class Run:
         words = f"{self.recipe.name} {self.choice} {self.seed + self.number}"
         return "-".join(words.replace(",", " ").split())
 
+    def beside(self, first: Recipe) -> Run:
+        """The run with what is expected of a recipe as it is beside another one, the first of the table."""
+        if self.recipe.name == first.name or self.expected != CHOICES[AS_IT_IS].expected:
+            return self
+        return replace(self, expected=f"worse than {first.name}")
+
 
 def ablate(
     teacher: Teacher,
@@ -134,19 +140,21 @@ def ablate(
 ) -> list[dict[str, Any]]:
     """Convert `teacher` once per choice and measure each student on `tokens` held-out tokens; returns the table's rows.
 
-    Arguments as in convert. recipe: one or several; one that is for a certain rule is run with it. choices: names
-    of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with a sweep. sweep: a name of
-    SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError for an unknown choice or
-    sweep, and for results in `output` that belong to other arguments.
+    Arguments as in convert. recipe: one or several; one that is for a certain rule is run with it. budget: of tokens,
+    all that a run reads, with gradient steps or without; extend, for contexts longer than what is measured, is left
+    out then. choices: names of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with
+    a sweep. sweep: a name of SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError
+    for an unknown choice or sweep, and for results in `output` that belong to other arguments.
     """
     made = [find_recipe(each) for each in ([recipe] if isinstance(recipe, (str, Recipe)) else recipe)]
     names = chosen(choices, alone=len(made) == 1 and sweep is None)
     if sweep is not None and sweep not in SWEEPS:
         raise ValueError(f"unknown sweep {sweep!r}; the sweeps are {', '.join(SWEEPS)}")
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
-    fitted = [within(planned(model, each.rule or rule, keep, each), budget, model).recipe for each in made]
+    fitted = [fitted_to(budget, each, model, rule=each.rule or rule, keep=keep) for each in made]
     asked: dict[str, Any] = {"keep": keep, "layers": model.config.num_hidden_layers, "seed": seed, "sweep": sweep}
     runs = [run for each in fitted for run in runs_of(each, names, rule=each.rule or rule, **asked)]
+    runs = [run.beside(fitted[0]) for run in runs]
     place = Path(output) / "runs"
     if dry_run:
         _show_plan(runs, place, model)
@@ -162,6 +170,13 @@ def ablate(
     write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))
     write_whole(Path(output) / "ablation.md", as_table(rows))
     return rows
+
+
+def fitted_to(budget: int | str | None, recipe: Recipe, model: PreTrainedModel, *, rule: str, keep: Keep) -> Recipe:
+    """The recipe with as many tokens for gradient steps as its other stages leave of the budget."""
+    if budget is None:
+        return recipe
+    return within(planned(model, rule, keep, replace(recipe, extend_tokens=0)), budget, model, in_all=True).recipe
 
 
 def planned(model: PreTrainedModel, rule: str, keep: Keep, recipe: Recipe) -> Plan:
@@ -274,7 +289,8 @@ def _measured(
 
 
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row per recipe and choice, over its seeds, compared with the first row of the same recipe."""
+    """A row per recipe and choice, over its seeds, compared with the first row of the same recipe, and that with the
+    first of all."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["run"]["recipe"]["name"], result["run"]["choice"]), []).append(result)
@@ -286,7 +302,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row |= {"ratios": [each["ratio"] for each in measured], "seconds": mean(run["seconds"] for run in runs)}
         row |= {"tokens": measured[0]["tokens"], "teacher_perplexity": measured[0]["teacher_perplexity"]}
         row |= {"environment": runs[0]["environment"], "run": runs[0]["run"]}
-        first = next((before for before in rows if before["recipe"] == recipe), row)
+        first = next((before for before in rows if before["recipe"] == recipe), (rows or [row])[0])
         row["outcome"] = outcome(row["kl"], first["kl"])
         rows.append(row)
     return rows
@@ -311,7 +327,8 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{run['teacher']} (perplexity {rows[0]['teacher_perplexity']:.1f}), {run['rule']}, keep {run['keep']}, "
             f"{rows[0]['tokens']} held-out tokens, commit {', '.join(commits)}, {on['date'][:10]}, {on['device']}, "
             f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
-            f"minutes of the conversion without measuring it; the same: within {SAME:.0%} of the KL of the first row.",
+            f"minutes of the conversion without measuring it; the same: within {SAME:.0%} of the KL of the recipe's "
+            "first row, or, for that, of the first row of all.",
             "",
         ]
     )

@@ -234,8 +234,11 @@ def parsed(limit: int | str) -> int:
         ) from error
 
 
-def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan:
-    """The plan with as many tokens for gradient steps as the budget allows."""
+def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_all: bool = False) -> Plan:
+    """The plan with as many tokens for gradient steps as the budget allows.
+
+    in_all: a budget of tokens is what all stages read together, those without gradient steps too.
+    """
     if budget is None:
         return plan
     units, sizes = {"s": 1, "m": 60, "h": 3600}, {"k": 1e3, "M": 1e6}
@@ -247,6 +250,7 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel) -> Plan
             tokens = round(left / (COSTS["distil"] * _seconds_per_token(model)))
         else:
             tokens = round(float(text[:-1]) * sizes[text[-1]]) if text[-1:] in sizes else int(text)
+            tokens -= plan.recipe.with_trained(0).tokens(ranked=plan.ranked) if in_all else 0
     except ValueError as error:
         raise ValueError(
             f"budget is {budget!r}; give a number of tokens (200000, '200k', '0.2M') or a time ('90s', '20m', '2h')"

@@ -115,7 +115,7 @@ def ablate(
     rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
     keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0",
     recipe: Annotated[str, typer.Option(help="One recipe, or several with commas between.")] = "closed-form",
-    budget: Annotated[str | None, typer.Option(help="Tokens (200k) of the gradient steps of every run.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Tokens (200k) that every run reads.")] = None,
     choices: Annotated[
         str | None, typer.Option(help="Choices, or how they begin, with commas between; all if it is left out.")
     ] = None,
