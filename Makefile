@@ -10,7 +10,7 @@ PEERS := .venv-peers
 PEER_PACKAGES := bitsandbytes==0.50.2 lm_eval==0.4.13 torchao==0.18.0 "transformers[serving]"
 BOTH_VERSIONS := tests/models tests/hosts tests/interop tests/matrix
 
-.PHONY: demo test test-oldest test-full results gpu lint clean
+.PHONY: demo test test-oldest test-full results comparisons gpu lint clean
 
 demo: $(STAMP)
 	rm -rf out/demo
@@ -48,6 +48,10 @@ $(FULL)/%.txt:
 
 results: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.results
+
+# The tables of conversion/RESULTS.md. Hours on two cores; a run that is there is not repeated.
+comparisons: $(STAMP)
+	$(BIN)/python -m hf_fwp.conversion.comparisons
 
 # The Python on PATH, as it is: GPU machines carry their own build of torch, and often no network, and no history of the
 # checkout (then: make gpu COMMIT=...). A piece whose file is there is not run again. Under 10 minutes on one GPU.
