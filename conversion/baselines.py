@@ -21,8 +21,8 @@ from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import FastWeightLayer, layers_of
 
 from .dropout import leaving_out
-from .evaluate import Forward, compare, forward_of, heldout_blocks
 from .families import attention_modules, copy_teacher
+from .scores import Forward, compare, forward_of, heldout_blocks
 
 HALF_LIFE = 38.0  # tokens until a fast weight has faded to one half
 WINDOW = 64
@@ -52,9 +52,7 @@ def baselines(
         "sliding_window": sliding_window(teacher, layers=layers),
     }
     if student is not None:
-        models["fast_weights_off"] = fast_weights_off(student)
-        if any(mixer.window is not None for mixer in layers_of(student).values()):
-            models["window_off"] = window_off(student)
+        models |= parts_off(student)
     return compare(models, forward_of(teacher), ids_NT, progress=progress, description="baselines")
 
 
@@ -122,6 +120,17 @@ def _both(mask: Tensor, own: Tensor | None) -> Tensor:
     if own.dtype == torch.bool:
         return mask.masked_fill(~own, torch.finfo(mask.dtype).min)
     return torch.where(mask < 0, mask, own)  # not the minimum: what is seen may have a linear bias in it
+
+
+def parts_off(student: PreTrainedModel) -> dict[str, Forward]:
+    """The student without its fast weights and, if it has any, without its windows."""
+    mixers = layers_of(student).values()
+    if not mixers:
+        raise ValueError("the model has no fast weights, so no parts to measure it without; leave parts out")
+    found = {"fast_weights_off": fast_weights_off(student)}
+    if any(mixer.window is not None for mixer in mixers):
+        found["window_off"] = window_off(student)
+    return found
 
 
 def fast_weights_off(student: PreTrainedModel) -> Forward:

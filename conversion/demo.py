@@ -11,8 +11,8 @@ from hf_fwp.telling import say
 
 from .convert import convert
 from .data import demo_corpus, token_blocks
-from .evaluate import evaluating
 from .report import write_report
+from .scores import evaluating
 from .teacher import smollm2_gguf
 
 

@@ -1,27 +1,22 @@
 """What a model is worth: measured on held-out tokens, next to the teacher it was made from.
 
-    perplexity = exp( mean_t -log p_student(x_t | x_<t) )
-    KL         = mean_t sum_v p_teacher(v) log( p_teacher(v) / p_student(v) ), in nats per token
-    agreement  = how often both give the same most likely next token
-    residual   = sum_t ||y_t - A_t||^2 / sum_t ||A_t||^2, mixer output y and attention output A on the teacher's inputs
-
-Streamed sequence by sequence: the logits of one sequence of each model are all that is held.
+scores     perplexity, KL, agreement (scores.py), of the model and of parts of it (baselines.py)
+residual   sum_t ||y_t - A_t||^2 / sum_t ||A_t||^2, mixer output y and attention output A on the teacher's inputs
+speed      seconds to read a context, tokens per second after it, bytes that are kept
+samples    what both answer
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.estimates import duration, peak_memory, seconds_per_token, size
@@ -31,14 +26,13 @@ from hf_fwp.telling import progress_bar, say
 from hf_fwp.weights import check_weights
 
 from .align import hooked
+from .baselines import parts_off
 from .composite import text_config_of
-from .data import demo_corpus, read_data, token_blocks
+from .scores import compare, evaluating, forward_of, heldout_blocks, tokens_shown
 from .teacher import empty_teacher, find_config, load_teacher
 
-Forward = Callable[[Tensor], Tensor]  # ids [1, T] -> logits [1, T, V]
 Model = PreTrainedModel | str | os.PathLike[str]
 
-POSITIONS = 128  # log-probabilities are compared this many positions at a time: temporaries stay small
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -56,14 +50,16 @@ def evaluate(
     sequence_length: int = 512,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    parts: bool = False,
     progress: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement.
 
     `model` and `against` are models, folders, Hub ids or GGUF files; `device` and `dtype` are for what is loaded.
-    `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus. dry_run: print
-    what it takes, and return nothing.
+    `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus. parts: measure
+    the model without its fast weights and without its windows too, as "fast_weights_off" and "window_off": one that is
+    no worse without them has learned to do without. dry_run: print what it takes, and return nothing.
     """
     if dry_run:
         _show_plan(model, against, data, tokens=tokens, dtype=dtype)
@@ -75,7 +71,9 @@ def evaluate(
         found = found or teachers
         _check_vocabularies(model, teacher)
     ids_NT = heldout_blocks(data, found, tokens=tokens, sequence_length=sequence_length)
-    return compare({"model": forward_of(model)}, teacher and forward_of(teacher), ids_NT, progress=progress)["model"]
+    models = {"model": forward_of(model), **(parts_off(model) if parts else {})}
+    found = compare(models, teacher and forward_of(teacher), ids_NT, progress=progress)
+    return {**found.pop("model"), **found}
 
 
 def _show_plan(model: Model, against: Model | None, data: Any, *, tokens: int, dtype: torch.dtype) -> None:
@@ -143,123 +141,6 @@ def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> Non
         )
 
 
-def heldout_blocks(
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    tokens: int = 16384,
-    sequence_length: int = 512,
-) -> Tensor:
-    """Token ids [N, sequence_length] to measure on, from text as in `convert`, of splits the one named "test"; ids are
-    taken as they are."""
-    if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point():
-            raise ValueError(
-                f"token ids have the shape {tuple(data.shape)} and dtype {data.dtype}; give [N, T] of ints"
-            )
-        return data
-    if tokenizer is None:
-        raise ValueError("the model comes without a tokenizer; give tokenizer=, or its folder in place of the model")
-    texts = demo_corpus()[2] if data is None else read_data(data, split="test")
-    return token_blocks(texts, tokenizer, sequence_length=sequence_length, tokens=tokens)
-
-
-def forward_of(model: PreTrainedModel) -> Forward:
-    """Logits of a batch of ids, in evaluation mode, on the model's own device."""
-
-    def forward(ids_BT: Tensor) -> Tensor:
-        with evaluating(model):
-            return model(input_ids=ids_BT.to(model.device), use_cache=False).logits
-
-    return forward
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; afterwards each model is in the mode it was in."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
-
-
-@dataclass
-class Scores:
-    """Sums over the predicted tokens of one model."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
-    predicted: int = 0
-
-    def add(self, log_p_TV: Tensor, labels_T: Tensor, log_teacher_TV: Tensor | None) -> None:
-        """One sequence: log-probabilities of the model and of the teacher at each position, and what came next."""
-        self.predicted += labels_T.numel()
-        self.loss += F.nll_loss(log_p_TV, labels_T.to(log_p_TV.device), reduction="sum").item()
-        if log_teacher_TV is None:
-            return
-        for ours, theirs in zip(log_p_TV.split(POSITIONS), log_teacher_TV.split(POSITIONS), strict=True):
-            theirs = theirs.to(ours.device)
-            self.kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
-            self.agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-
-    @property
-    def perplexity(self) -> float:
-        return torch.tensor(self.loss / self.predicted, dtype=torch.float64).exp().item()
-
-
-def compare(
-    models: Mapping[str, Forward],
-    teacher: Forward | None,
-    ids_NT: Tensor,
-    *,
-    progress: bool = True,
-    description: str = "perplexity",
-) -> dict[str, dict[str, Any]]:
-    """Measurements of several models on the same tokens, with a single pass of the teacher for all of them."""
-    scores = {name: Scores() for name in models}
-    of_teacher = Scores()
-    for ids_T in _tokens_shown(ids_NT, progress=progress, description=description):
-        labels_T = ids_T[1:]
-        expected = None
-        if teacher is not None:
-            expected = _log_probabilities(teacher, ids_T)
-            of_teacher.add(expected, labels_T, None)
-        for name, model in models.items():
-            scores[name].add(_log_probabilities(model, ids_T), labels_T, expected)
-    found = {}
-    for name, score in scores.items():
-        found[name] = {"perplexity": score.perplexity, "tokens": ids_NT.numel(), "sequence_length": ids_NT.shape[1]}
-        if teacher is not None:
-            found[name] |= {
-                "teacher_perplexity": of_teacher.perplexity,
-                "ratio": score.perplexity / of_teacher.perplexity,
-                "kl": score.kl / score.predicted,
-                "agreement": score.agreed / score.predicted,
-            }
-    return found
-
-
-def _log_probabilities(model: Forward, ids_T: Tensor) -> Tensor:
-    """[T - 1, V]: of the next token at every position that has one, in float32 (float64 for a float64 model)."""
-    with torch.no_grad():
-        logits_TV = model(ids_T[None])[0, :-1]
-        return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
-
-
-def _tokens_shown(ids_NT: Tensor, *, progress: bool, description: str) -> Iterator[Tensor]:
-    """The sequences one by one, with a bar that counts tokens and estimates the time left."""
-    with progress_bar(total=ids_NT.numel(), desc=description, unit="tok", unit_scale=True, progress=progress) as bar:
-        for ids_T in ids_NT:
-            yield ids_T
-            bar.update(ids_T.numel())
-
-
 def residuals(
     student: PreTrainedModel, teacher: PreTrainedModel, ids_NT: Tensor, *, progress: bool = True
 ) -> dict[int, float]:
@@ -279,7 +160,7 @@ def residuals(
         energy[layer] += target_BTD.float().square().sum().item()
 
     with evaluating(student, teacher), hooked(teacher, mixers, measure):
-        for ids_T in _tokens_shown(ids_NT, progress=progress, description="residuals"):
+        for ids_T in tokens_shown(ids_NT, progress=progress, description="residuals"):
             teacher.base_model(input_ids=ids_T[None].to(teacher.device), use_cache=False)
     return {layer: missed[layer] / energy[layer] for layer in sorted(mixers)}
 

@@ -31,10 +31,10 @@ from hf_fwp.layer import layers_of
 from hf_fwp.weights import INDEX, check_finite, weights_files
 
 from .checkpoint import latest, load, save
-from .evaluate import Forward, compare
 from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
 from .memory import give_back_freed_memory
 from .run import Run
+from .scores import Forward, compare
 from .solve import solve
 from .stream import Walk, logits
 from .teacher import weights_folder

@@ -49,7 +49,8 @@ from hf_fwp.estimates import peak_memory
 from hf_fwp.files import write_whole
 
 from .baselines import baselines
-from .evaluate import PROMPTS, compare, decode_speed, forward_of, heldout_blocks, residuals, samples
+from .evaluate import PROMPTS, decode_speed, residuals, samples
+from .scores import compare, forward_of, heldout_blocks
 
 PACKAGES = ("hf_fwp", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
 PAGE_NEEDS = ("jinja2", "matplotlib")

@@ -1,10 +1,10 @@
 """One block of the model: a token mixer (fast weights or softmax attention), an mlp, and where the norms stand.
 
-    pre         h = h + mix(norm(h));              h = h + mlp(norm(h))
-    post        h = norm(h + mix(h));              h = norm(h + mlp(h))            Vaswani et al. 2017
-    idsia_pre   h = norm(h);  h = h + mix(h);      h = h + mlp(norm(h))            Irie et al. 2021
-    residual    h = norm(h) + mix(h);              h = h + mlp(norm(h))            Irie et al. 2022 (SRWM)
-    none        h = h + mix(h);                    h = h + mlp(norm(h))            the same for reinforcement learning
+pre         h = h + mix(norm(h));              h = h + mlp(norm(h))
+post        h = norm(h + mix(h));              h = norm(h + mlp(h))            Vaswani et al. 2017
+idsia_pre   h = norm(h);  h = h + mix(h);      h = h + mlp(norm(h))            Irie et al. 2021
+residual    h = norm(h) + mix(h);              h = h + mlp(norm(h))            Irie et al. 2022 (SRWM)
+none        h = h + mix(h);                    h = h + mlp(norm(h))            the same for reinforcement learning
 """
 
 from __future__ import annotations

@@ -25,13 +25,11 @@ WHEN = {
         "without correcting."
     ),
     "delta_net": (
-        "When keys come again with new values, and for exact recall of as many pairs as a head has key "
-        "channels."
+        "When keys come again with new values, and for exact recall of as many pairs as a head has key channels."
     ),
     "gated_delta_net": "The default for language: recalls like the delta rule, and clears what a text has left behind.",
     "delta_product": (
-        "When a token must change more than one direction: permutations of several things, groups beyond "
-        "parity."
+        "When a token must change more than one direction: permutations of several things, groups beyond parity."
     ),
     "kimi_delta": "Like gated_delta_net where some key channels should forget sooner than others.",
     "gated_delta_net_2": "Like kimi_delta with gates of their own for erasing and for writing.",
@@ -42,8 +40,7 @@ WHEN = {
     "oja": "Keys and values exchanged: the memory converges to principal components. For studying learning rules.",
     "gated_oja": "Oja's rule that forgets.",
     "recurrent_delta_net": (
-        "When what is written must depend on what was read before: counting, formal languages. Runs token by "
-        "token."
+        "When what is written must depend on what was read before: counting, formal languages. Runs token by token."
     ),
     "delta_rnn": "A recurrent network whose recurrent weights are fast too, for language of moderate length.",
     "delta_lstm": "The same with the gates of an LSTM; the largest state of this branch of the family.",

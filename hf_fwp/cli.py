@@ -163,11 +163,14 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Held-out text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
+    parts: Annotated[bool, typer.Option("--parts", help="Also without its fast weights, and its windows.")] = False,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
-    measured = conversion("evaluate")(model, against=against, data=parse_data(data), tokens=tokens, dry_run=dry_run)
+    measured = conversion("evaluate")(
+        model, against=against, data=parse_data(data), tokens=tokens, parts=parts, dry_run=dry_run
+    )
     if not dry_run:
         show(measured, as_json=json, title=model)
 

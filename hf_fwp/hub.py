@@ -213,9 +213,7 @@ def whole_model(folder: Path) -> PreTrainedModel:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give the folder that save_pretrained or convert wrote")
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} is not a model folder: it has no config.json; give one that save_pretrained wrote"
-        )
+        raise ValueError(f"{folder} is not a model folder: it has no config.json; give one that save_pretrained wrote")
     if not weights_files(folder):
         raise ValueError(f"{folder} has no weights as safetensors files; save the model again with save_pretrained")
     check_weights(folder)

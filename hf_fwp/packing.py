@@ -176,9 +176,7 @@ class Window:
         old, new = take(history, (index + size - 1).clamp_max(size - 2)), take(x_BTC, index.clamp_min(0))
         return torch.where((index < 0)[..., None], old, new)
 
-    def elapsed(
-        self, times_BT: Tensor, last_B: Tensor | None, *, first: float, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def elapsed(self, times_BT: Tensor, last_B: Tensor | None, *, first: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Time since the real token before, `first` where a sequence begins, and the time of the last real token.
 
         `last_B` is that time from before, -inf where there was no token. The shape is that of `like` [B, T, S, 1], the

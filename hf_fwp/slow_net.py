@@ -1,6 +1,6 @@
 """A slow network that remembers earlier tokens: an LSTM in place of the projections.
 
-    [q; k; v; b]_t = h_t,    h_t, c_t = LSTM(x_t, h_{t-1}, c_{t-1})              code of Irie et al. 2021
+[q; k; v; b]_t = h_t,    h_t, c_t = LSTM(x_t, h_{t-1}, c_{t-1})              code of Irie et al. 2021
 """
 
 from __future__ import annotations

@@ -72,5 +72,3 @@ def tell(result: Any) -> None:
     """What came out: a text, or a table of rich."""
     if current().words:
         Console().print(result, highlight=False, markup=False, soft_wrap=isinstance(result, str))
-
-

@@ -1,7 +1,7 @@
 """What the fast weights of a model hold while it reads a text: as numbers, as one HTML page, as figures.
 
-    inspection = hf_fwp.inspect("smol-delta", "Ada Lovelace wrote the first program. Who wrote it?", output="page.html")
-    inspection.figure(layer=3, head=2).savefig("layer3.pdf")
+inspection = hf_fwp.inspect("smol-delta", "Ada Lovelace wrote the first program. Who wrote it?", output="page.html")
+inspection.figure(layer=3, head=2).savefig("layer3.pdf")
 """
 
 from __future__ import annotations

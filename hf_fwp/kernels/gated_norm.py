@@ -1,8 +1,8 @@
 """RMSNorm of the reads times a gate, one pass over them in each direction.
 
-    n = x / rms(x),  rms(x) = sqrt(mean x² + ε);   y = w n a(u)
-    a(u) = u sigmoid(u), sigmoid(u) or 2 sigmoid(u)                           du = dy w n a'(u);   dw = sum dy n a(u)
-    dx = (h - n mean(h n)) / rms(x),  h = dy w a(u)
+n = x / rms(x),  rms(x) = sqrt(mean x² + ε);   y = w n a(u)
+a(u) = u sigmoid(u), sigmoid(u) or 2 sigmoid(u)                           du = dy w n a'(u);   dw = sum dy n a(u)
+dx = (h - n mean(h n)) / rms(x),  h = dy w a(u)
 """
 
 # pyright: reportGeneralTypeIssues=false

@@ -61,6 +61,7 @@ def _too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"heads of size {size} in {8 * word} bits need {needed} bytes of shared memory, {q.device} has {found}"
     return None
 
+
 SAID: set[str] = set()
 
 

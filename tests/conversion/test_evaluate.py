@@ -1,5 +1,6 @@
 """Measurements against the same quantity written out plainly, on tiny models."""
 
+import copy
 import importlib
 import math
 
@@ -10,6 +11,7 @@ from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from hf_fwp import FwpConfig, FwpForCausalLM
 from hf_fwp.conversion.baselines import (
     baselines,
     fast_weights_off,
@@ -21,18 +23,18 @@ from hf_fwp.conversion.baselines import (
 from hf_fwp.conversion.calibrate import attention_heads
 from hf_fwp.conversion.evaluate import (
     PROMPTS,
-    compare,
     decode_speed,
     evaluate,
-    forward_of,
     residuals,
     samples,
 )
 from hf_fwp.conversion.families import attention_modules, copy_teacher, output_projection_name
 from hf_fwp.conversion.recipes import STUDENTS
+from hf_fwp.conversion.scores import compare, forward_of
 from hf_fwp.conversion.softmax import Softmax
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import HOSTS
+from hf_fwp.layer import layers_of
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_model_is_identical_with_itself(teacher, ids_NT):
 
 def test_the_kl_does_not_depend_on_how_positions_are_cut(student, teacher, ids_NT, monkeypatch):
     whole = evaluate(student, against=teacher, data=ids_NT, progress=False)
-    monkeypatch.setattr(importlib.import_module("hf_fwp.conversion.evaluate"), "POSITIONS", 7)
+    monkeypatch.setattr(importlib.import_module("hf_fwp.conversion.scores"), "POSITIONS", 7)
     cut = evaluate(student, against=teacher, data=ids_NT, progress=False)
     assert cut["kl"] == pytest.approx(whole["kl"], rel=1e-5)
     assert cut["agreement"] == whole["agreement"]
@@ -203,7 +205,6 @@ def test_windowed_attention_is_a_softmax_over_what_is_let_through(name, implemen
     assert not any(module._forward_pre_hooks for module in teacher.modules())
 
 
-
 def test_a_window_as_long_as_the_sequence_changes_nothing(teacher, ids_NT):
     expected = forward_of(teacher)(ids_NT)
     assert not torch.allclose(sliding_window(teacher, layers=[0], window=3, sinks=1)(ids_NT), expected)
@@ -242,6 +243,27 @@ def test_beside_a_window_what_is_off_is_one_of_the_two(teacher, ids_NT):
     measured = baselines(teacher, ids_NT, student=student, progress=False)
     assert list(measured) == ["naive_copy", "sliding_window", "fast_weights_off", "window_off"]
     assert measured["window_off"]["kl"] > 0
+    parts = evaluate(student, against=teacher, data=ids_NT, parts=True, progress=False)
+    assert {name: parts.pop(name) for name in list(measured)[2:]} == {
+        name: measured[name] for name in list(measured)[2:]
+    }
+    assert parts == evaluate(student, against=teacher, data=ids_NT, progress=False)
+
+
+def test_a_model_without_fast_weights_has_no_parts(teacher, ids_NT):
+    with pytest.raises(ValueError, match="the model has no fast weights, so no parts"):
+        evaluate(teacher, data=ids_NT, parts=True, progress=False)
+
+
+def test_parts_of_a_model_of_our_own(ids_NT):
+    model = FwpForCausalLM(FwpConfig(vocab_size=67, hidden_size=16, num_hidden_layers=2, num_heads=2)).eval()
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for mixer in layers_of(silent).values():
+            mixer.o_proj.weight.zero_()
+    measured = evaluate(model, data=ids_NT, parts=True, progress=False)
+    without = measured["fast_weights_off"]["perplexity"]
+    assert without == evaluate(silent, data=ids_NT, progress=False)["perplexity"] != measured["perplexity"]
 
 
 def test_the_naive_copy_has_the_rates_it_is_known_for(teacher):
