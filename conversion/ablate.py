@@ -5,7 +5,8 @@
     hf-fwp ablate TEACHER --recipe quick,radlads --sweep lr  recipes side by side, each at the rates of SWEEPS
 
 A budget is of all tokens that a run reads. Every finished run is a file in OUTPUT/runs and is not repeated; an
-interrupted one that takes gradient steps goes on where it was. OUTPUT/ablation.json and ablation.md hold the table.
+interrupted one that takes gradient steps goes on where it was. OUTPUT/ablation.json and ablation.md hold the table of
+all that are finished.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -153,23 +155,26 @@ def ablate(
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype)
     fitted = [fitted_to(budget, each, model, rule=each.rule or rule, keep=keep) for each in made]
     asked: dict[str, Any] = {"keep": keep, "layers": model.config.num_hidden_layers, "seed": seed, "sweep": sweep}
-    runs = [run for each in fitted for run in runs_of(each, names, rule=each.rule or rule, **asked)]
-    runs = [run.beside(fitted[0]) for run in runs]
+    by_recipe = [list(runs_of(each, names, rule=each.rule or rule, **asked)) for each in fitted]
+    # the first of every recipe first: a table that is not finished compares them too
+    runs = [run.beside(fitted[0]) for turn in zip_longest(*by_recipe) for run in turn if run is not None]
     place = Path(output) / "runs"
     if dry_run:
         _show_plan(runs, place, model)
         return []
     told = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
+    results: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         file = place / f"{run.name}.json"
         if not _is_there(file, run, told):
             say(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}")
             result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
             write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
-    rows = rows_of([json.loads((place / f"{run.name}.json").read_text()) for run in runs])
-    write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))
-    write_whole(Path(output) / "ablation.md", as_table(rows))
-    return rows
+        results.append(json.loads(file.read_text()))
+        rows = rows_of(results)
+        write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))
+        write_whole(Path(output) / "ablation.md", as_table(rows))
+    return rows_of(results)
 
 
 def fitted_to(budget: int | str | None, recipe: Recipe, model: PreTrainedModel, *, rule: str, keep: Keep) -> Recipe:
@@ -291,6 +296,8 @@ def _measured(
 def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per recipe and choice, over its seeds, compared with the first row of the same recipe, and that with the
     first of all."""
+    recipes = list(dict.fromkeys(result["run"]["recipe"]["name"] for result in results))
+    results = sorted(results, key=lambda result: recipes.index(result["run"]["recipe"]["name"]))
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["run"]["recipe"]["name"], result["run"]["choice"]), []).append(result)
