@@ -2,9 +2,10 @@
 
 python -m hf_fwp.conversion.comparisons                   all of them
 python -m hf_fwp.conversion.comparisons --table choices   one
+python -m hf_fwp.conversion.comparisons --finished        what is finished of each, without running any
 
 A table is a call of ablate on SmolLM2-135M-Instruct and the Brown corpus, whose finished runs are not repeated. Its
-rows are in conversion/comparisons.json as soon as all of them are there.
+rows go to conversion/comparisons.json and from there to the page.
 """
 
 import argparse
@@ -37,19 +38,28 @@ TABLES: dict[str, Mapping[str, Any]] = {
 
 def compare_recipes(
     tables: Sequence[str] = tuple(TABLES), *, tokens: int = 8192, output: str | Path = "out/comparisons"
-) -> dict[str, list[dict[str, Any]]]:
-    """Run what is missing of each of `tables`; gives the rows of all that have been measured."""
+) -> None:
+    """Run what is missing of each of `tables`."""
     train, heldout = brown()
     for name in tables:
         said = {"data": {"train": train, "test": heldout}, "tokens": tokens, "output": Path(output) / name}
-        rows = ablate(smollm2_gguf(), **said, **TABLES[name])
-        write_whole(ROWS, json.dumps({**measured_tables(), name: rows}, indent=2) + "\n")
-    return measured_tables()
+        ablate(smollm2_gguf(), **said, **TABLES[name])
 
 
 def measured_tables() -> dict[str, list[dict[str, Any]]]:
-    """The rows that have been measured so far, by table."""
+    """The rows that the page quotes, by table."""
     return json.loads(ROWS.read_text()) if ROWS.is_file() else {}
+
+
+def quote_tables(output: str | Path) -> None:
+    """Put the rows of all runs that are finished in `output` where the page quotes them."""
+    tables = measured_tables()
+    for name in TABLES:
+        file = Path(output) / name / "ablation.json"
+        if file.is_file():
+            tables[name] = json.loads(file.read_text())
+            quote(as_table(tables[name]), name, PAGE)
+    write_whole(ROWS, json.dumps(tables, indent=2) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,10 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", choices=TABLES, help="only this table")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens")
     parser.add_argument("--output", default="out/comparisons")
+    parser.add_argument("--finished", action="store_true", help="quote what is finished, and run nothing")
     asked = parser.parse_args(arguments)
-    tables = tuple(TABLES) if asked.table is None else (asked.table,)
-    for name, rows in compare_recipes(tables, tokens=asked.tokens, output=asked.output).items():
-        quote(as_table(rows), name, PAGE)
+    if not asked.finished:
+        tables = tuple(TABLES) if asked.table is None else (asked.table,)
+        compare_recipes(tables, tokens=asked.tokens, output=asked.output)
+    quote_tables(asked.output)
 
 
 if __name__ == "__main__":

@@ -265,9 +265,7 @@ def _solved(run: Run) -> PreTrainedModel:
     if plan.ranked:
         assert plan.kept is not None
         found = _start(run, student, run.blocks["rank_solve"], **{**recipe.solve, "heldout": 2, "stream": "teacher"})
-        swapped = run.blocks["rank"]
-        swapped = swapped[:, : recipe.rank_tokens // len(swapped)]
-        ranking = rank_layers(student, teacher, swapped, seed=plan.seed, progress=run.progress, **recipe.rank)
+        ranking = rank_layers(student, teacher, run.rank_blocks, seed=plan.seed, progress=run.progress, **recipe.rank)
         run.report["ranking"] = ranking
         student = keep_softmax(student, teacher, most_needed(ranking, plan.kept), share=run.share)
     given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}

@@ -12,6 +12,7 @@ Ranked layers beat evenly spaced ones by far (SmolLM2-135M, half of the layers k
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from hf_fwp.layer import layers_of
 from hf_fwp.telling import progress_bar
 
 from .families import copy_teacher
-from .stream import Walk, logits
+from .stream import Visit, Walk, every, logits
 
 POSITIONS = 64  # tokens whose probabilities are computed at once
 
@@ -79,41 +80,46 @@ def rank_layers(
     recall: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    visit: Visit = every,
 ) -> dict[int, float]:
     """KL in nats per token that each converted layer of `student` causes when it is swapped in alone.
 
-    `recall`: times the KL on a probe of recall, drawn by `seed`, that is added to it.
+    `recall`: times the KL on a probe of recall, drawn by `seed`, that is added to it. visit: as in solve. All streams
+    with a layer swapped in, of which there are as many as layers, walk through the decoder side by side.
     """
     texts, half = len(ids_NT), ids_NT.shape[1] // 2
     if recall:
         ids_NT = torch.cat([ids_NT, recall_probe(ids_NT, seed=seed)])
-    walk, after = Walk(teacher, ids_NT), Walk(teacher, ids_NT[:1])
-    rows = [slice(i, i + 1) for i in range(len(ids_NT))]
-    counted = [slice(None) if i < texts else slice(half, 2 * half - 1) for i in range(len(ids_NT))]
-    weights = [1.0 if i < texts else recall for i in range(len(ids_NT))]
-    truth = [
-        torch.cat(list(_log_probabilities(teacher, walk.finish(0, walk.hidden_NTD[row])[:, part])))
-        for row, part in zip(rows, counted, strict=True)
-    ]
-    found: dict[int, float] = {}
-    layers = converted_layers(student.config)
-    turn = range(max(layers, default=-1) + 1)
-    for layer in progress_bar(turn, desc="rank", unit="layer", progress=progress):
+    count, layers = len(ids_NT), list(converted_layers(student.config))
+    walk, one = Walk(teacher, ids_NT), Walk(teacher, ids_NT[:1])
+    swapped = walk.times(len(layers))
+    turn = progress_bar(range(len(walk.blocks)), desc="rank", unit="layer", progress=progress)
+    for layer in visit(turn, [walk, swapped], {}):
+        done = count * sum(before < layer for before in layers)
+        swapped.move(layer, done)
         before = walk.hidden_NTD.clone()
         x_NTD, _, _ = walk.attend(layer)
-        if layer not in layers:
-            continue
-        mixer, total = layers_of(student)[layer], 0.0
-        for row, part, weight, log_p in zip(rows, counted, weights, truth, strict=True):
-            answer = mixer(x_NTD[row], position_embeddings=walk.rotary(layer))[0]
-            after.hidden_NTD = before[row]
-            after.advance(layer, answer)
-            answers = _log_probabilities(teacher, after.finish(layer + 1, after.hidden_NTD)[:, part])
-            parts = zip(answers, log_p.split(POSITIONS), strict=True)
-            kl = sum(float(F.kl_div(q, p, log_target=True, reduction="sum")) for q, p in parts)
-            total += weight * kl / len(log_p)
-        found[layer] = total / texts
+        for row in range(count) if layer in layers else ():
+            sequence = slice(row, row + 1)
+            answer = layers_of(student)[layer](x_NTD[sequence], position_embeddings=walk.rotary(layer))[0]
+            one.hidden_NTD = before[sequence]
+            one.advance(layer, answer)
+            swapped.hidden_NTD[done + row] = one.hidden_NTD[0]
+    found = dict.fromkeys(layers, 0.0)
+    for row in range(count):
+        part, weight = (slice(None), 1.0) if row < texts else (slice(half, 2 * half - 1), recall)
+        truth = list(_log_probabilities(teacher, _finished(walk, row, part)))
+        for place, layer in enumerate(layers):
+            answers = _log_probabilities(teacher, _finished(swapped, place * count + row, part))
+            pairs = zip(answers, truth, strict=True)
+            kl = sum(float(F.kl_div(q, p, log_target=True, reduction="sum")) for q, p in pairs)
+            found[layer] += weight * kl / sum(map(len, truth)) / texts
     return found
+
+
+def _finished(walk: Walk, row: int, part: slice) -> Tensor:
+    """[1, t, D]: the final hidden states of one sequence that has gone through all blocks."""
+    return walk.finish(len(walk.blocks), walk.hidden_NTD[row : row + 1])[:, part]
 
 
 def recall_probe(ids_NT: Tensor, *, seed: int = 0) -> Tensor:
@@ -135,14 +141,18 @@ def keep_softmax(
     student: PreTrainedModel, teacher: PreTrainedModel, kept: Iterable[int], *, share: bool = False
 ) -> PreTrainedModel:
     """A student whose layers `kept` are the teacher's again; its other mixers are those of `student`."""
-    kept = set(kept)
-    fwp = {name: value for name, value in student.config.fwp.items() if name != "layers"}
-    fwp["per_layer"] = {layer: said for layer, said in fwp["per_layer"].items() if int(layer) not in kept}
-    layers = [layer for layer in converted_layers(student.config) if layer not in kept]
-    smaller = copy_teacher(teacher, layers=layers, fwp=fwp, share=share)
+    layers = [layer for layer in converted_layers(student.config) if layer not in set(kept)]
+    smaller = copy_teacher(teacher, layers=layers, fwp=options_of(student, layers), share=share)
     for layer in layers:
         layers_of(smaller)[layer].load_state_dict(layers_of(student)[layer].state_dict())
     return smaller
+
+
+def options_of(student: PreTrainedModel, layers: Iterable[int]) -> dict[str, Any]:
+    """The mixer options of a student that is like this one in these of its layers."""
+    config: Any = student.config
+    fwp, wanted = {name: value for name, value in config.fwp.items() if name != "layers"}, set(layers)
+    return {**fwp, "per_layer": {layer: said for layer, said in fwp["per_layer"].items() if int(layer) in wanted}}
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_NTD: Tensor) -> Iterator[Tensor]:

@@ -5,8 +5,9 @@
         yield layer                     solve.py finds both where it expects them
         write the student's block to a file of its own, save the streams, forget both blocks
 
-What the student keeps of the teacher is written as the teacher stores it (bf16 stays bf16), mixers in float32. A run
-that was interrupted goes on at the layer where it stopped.
+Where kept layers are ranked, all layers are visited twice before: to solve all mixers, of which only they are written,
+and to swap each in alone. What the student keeps of the teacher is written as the teacher stores it (bf16 stays bf16),
+mixers in float32. A run that was interrupted goes on at the layer where it stopped.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from hf_fwp.weights import INDEX, check_finite, weights_files
 
 from .checkpoint import latest, load, save
 from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
+from .keep import most_needed, options_of, rank_layers
 from .memory import give_back_freed_memory
 from .run import Run
 from .scores import Forward, compare
@@ -39,7 +41,7 @@ from .solve import solve
 from .stream import Walk, logits
 from .teacher import weights_folder
 
-LAYERS = "layers"  # in the folder of unfinished work
+LAYERS, RANKED = "layers", "ranked"  # in the folder of unfinished work
 IN_MEMORY = 2**25  # numbers of a residual stream, above which it is kept in a file
 NOT_MEASURED = (
     "Converted layer by layer, never in memory as a whole: baselines, speed and samples were not measured. "
@@ -83,14 +85,17 @@ class Offload:
     """A teacher and its student without memory for the weights of their blocks, but for the block that is visited.
 
     folder: of the student's files. judged_NT: token blocks [N, T] that no stage has read, on which both are compared.
+    solved: the folder of another student whose mixers this one is given. writes: which of its weights the student's
+    files get: "all", those of "mixers", or "none".
     """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     stored: StoredWeights
     folder: Path
-    judged_NT: Tensor
-    on_disk: bool = False
+    judged_NT: Tensor | None = None
+    solved: Path | None = None
+    writes: str = "all"
     judges: list[Walk] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -105,14 +110,15 @@ class Offload:
         fill(self.student, self.teacher, share=True, part="")
         materialise_rest(self.student, device=torch.device("cpu"))
         self.layers = self.teacher.config.num_hidden_layers
-        if not self._file(0).is_file():
+        if self.writes == "all" and not self._file(0).is_file():
             self._write("", self._file(0))
 
     def visit(self, layers: Iterable[int], walks: list[Walk], found: dict[int, dict[str, Any]]) -> Iterator[int]:
         """The layers that are still to be done, each with its blocks in memory; `walks` and `found` are restored."""
-        self.judges = [Walk(model, self.judged_NT) for model in (self.teacher, self.student)]
+        if self.judged_NT is not None:
+            self.judges = [Walk(model, self.judged_NT) for model in (self.teacher, self.student)]
         streams = [*walks, *self.judges]
-        if self.on_disk:
+        if any(walk.hidden_NTD.numel() > IN_MEMORY for walk in streams):
             for walk in streams:
                 walk.keep_in(self.steps)
         done = self._restore(streams, found)
@@ -123,7 +129,8 @@ class Offload:
             yield layer
             for walk in self.judges:
                 walk.move(layer)
-            self._write(part, self._file(layer + 1))
+            if self.writes != "none":
+                self._write(part, self._file(layer + 1))
             self._forget(part)
             hidden = {str(place): walk.hidden_NTD for place, walk in enumerate(streams)}
             save(self.steps, layer + 1, hidden, {"found": found, "fwp": self.student_fwp})
@@ -140,6 +147,7 @@ class Offload:
 
     def comparison(self, *, progress: bool) -> dict[str, Any]:
         """Perplexities, KL and agreement on the judged blocks, when all layers have been visited."""
+        assert self.judged_NT is not None, "there is something to judge on"
         teacher, student = (
             self._answers(*each) for each in zip((self.teacher, self.student), self.judges, strict=True)
         )
@@ -180,14 +188,20 @@ class Offload:
         ours.apply(self.student._init_weights)
         if layer in converted_layers(self.student.config):
             start_neutral(layers_of(self.student)[layer])
+            if self.solved is not None:
+                layers_of(self.student)[layer].load_state_dict(self._mixer(self.solved / self._file(layer + 1).name))
         return part
+
+    def _mixer(self, file: Path) -> dict[str, Tensor]:
+        """The weights of a mixer in the file of its layer."""
+        return {in_attention(name, self.host)[2]: weight for name, weight in load_file(file).items()}
 
     def _write(self, part: str, file: Path) -> None:
         """The student's weights of a part, complete or not there at all."""
         tied, converted, weights = self.student.all_tied_weights_keys, converted_layers(self.student.config), {}
         for name, tensor in self.student.state_dict().items():
-            if in_part(name, self.host, part) and name not in tied:
-                kept = in_attention(name, self.host)[1] not in converted
+            kept = in_attention(name, self.host)[1] not in converted
+            if in_part(name, self.host, part) and name not in tied and not (kept and self.writes == "mixers"):
                 dtype = self.stored.dtypes.get(name, tensor.dtype) if kept else tensor.dtype
                 weights[name] = tensor.to(dtype).contiguous()
         unfinished = self.steps / file.name  # where what a kill leaves of it is thrown away
@@ -217,24 +231,45 @@ class Offload:
 def finish_offloaded(run: Run, output: Path) -> PreTrainedModel:
     """The closed form layer by layer; what needs the whole student at once is not measured."""
     assert run.work is not None, "it is where the layers go"
-    started, plan, teacher = time.perf_counter(), run.plan, run.teacher
-    named = plan.named()
-    layers = [layer for layer in range(plan.num_layers) if layer not in named]
-    student = empty_student(teacher, layers=layers, fwp=plan.recipe.options(plan.rule)).eval()
-    pair = Offload(
-        teacher,
-        student,
-        StoredWeights(weights_folder(str(teacher.name_or_path)), teacher),
-        run.work / LAYERS,
-        run.blocks["report"],
-        on_disk=run.blocks["solve"].numel() * teacher.config.hidden_size > IN_MEMORY,
-    )
-    settings = {"stream": plan.recipe.stream, **plan.recipe.solve}
-    found = solve(student, teacher, run.blocks["solve"], progress=run.progress, visit=pair.visit, **settings)
-    run.note_choices(found)
+    started, plan, recipe = time.perf_counter(), run.plan, run.plan.recipe
+    stored = StoredWeights(weights_folder(str(run.teacher.name_or_path)), run.teacher)
+    kept, fwp, solved = plan.named(), recipe.options(plan.rule), None
+    found: dict[int, dict[str, Any]] = {}
+    if plan.ranked:
+        kept, fwp, found, solved = _ranked(run, stored, run.work)
+    layers = [layer for layer in range(plan.num_layers) if layer not in kept]
+    pair = _pair(run, stored, layers, fwp, run.work / LAYERS, judged_NT=run.blocks["report"], solved=solved)
+    given = {"calibrated": plan.ranked, "stream": recipe.stream, **recipe.solve}
+    made = solve(pair.student, run.teacher, run.blocks["solve"], progress=run.progress, visit=pair.visit, **given)
+    run.note_choices({layer: {**found.get(layer, {}), **made[layer]} for layer in made})
     run.report["stages"]["solve"] = {"seconds": time.perf_counter() - started}
-    run.report |= {"kept_layers": named, "evaluation": pair.comparison(progress=run.progress)}
+    run.report |= {"kept_layers": kept, "evaluation": pair.comparison(progress=run.progress)}
     run.report |= {"peak_memory_bytes": peak_memory(), "notes": [NOT_MEASURED]}
     pair.complete()
     run.publish(pair.folder, output)
-    return student
+    return pair.student
+
+
+def _pair(
+    run: Run, stored: StoredWeights, layers: Iterable[int], fwp: Mapping[str, Any], folder: Path, **settings: Any
+) -> Offload:
+    student = empty_student(run.teacher, layers=layers, fwp=fwp).eval()
+    return Offload(run.teacher, student, stored, folder, **settings)
+
+
+def _ranked(
+    run: Run, stored: StoredWeights, work: Path
+) -> tuple[list[int], dict[str, Any], dict[int, dict[str, Any]], Path]:
+    """The layers to keep, the options of the mixers of the others, what was found for all, and the folder they are in."""
+    plan, recipe, layers = run.plan, run.plan.recipe, range(run.plan.num_layers)
+    pair = _pair(run, stored, layers, recipe.options(plan.rule), work / RANKED, writes="mixers")
+    given = {**recipe.solve, "heldout": 2, "stream": "teacher"}
+    found = solve(pair.student, run.teacher, run.blocks["rank_solve"], progress=run.progress, visit=pair.visit, **given)
+    fwp = options_of(pair.student, layers)
+    swaps = _pair(run, stored, layers, fwp, work / f"{RANKED}.swapped", solved=pair.folder, writes="none")
+    asked = {"seed": plan.seed, "progress": run.progress, "visit": swaps.visit, **recipe.rank}
+    ranking = rank_layers(swaps.student, run.teacher, run.rank_blocks, **asked)
+    run.report["ranking"] = ranking
+    assert plan.kept is not None, "it says how many"
+    kept = most_needed(ranking, plan.kept)
+    return kept, options_of(swaps.student, set(layers) - set(kept)), found, pair.folder

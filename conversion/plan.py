@@ -213,11 +213,6 @@ def offloads(plan: Plan, model: PreTrainedModel, limit: int | str | None) -> boo
             f"{told}; recipe {plan.recipe.name!r} takes gradient steps on the whole student. Give "
             "recipe='closed-form', which works layer by layer, or more memory"
         )
-    if plan.ranked:
-        raise ValueError(
-            f"{told}; ranking layers needs the whole teacher at once. Name the layers that stay (keep=[0, 5]), space "
-            "them evenly (keep='uniform:0.25') or keep none (keep=0), which works layer by layer"
-        )
     least = memory(plan, model, offload=True)
     if least > free:
         raise ValueError(f"{told}; layer by layer it takes {size(least)}, which is more too: it needs another machine")

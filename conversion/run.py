@@ -36,6 +36,12 @@ class Run:
     report: dict[str, Any]
     progress: bool = True
 
+    @property
+    def rank_blocks(self) -> Tensor:
+        """What layers are ranked on, [N, T]: of each block as much as makes up the recipe's number of tokens."""
+        blocks = self.blocks["rank"]
+        return blocks[:, : self.plan.recipe.rank_tokens // len(blocks)]
+
     def stage(self, name: str, student: PreTrainedModel | None, do: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """Run a stage, or load what it gave when it was finished before."""
         saved = None if self.work is None else self.work / name

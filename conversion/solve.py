@@ -14,7 +14,7 @@ stream, whose earlier layers are solved already; with "teacher" from the teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,11 @@ from hf_fwp.telling import progress_bar
 from .calibrate import calibrate
 from .formulas import calibrate_by_formulas
 from .memory import give_back_freed_memory
-from .stream import ROWS, Walk
+from .stream import ROWS, Visit, Walk, every
 
 LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 HEAD_LAMBDA = 1e-3
 STREAMS = ("student", "teacher")
-Visit = Callable[[Iterable[int], "list[Walk]", dict[int, dict[str, Any]]], Iterable[int]]
 RATES = {"residual": calibrate, "formulas": calibrate_by_formulas}
 
 
@@ -108,7 +107,7 @@ def solve(
     lambdas: Sequence[float] = LAMBDAS,
     per_head: bool = True,
     progress: bool = True,
-    visit: Visit = lambda layers, walks, found: layers,
+    visit: Visit = every,
 ) -> dict[int, dict[str, Any]]:
     """Calibrate (unless `calibrated`) and solve every converted layer of `student`; returns what came out per layer.
 

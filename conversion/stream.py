@@ -11,10 +11,11 @@ Shape legend: hf_fwp/rules/base.py; N sequences.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,17 @@ class Walk:
         self.arguments = self._arguments(base)
         self.hidden_NTD = torch.cat([self._embedded(base, rows) for rows in self.rows()])
 
-    def rows(self) -> Iterator[slice]:
-        """Slices of sequences that are computed together."""
-        return (slice(start, start + ROWS) for start in range(0, len(self.ids_NT), ROWS))
+    def rows(self, count: int | None = None) -> Iterator[slice]:
+        """Slices of sequences that are computed together, of the first `count` or of all."""
+        end = len(self.ids_NT) if count is None else count
+        return (slice(start, min(start + ROWS, end)) for start in range(0, end, ROWS))
+
+    def times(self, count: int) -> Walk:
+        """A walk through the same blocks with room for this stream `count` times, one after the other."""
+        other = copy.copy(self)
+        other.ids_NT = self.ids_NT.repeat(count, 1)
+        other.hidden_NTD = other._like(self.hidden_NTD)
+        return other
 
     def keep_in(self, folder: Path) -> None:
         """From here on the stream, and all that has its size, lies in files of `folder`, which the system can page."""
@@ -103,9 +112,9 @@ class Walk:
         )
 
     @torch.no_grad()
-    def move(self, layer: int) -> None:
-        """Move the stream on to the next block."""
-        for rows in self.rows():
+    def move(self, layer: int, count: int | None = None) -> None:
+        """Move the stream, or the first `count` sequences of it, on to the next block."""
+        for rows in self.rows(count):
             self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
 
     @torch.no_grad()
@@ -254,6 +263,15 @@ class Walk:
         finally:
             hook.remove()
         return found[0]
+
+
+# (layers, walks, found) -> the layers in turn, each with its weights where `walks` finds them (offload.py)
+Visit = Callable[[Iterable[int], list[Walk], dict[int, dict[str, Any]]], Iterable[int]]
+
+
+def every(layers: Iterable[int], walks: list[Walk], found: dict[int, dict[str, Any]]) -> Iterable[int]:
+    """The layers in turn, of a model that is in memory as a whole."""
+    return layers
 
 
 def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -96,7 +96,10 @@ def graft_defaults(rule: str) -> dict[str, Any]:
     if options["feature_map"] == "silu":  # the activation after a short convolution, of which there is none
         options["feature_map"] = "identity"
     once = {find_rule(rule).writes: 1} if find_rule(rule).writes else None  # the teacher has one key per token
-    return {"rule": rule, "rule_options": complete_rule_options(rule, once), **options, **GRAFT_DEFAULTS}
+    rule_options = complete_rule_options(rule, once)
+    options |= GRAFT_DEFAULTS
+    options["beta_bias"] &= "beta" in find_rule(rule).inputs_with(rule_options)
+    return {"rule": rule, "rule_options": rule_options, **options}
 
 
 def written_out(layers: Iterable[int], fwp: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hf_fwp.conversion.teacher import empty_teacher
 from hf_fwp.hosts import HOSTS
 
 verb = importlib.import_module("hf_fwp.conversion.convert")
+offload = importlib.import_module("hf_fwp.conversion.offload")
 calibration = importlib.import_module("hf_fwp.conversion.calibrate")
 CONVERTED, LENGTH = [0, 2], 16
 STORED_OTHERWISE = {"mixtral", "qwen3_moe"}  # transformers joins their experts when it loads them
@@ -27,7 +28,8 @@ STORED_OTHERWISE = {"mixtral", "qwen3_moe"}  # transformers joins their experts 
 @pytest.fixture(autouse=True)
 def _few_candidates(monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},), ({"rotate": (False, True)},)))
-    small = Recipe("closed-form", "small", sequence_length=LENGTH, solve_tokens=7 * LENGTH)
+    rank = {"rank_solve_tokens": 6 * LENGTH, "rank_tokens": LENGTH}
+    small = Recipe("closed-form", "small", sequence_length=LENGTH, solve_tokens=7 * LENGTH, **rank)
     monkeypatch.setitem(RECIPES, "closed-form", small)
     monkeypatch.setattr(verb, "REPORT_TOKENS", 2 * LENGTH)
     few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
@@ -44,11 +46,11 @@ def in_memory(teacher, ids_NT):
     return student, solve(student, teacher, ids_NT, heldout=3, progress=False)
 
 
-def by_layer(folder, ids_NT, work, **settings):
+def by_layer(folder, ids_NT, work):
     """(student's folder, what was found, perplexities)."""
     teacher = empty_teacher(str(folder), dtype=torch.float32)
     student = empty_student(teacher, layers=CONVERTED, fwp=student_options("gated_delta_net")).eval()
-    pair = Offload(teacher, student, StoredWeights(folder, teacher), work / "layers", ids_NT[:2], **settings)
+    pair = Offload(teacher, student, StoredWeights(folder, teacher), work / "layers", ids_NT[:2])
     found = solve(student, teacher, ids_NT, heldout=3, progress=False, visit=pair.visit)
     assert all(p.is_meta for block in pair.blocks() for p in block.parameters())
     pair.complete()
@@ -62,12 +64,13 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_student_is_the_one_of_a_teacher_in_memory(name, ids_NT, tmp_path):
+def test_the_student_is_the_one_of_a_teacher_in_memory(name, ids_NT, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "IN_MEMORY", 0 if name == "llama" else offload.IN_MEMORY)
     teacher = tiny_teacher(name)
     folder = tmp_path / "teacher"
     teacher.save_pretrained(folder, max_shard_size="20kB", save_original_format=name not in STORED_OTHERWISE)
     student, expected = in_memory(teacher, ids_NT)
-    made, found, scores = by_layer(folder, ids_NT, tmp_path, on_disk=name == "llama")
+    made, found, scores = by_layer(folder, ids_NT, tmp_path)
     assert found == expected
     reloaded = AutoModelForCausalLM.from_pretrained(made)
     assert_same(reloaded.state_dict(), student.state_dict())
@@ -105,8 +108,12 @@ def folder(request, tmp_path):
     return tmp_path / "teacher"
 
 
-@pytest.mark.parametrize("keep", [0, [1, 3]], ids=["none", "named"])
-def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("keep", "killed"),
+    [(0, 2), ([1, 3], 2), (0.5, 2), (0.5, LAYERS + 2), (0.5, 2 * LAYERS + 2)],
+    ids=["none", "named", "while solving all", "while ranking", "ranked"],
+)
+def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, killed, folder, tmp_path, monkeypatch):
     said = {"keep": keep, "recipe": "closed-form", "data": TEXTS}
     whole = convert(folder, output=tmp_path / "whole", **said)
     monkeypatch.setattr(verb, "offloads", lambda *_: True)
@@ -114,7 +121,7 @@ def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, folder, tmp_path
 
     def interrupted(self, part):
         seen.append(part)
-        if len(seen) == 2:
+        if len(seen) == killed:
             raise KeyboardInterrupt
         forget(self, part)
 
@@ -126,6 +133,7 @@ def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, folder, tmp_path
     student = convert(folder, output=tmp_path / "made", **said, resume=True)
     assert not (tmp_path / "made.partial").exists()
     assert all(p.is_meta for name, p in student.named_parameters() if ".layers." in name)
+    assert len(seen) == killed, "it was killed"
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert_same(made.state_dict(), whole.state_dict())
 
@@ -135,6 +143,10 @@ def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, folder, tmp_path
         *(f"model-{number + 1:05d}-of-{LAYERS + 1:05d}.safetensors" for number in range(LAYERS + 1)),
     }
     report = json.loads((tmp_path / "made" / "report.json").read_text())
+    ours, theirs = student.conversion_report, whole.conversion_report
+    assert [ours.get(name) for name in ("ranking", "kept_layers", "choices")] == [
+        theirs.get(name) for name in ("ranking", "kept_layers", "choices")
+    ]
     assert report["residuals"] == json.loads((tmp_path / "whole" / "report.json").read_text())["residuals"]
     assert report["evaluation"]["kl"] == pytest.approx(whole.conversion_report["evaluation"]["kl"], rel=1e-3)
     stored = load_file(tmp_path / "made" / f"model-00002-of-{LAYERS + 1:05d}.safetensors")
@@ -148,7 +160,6 @@ def _has(file, part):
 
 
 REFUSED = [
-    ({"keep": 0.5}, "ranking layers needs the whole teacher at once. Name the layers that stay"),
     ({"recipe": "quick"}, "recipe 'quick' takes gradient steps on the whole student. Give recipe='closed-form'"),
     ({}, "layer by layer it takes .* GiB, which is more too"),
     ({"max_memory": "much"}, "max_memory is 'much'; give a number of bytes, or a size like '4GiB'"),
