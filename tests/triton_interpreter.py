@@ -9,6 +9,7 @@ def patch() -> None:
     """For this process."""
     patch_once_per_launch()
     round_as_a_gpu()
+    compare_to_bits()
 
 
 def patch_once_per_launch() -> None:
@@ -45,6 +46,18 @@ def round_as_a_gpu() -> None:
         return convert(x, from_type, to_type, rounding_mode)
 
     interpreter._convert_float = convert_rounded
+
+
+def compare_to_bits() -> None:
+    """What a comparison gives is of the type int1. By itself it says int32, and the mask made of it and another one is
+    refused (Triton 3.9)."""
+    operate = interpreter.InterpreterBuilder.binary_op
+
+    def operate_typed(self, lhs, rhs, op):
+        result = operate(self, lhs, rhs, op)
+        return interpreter.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+    interpreter.InterpreterBuilder.binary_op = operate_typed
 
 
 def nearest_bf16(x: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 import operators as problems
 import pytest
 import torch
+import triton_interpreter
 from operators import Problem
 
 from hf_fwp.kernels import decode
@@ -26,6 +27,7 @@ CHOICES = problems.CHOICES | {
 }
 COVERING = [Problem(**row) for row in problems.pairwise(CHOICES)]
 SOURCE = Path(decode.__file__).read_text()
+triton_interpreter.patch()
 
 # What the kernel does, and what a broken kernel would do instead.
 MUTATIONS = {

@@ -133,8 +133,8 @@ CASES = [
     pytest.param(torch.float32, 128, 2500, marks=pytest.mark.slow),
     pytest.param(torch.float32, 256, 4000, marks=pytest.mark.slow),
 ]
-# where another version of Triton leaves more than the newest, 3.7
-OTHERWISE = {("3.6", torch.bfloat16, 64): 600, ("3.6", "wide"): 200}
+# where another version of Triton leaves more than 3.7 and 3.8
+OTHERWISE = {("3.6", torch.bfloat16, 64): 600, ("3.6", "wide"): 200, ("3.9", "wide"): 170}
 
 
 def version() -> str:
