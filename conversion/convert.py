@@ -36,7 +36,7 @@ from .distil import distil
 from .extend import LOSSES, extend
 from .families import copy_teacher
 from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
-from .offload import LAYERS, finish_offloaded
+from .offload import LAYERS, RANKED, finish_offloaded
 from .plan import Plan, describe, offloads, within
 from .processes import copy_first, first_says, is_first, meet, processes, wait
 from .recipes import Recipe, find_recipe
@@ -150,7 +150,7 @@ def _offloads(
         if limit is not None:
             raise ValueError("max_memory is for a teacher given as a folder or Hub id, on the CPU; leave it out")
         return False
-    if work is not None and (work / LAYERS).is_dir():
+    if work is not None and any((work / name).is_dir() for name in (LAYERS, RANKED)):
         return True
     layer_by_layer = first_says(offloads(plan, model, limit))
     if layer_by_layer and processes() > 1:

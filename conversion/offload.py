@@ -260,7 +260,7 @@ def _pair(
 def _ranked(
     run: Run, stored: StoredWeights, work: Path
 ) -> tuple[list[int], dict[str, Any], dict[int, dict[str, Any]], Path]:
-    """The layers to keep, the options of the mixers of the others, what was found for all, and the folder they are in."""
+    """The layers to keep, the options of the other mixers, what was found for all, and the folder they are in."""
     plan, recipe, layers = run.plan, run.plan.recipe, range(run.plan.num_layers)
     pair = _pair(run, stored, layers, recipe.options(plan.rule), work / RANKED, writes="mixers")
     given = {**recipe.solve, "heldout": 2, "stream": "teacher"}

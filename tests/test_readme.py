@@ -89,9 +89,9 @@ def test_every_mode_of_the_table_is_held_by_a_test():
 
 
 def test_the_table_of_rules_is_the_one_in_the_code():
-    assert quoted("rules") == catalogue.markdown(
-        catalogue.rule_table(), first="rule", code=("what a token does",)
-    ), "print it with python -m hf_fwp.catalogue"
+    assert quoted("rules") == catalogue.markdown(catalogue.rule_table(), first="rule", code=("what a token does",)), (
+        "print it with python -m hf_fwp.catalogue"
+    )
 
 
 def test_the_table_of_hosts_is_the_one_in_the_code():

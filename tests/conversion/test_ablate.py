@@ -10,7 +10,7 @@ from tiny import TEXTS, byte_tokenizer, tiny_llama
 from typer.testing import CliRunner
 
 from hf_fwp import cli
-from hf_fwp.conversion.ablate import AS_IT_IS, CHOICES, SWEEPS, ablate, chosen, matters, outcome, runs_of
+from hf_fwp.conversion.ablate import AS_IT_IS, CHOICES, SWEEPS, ablate, chosen, fitted_to, matters, outcome, runs_of
 from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe
@@ -156,6 +156,37 @@ def test_recipes_side_by_side_and_training_that_was_interrupted(teacher, tmp_pat
     rows = ablated(teacher, tmp_path, recipe=["closed-form", "quick"])
     assert [(row["recipe"], row["choice"]) for row in rows] == [("closed-form", AS_IT_IS), ("quick", AS_IT_IS)]
     assert all(file.suffix == ".json" for file in (tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("recipe", ["quick", "naive", "radlads", "taylor-calibrate", "lolcats"])
+def test_a_budget_is_of_all_tokens_that_are_read(recipe, keep, teacher):
+    made = replace(find_recipe(recipe), sequence_length=LENGTH)
+    fitted = fitted_to(16000, made, teacher, rule=made.rule or "gated_delta_net", keep=keep)
+    assert fitted.tokens(ranked=keep > 0) == 16000
+    assert fitted.solve_tokens == made.solve_tokens
+    assert fitted.extend_tokens == 0
+    assert fitted_to(None, made, teacher, rule="gated_delta_net", keep=keep) == made
+
+
+def test_the_first_of_every_recipe_is_run_first_and_stands_beside_the_first_of_all(teacher, tmp_path, monkeypatch):
+    def measured(run, *_, **__):
+        done.append((run.recipe.name, run.choice))
+        kl = {"quick": 2.0, "closed-form": 1.0}[run.recipe.name] * (3 if "no gate" in run.choice else 1)
+        scores = {"ratio": 1.0, "kl": kl, "agreement": 1.0, "tokens": 32, "teacher_perplexity": 9.0}
+        environment = {"commit": "c", "date": "2026-01-01", "device": "d", "threads": 1}
+        environment["versions"] = dict.fromkeys(("torch", "transformers"), "1")
+        return {"evaluation": scores, "seconds": 1.0, "environment": environment}
+
+    done = []
+    monkeypatch.setattr(command, "_measured", measured)
+    rows = ablated(teacher, tmp_path, recipe=["quick", "closed-form"], choices=["no gate"])
+    assert done == [(name, choice) for choice in (AS_IT_IS, "no gate") for name in ("quick", "closed-form")]
+    assert [(row["recipe"], row["choice"]) for row in rows] == [
+        (name, choice) for name in ("quick", "closed-form") for choice in (AS_IT_IS, "no gate")
+    ]
+    assert [row["outcome"] for row in rows] == ["same", "worse", "better", "worse"]
+    assert rows[2]["expected"] == "worse than quick"
 
 
 def test_a_dry_run_says_what_would_be_run(teacher, tmp_path, capsys):

@@ -305,6 +305,4 @@ def test_opcheck(monkeypatch):
         monkeypatch.undo()
         assert len(found[0][1]) == 3 * convolved
         arguments = [list(x) if isinstance(x, tuple) else x for x in found[0]]
-        torch.library.opcheck(
-            mixer_step.mixer_step, tuple(arguments), test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(mixer_step.mixer_step, tuple(arguments), test_utils=("test_schema", "test_faketensor"))

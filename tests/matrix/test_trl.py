@@ -93,9 +93,7 @@ def test_preferences_start_at_log_2_and_are_learnt(name, tmp_path):
     slowly = {**SETTINGS, "learning_rate": 1e-4}  # longer steps throw a net that feeds itself back, fwp_1993, too far
     args = DPOConfig(str(tmp_path / "run"), per_device_train_batch_size=4, max_length=64, **slowly)
     data = Dataset.from_list(PROMPTS)
-    run = DPOTrainer(
-        saved_model(name, tokenizer, tmp_path), args=args, train_dataset=data, processing_class=tokenizer
-    )
+    run = DPOTrainer(saved_model(name, tokenizer, tmp_path), args=args, train_dataset=data, processing_class=tokenizer)
     run.train()
     losses = logged(run)
     assert abs(losses[0] - math.log(2)) < 1e-6

@@ -10,6 +10,7 @@ from hf_fwp import cross_entropy
 
 SINGLE = 1e-6  # transformers takes the loss from logits in float32, whatever the model's type
 
+
 def labels():
     found = tokens(3, 11).clone()
     found[0, :6], found[2] = -100, -100
