@@ -308,7 +308,9 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row |= {name: mean(each[name] for each in measured) for name in ("ratio", "kl", "agreement")}
         row |= {"ratios": [each["ratio"] for each in measured], "seconds": mean(run["seconds"] for run in runs)}
         row |= {"tokens": measured[0]["tokens"], "teacher_perplexity": measured[0]["teacher_perplexity"]}
-        row |= {"environment": runs[0]["environment"], "run": runs[0]["run"]}
+        # of a teacher in a folder its name: where it lies says nothing on another machine
+        said_of = runs[0]["run"] | {"teacher": Path(runs[0]["run"]["teacher"]).name}
+        row |= {"environment": runs[0]["environment"], "run": said_of}
         first = next((before for before in rows if before["recipe"] == recipe), (rows or [row])[0])
         row["outcome"] = outcome(row["kl"], first["kl"])
         rows.append(row)

@@ -187,6 +187,8 @@ def test_the_first_of_every_recipe_is_run_first_and_stands_beside_the_first_of_a
     ]
     assert [row["outcome"] for row in rows] == ["same", "worse", "better", "worse"]
     assert rows[2]["expected"] == "worse than quick"
+    monkeypatch.setattr(teacher, "name_or_path", "/somewhere/else/tiny")
+    assert ablated(teacher, tmp_path / "other")[0]["run"]["teacher"] == "tiny"
 
 
 def test_a_dry_run_says_what_would_be_run(teacher, tmp_path, capsys):

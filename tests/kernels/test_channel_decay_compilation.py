@@ -11,6 +11,7 @@ from test_compilation import (
     linear_class_launches,
     module,  # noqa: F401 (a fixture)
     spilled,
+    version,
 )
 
 SHARED = 64 * 1024  # bytes of shared memory: an AMD GPU has no more, NVIDIA's have 99 KiB or more
@@ -65,10 +66,13 @@ CASES = [
     pytest.param(torch.float32, 128, 500, marks=pytest.mark.slow),
     pytest.param(torch.float32, 256, 1700, marks=pytest.mark.slow),
 ]
+# where another version of Triton leaves more than 3.6 to 3.8
+OTHERWISE = {("3.9", torch.bfloat16, 64): 650}
 
 
 @pytest.mark.parametrize(("dtype", "size", "allowed"), CASES)
 def test_compiles_for_an_h100(found, tmp_path, dtype, size, allowed):
+    allowed = OTHERWISE.get((version(), dtype, size), allowed)
     run(dtype, size)
     assert [kernel.__name__ for kernel, *_ in found] == list(KERNELS[:4])
     for kernel, arguments, keywords in found:
