@@ -164,6 +164,7 @@ def ablate(
         return []
     told = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
     results: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         file = place / f"{run.name}.json"
         if not _is_there(file, run, told):
@@ -171,10 +172,16 @@ def ablate(
             result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
             write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
         results.append(json.loads(file.read_text()))
-        rows = rows_of(results)
-        write_whole(Path(output) / "ablation.json", json.dumps(rows, indent=2))
-        write_whole(Path(output) / "ablation.md", as_table(rows))
-    return rows_of(results)
+        rows = _written(results, Path(output))
+    return rows
+
+
+def _written(results: Sequence[Mapping[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """The rows of what is finished, which `output` holds as JSON and as Markdown from now on."""
+    rows = rows_of(results)
+    write_whole(output / "ablation.json", json.dumps(rows, indent=2))
+    write_whole(output / "ablation.md", as_table(rows))
+    return rows
 
 
 def fitted_to(budget: int | str | None, recipe: Recipe, model: PreTrainedModel, *, rule: str, keep: Keep) -> Recipe:
