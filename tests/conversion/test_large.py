@@ -1,6 +1,6 @@
 """A checkpoint of several gigabytes is converted in a process that may not hold half of it.
 
-3.5 GiB took 90 s on one core of a Xeon and at most 1.16 GiB; the plan said 1.3 GiB.
+3.5 GiB, layers ranked, took 66 s on two cores of a Xeon and at most 1.19 GiB.
 """
 
 import json
