@@ -83,6 +83,10 @@ CHOICES: dict[str, Choice] = {
     "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
     "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),
     "align mixers only": Choice("worse: q, k, v can help", {"align.lr_projections": 0.0}),
+    "one sequence a step": Choice(
+        "better: with few tokens more steps are worth more than larger ones",
+        {"align.batch_size": 1, "distil.batch_size": 1},
+    ),
     "distil mixers only": Choice("worse: the rest can make up for mixers", {"distil.lr_rest": 0.0}),
     "kept for recall too": Choice("worse in KL on text: other layers matter for recall", {"rank.recall": 1.0}),
     "kept uniformly": Choice("worse: layers differ by ten times in what they cost", keep="uniform"),

@@ -23,16 +23,18 @@ from .teacher import smollm2_gguf
 
 ROWS = ROOT / "conversion" / "comparisons.json"
 PAGE = ROOT / "conversion" / "RESULTS.md"
+RECIPES = ("quick", "naive", "radlads", "taylor-calibrate", "mamba-in-llama", "lolcats")
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     "choices": {"recipe": "closed-form"},
     "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept"},
     "recipes": {
-        "recipe": ("quick", "naive", "radlads", "taylor-calibrate", "mamba-in-llama", "lolcats"),
+        "recipe": RECIPES,
         "budget": "40k",
         "sweep": "lr",
     },
     "training": {"recipe": "quick", "budget": "40k", "choices": ("no align", "align", "distil")},
+    "steps": {"recipe": RECIPES, "budget": "40k", "choices": "one sequence a step"},
 }
 
 

@@ -35,9 +35,9 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "quick": ("quick", {}),
     "quick, window": ("quick", WINDOW),
 }
-KEEP = (0, 0.5, 0.75)
+KEEP = (0, 0.25, 0.5, 0.75)
 MEASURED = ("perplexity", "of the teacher's", "KL", "agreement", "minutes", "peak memory")
-HEADER = ("recipe", "kept softmax", *MEASURED, "commit")
+HEADER = ("recipe", "kept softmax", *MEASURED, "threads", "commit")
 
 
 def results(
@@ -110,7 +110,7 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
             f"{teacher['tokens']} held-out tokens of the Brown corpus, {', '.join(dates)}, {on['device']}, "
-            f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
+            f"torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
             f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); window: {WINDOW['window']} tokens and "
             f"{WINDOW['sinks']} sinks beside the fast weights; printed by `make results`.",
@@ -129,6 +129,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{measured['agreement']:.2f}",
         f"{row['seconds'] / 60:.1f}",
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        str(row["environment"]["threads"]),
         f"`{row['environment']['commit']}`",
     )
 
