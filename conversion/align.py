@@ -3,14 +3,14 @@
     minimise  sum_l ||y_l - A_l||² / ||A_l||²       y_l = mixer_l(x_l)
 
 x_l, A_l: input and output of the teacher's attention of layer l, seen by hooks during one pass of the teacher without
-gradients. Each hook runs its mixer forward and backward at once, so that one layer's graph is in memory at a time.
-Only mixers are trained: AdamW(.9, .95), no weight decay, the gradient of all mixers together clipped to 1, cosine.
-Several processes share the sequences of a step and sum what they find: the result is that of one.
+gradients. Each hook runs its mixer forward and backward and changes it at once, so that one layer's graph and gradient
+are in memory at a time. Only mixers are trained: AdamW(.9, .95), no weight decay, each mixer's gradient clipped to 1,
+cosine. A layer learns the same whichever others learn beside it. Several processes share the sequences of a step and
+sum what they find: the result is that of one.
 
-In memory are the teacher, of every mixer four times its weights (themselves, the gradient, which the common clip needs
-of all mixers before the first of them is changed, and Adam's two moments), and one layer's activations. SmolLM2-135M,
-all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 4 x 0.15 of mixers, 0.66 of activations and
-what the allocator keeps; 2.26 with 0.5 of Python and its libraries.
+In memory are the teacher, of every mixer three times its weights (themselves and Adam's two moments), and one layer's
+activations and gradient. SmolLM2-135M, all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 3 x 0.15
+of mixers, 0.3 of a layer; 1.77 with 0.5 of Python and its libraries (2.31 with one gradient of all mixers together).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def align(
     meet(student.device)
     mixers = chosen_mixers(student, teacher, layers)
     bf16 = fast_bf16(student.device) if bf16 is None else bf16
-    adam = optimizer(mixers, lr=lr, lr_projections=lr_projections)
-    run = Run(mixers, adam, warmup=math.ceil(WARMUP * steps), bf16=bf16)
+    adams = {layer: optimizer(mixer, lr=lr, lr_projections=lr_projections) for layer, mixer in mixers.items()}
+    run = Run(mixers, adams, steps=steps, lr_end=lr_end, bf16=bf16)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -93,7 +93,12 @@ def align(
     }
     if checkpoint is not None:
         run.restore(checkpoint, settings, resume=resume)
-    with trainable(mixers), hooked(teacher, mixers, run.layer_loss), evaluating(teacher), freed_memory_kept():
+    with (
+        trainable(mixers, adams.values()),
+        hooked(teacher, mixers, run.layer_step),
+        evaluating(teacher),
+        freed_memory_kept(),
+    ):
         shown = progress and is_first()
         bar = progress_bar(total=steps, initial=run.step, desc="align", unit="step", progress=shown)
         try:
@@ -102,19 +107,20 @@ def align(
                 probability = rate(window_dropout, run.step, steps=steps)
                 left_out = drawn(probability, mixers=len(mixers), sequences=batch_size, seed=seed + run.step)
                 with leaving_out(list(mixers.values()), left_out):
-                    run.train_step(teacher, ids_BT, steps=steps, lr_end=lr_end)
+                    run.train_step(teacher, ids_BT)
                 bar.update()
                 bar.set_postfix(residual=f"{run.recent:.4f}", refresh=False)
                 if checkpoint is not None and (run.step % save_every == 0 or run.step == steps):
                     run.save(checkpoint, settings)
         except KeyboardInterrupt:
-            # half an update would not be the state of any step: the last saved one is kept then
+            # half an update of a layer would not be the state of any step: the last saved one is kept then
             if checkpoint is not None and not run.updating:
                 run.save(checkpoint, settings)
             raise
         finally:
             bar.close()
-            run.optimizer.zero_grad(set_to_none=True)
+            for adam in adams.values():
+                adam.zero_grad(set_to_none=True)
     wait()  # until the last step is saved
     return run.report(tokens=steps * batch_size * ids_NT.shape[1])
 
@@ -124,13 +130,14 @@ class Run:
     """What changes while aligning, and is saved."""
 
     mixers: dict[int, FastWeightLayer]
-    optimizer: torch.optim.Optimizer
-    warmup: int
+    optimizers: dict[int, torch.optim.Optimizer]
+    steps: int
+    lr_end: float
     bf16: bool
     step: int = 0
     seconds: float = 0.0
     updating: bool = False
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of the layers that have done the step that is going on
     history: list[dict[str, Any]] = field(default_factory=list)
     first: dict[str, float] = field(default_factory=dict)  # residual of each layer in the first step
     last: dict[str, float] = field(default_factory=dict)  # and summed over the last tenth of the steps
@@ -140,8 +147,40 @@ class Run:
         """Mean residual of the layers in the last step."""
         return self.history[-1]["residual"] if self.history else math.nan
 
-    def layer_loss(self, layer: int, arguments: dict[str, Any], target_BTD: Tensor) -> None:
-        """Forward and backward of one mixer on what the teacher's attention was given and answered."""
+    def train_step(self, teacher: PreTrainedModel, ids_BT: Tensor) -> None:
+        """One batch: the teacher's pass, in which the hooks change one mixer after the other."""
+        start = time.perf_counter()
+        # entered anew in every step: it keeps the weights that it has cast until it is left
+        narrow = torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.bf16)
+        with torch.no_grad(), narrow:
+            teacher.base_model(input_ids=own_rows(ids_BT).to(teacher.device), use_cache=False)
+        self.updating = True
+        self.step += 1
+        self.note({str(layer): float(loss) for layer, loss in self.losses.items()})
+        self.losses.clear()
+        self.seconds += time.perf_counter() - start
+        self.updating = False
+
+    def layer_step(self, layer: int, arguments: dict[str, Any], target_BTD: Tensor) -> None:
+        """Change one mixer by what the teacher's attention was given and answered."""
+        if layer in self.losses:
+            return  # it had done this step when the run was interrupted
+        loss, optimizer = self.layer_loss(layer, arguments, target_BTD), self.optimizers[layer]
+        parameters = learning(optimizer)
+        for part in (loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)):
+            summed(part)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        factor = cosine(self.step, steps=self.steps, warmup=math.ceil(WARMUP * self.steps), end=self.lr_end)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.updating = True
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.losses[layer] = loss
+        self.updating = False
+
+    def layer_loss(self, layer: int, arguments: dict[str, Any], target_BTD: Tensor) -> Tensor:
+        """Forward and backward of one mixer: its residual here, whose gradient is left in its parameters."""
         mixer = self.mixers[layer]
         like = mixer.o_proj.weight
         x_BTD, rotary = arguments.pop("hidden_states"), arguments.pop("position_embeddings", None)
@@ -152,40 +191,18 @@ class Run:
             y_BTD, _ = mixer(x_BTD.to(like), position_embeddings=rotary, **arguments)
             loss = (y_BTD - target_BTD).square().sum() / summed(target_BTD.square().sum())
             loss.backward()
-        self.losses[layer] = loss.detach()
         # bf16 copies of weights that are of no further use in this step: 0.2 of 2.45 GiB (SmolLM2-135M)
         torch.clear_autocast_cache()
+        return loss.detach()
 
-    def train_step(self, teacher: PreTrainedModel, ids_BT: Tensor, *, steps: int, lr_end: float) -> None:
-        """One batch: the teacher's pass, whose hooks leave the gradients, and one update."""
-        start = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        # entered anew in every step: it keeps the weights that it has cast until it is left
-        narrow = torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.no_grad(), narrow:
-            teacher.base_model(input_ids=own_rows(ids_BT).to(teacher.device), use_cache=False)
-        for part in [*self.losses.values(), *(p.grad for p in named(self.mixers).values() if p.grad is not None)]:
-            summed(part)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        factor = cosine(self.step, steps=steps, warmup=self.warmup, end=lr_end)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.updating = True
-        self.optimizer.step()
-        self.step += 1
-        self.note({str(layer): float(loss) for layer, loss in self.losses.items()}, steps=steps)
-        self.seconds += time.perf_counter() - start
-        self.updating = False
-
-    def note(self, residuals: dict[str, float], *, steps: int) -> None:
+    def note(self, residuals: dict[str, float]) -> None:
         """Keep what the report needs of this step."""
         if self.step == 1:
             self.first = dict(residuals)
-        if self.step > steps - tail(steps):
+        if self.step > self.steps - tail(self.steps):
             self.last = {layer: self.last.get(layer, 0.0) + value for layer, value in residuals.items()}
         entry = {"step": self.step, "residual": sum(residuals.values()) / len(residuals)}
-        if len(self.history) > 1 and self.history[-1]["step"] % math.ceil(steps / LOGGED):
+        if len(self.history) > 1 and self.history[-1]["step"] % math.ceil(self.steps / LOGGED):
             self.history[-1] = entry  # the newest is always there, for the progress bar
         else:
             self.history.append(entry)
@@ -202,36 +219,44 @@ class Run:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name; the optimiser's moments exist after the first step."""
+        """Everything that a step changes, by name; the optimisers' moments exist after the first step."""
         found = {}
-        for name, parameter in named(self.mixers).items():
-            found[f"weight.{name}"] = parameter.detach()
-            for moment, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"{moment}.{name}"] = value
+        for layer, mixer in self.mixers.items():
+            for name, parameter in named({layer: mixer}).items():
+                found[f"weight.{name}"] = parameter.detach()
+                for moment, value in self.optimizers[layer].state.get(parameter, {}).items():
+                    found[f"{moment}.{name}"] = value
         return found
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
+        """The state after so many changes of a layer."""
         if not is_first():
             return
         said = {name: getattr(self, name) for name in ("step", "seconds", "history", "first", "last")}
-        save(folder, self.step, self.tensors(), {"settings": settings, **said})
+        said["losses"] = {str(layer): float(loss) for layer, loss in self.losses.items()}
+        changes = self.step * len(self.mixers) + len(self.losses)
+        save(folder, changes, self.tensors(), {"settings": settings, **said})
 
     def restore(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        """Continue from the newest saved step in `folder`, if there is one."""
+        """Continue from the newest saved state in `folder`, if there is one."""
         saved = latest(folder, resume=resume)
         if saved is None:
             return
         tensors, said = load(saved)
         check_settings(said.pop("settings"), settings, folder=folder)
+        losses = said.pop("losses", {})
+        self.losses = {int(layer): torch.tensor(loss, dtype=torch.float64) for layer, loss in losses.items()}
         for name, value in said.items():
             setattr(self, name, value)
-        for name, parameter in named(self.mixers).items():
-            with torch.no_grad():
-                parameter.copy_(tensors.pop(f"weight.{name}"))
-            state = {key.partition(".")[0]: key for key in tensors if key.partition(".")[2] == name}
-            for moment, key in state.items():
-                device = "cpu" if moment == "step" and not self.optimizer.defaults["fused"] else parameter.device
-                self.optimizer.state[parameter][moment] = tensors[key].to(device, copy=True)
+        for layer, mixer in self.mixers.items():
+            for name, parameter in named({layer: mixer}).items():
+                with torch.no_grad():
+                    parameter.copy_(tensors.pop(f"weight.{name}"))
+                state, fused = self.optimizers[layer].state, self.optimizers[layer].defaults["fused"]
+                for key in [key for key in tensors if key.partition(".")[2] == name]:
+                    moment = key.partition(".")[0]
+                    device = "cpu" if moment == "step" and not fused else parameter.device
+                    state[parameter][moment] = tensors[key].to(device, copy=True)
 
 
 def chosen_mixers(
@@ -257,16 +282,21 @@ def named(mixers: dict[int, FastWeightLayer]) -> dict[str, nn.Parameter]:
     return {f"{layer}.{name}": p for layer, mixer in mixers.items() for name, p in mixer.named_parameters()}
 
 
-def optimizer(mixers: dict[int, FastWeightLayer], *, lr: float, lr_projections: float) -> torch.optim.Optimizer:
+def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float) -> torch.optim.Optimizer:
     """AdamW with the projections that were copied from the teacher at their own, lower rate."""
-    copied = {name: p for name, p in named(mixers).items() if name.split(".")[1] in PROJECTIONS}
-    fresh = [p for name, p in named(mixers).items() if name not in copied]
+    copied = {name: p for name, p in mixer.named_parameters() if name.split(".")[0] in PROJECTIONS}
+    fresh = [p for name, p in mixer.named_parameters() if name not in copied]
     groups = [{"params": list(copied.values()), "peak": lr_projections}, {"params": fresh, "peak": lr}]
     groups = [group for group in groups if group["params"] and group["peak"]]
     if not groups:
         raise ValueError(f"nothing to train: lr is {lr} and lr_projections {lr_projections}; give one that is not 0")
     # fused: one pass over the weights instead of ten
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+def learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that it changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -336,11 +366,12 @@ def hooked(
 
 
 @contextmanager
-def trainable(mixers: dict[int, FastWeightLayer]) -> Iterator[None]:
-    """All parameters of the mixers ask for gradients inside, and as before outside."""
+def trainable(mixers: dict[int, FastWeightLayer], optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Of the mixers' parameters those that learn ask for gradients inside; outside all do as before."""
     before = {parameter: parameter.requires_grad for parameter in named(mixers).values()}
+    learned = {parameter for optimizer in optimizers for parameter in learning(optimizer)}
     for parameter in before:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(parameter in learned)
     try:
         yield
     finally:

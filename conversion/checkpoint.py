@@ -2,6 +2,8 @@
 
 FOLDER/step-00000050/state.safetensors      tensors by name
 FOLDER/step-00000050/state.json             everything else
+
+What a step is says the stage: align counts every change of a layer.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ class Needs:
         return self.process + self.outside + 2 * block + self.mixer + self.streams + self.equations
 
     def aligning(self) -> float:
-        # the mixers, their gradients and Adam's two moments
-        return self.process + self.weights + 4 * self.mixers + self.layer
+        # the mixers and Adam's two moments of all, the gradient of one
+        return self.process + self.weights + 3 * self.mixers + self.mixer + self.layer
 
     def distilling(self) -> float:
         return self.process + self.weights + 4 * (self.weights + self.mixers) + self.steps

@@ -60,36 +60,58 @@ def test_the_first_residual_and_its_gradient_are_those_written_out(teacher, ids)
     wanted = block.self_attn(x_BTD, position_embeddings=rotary, attention_mask=mask)[0].detach()
     given = student.hf_fwp_layers[1](x_BTD, position_embeddings=rotary)[0]
     expected = (given - wanted).square().sum() / wanted.square().sum()
-    run = Run(student.hf_fwp_layers, None, warmup=0, bf16=False)
-    with hooked(teacher, [1], run.layer_loss), torch.no_grad():
+    run, losses = Run(student.hf_fwp_layers, {}, steps=1, lr_end=0.0, bf16=False), []
+    with hooked(teacher, [1], lambda *seen: losses.append(run.layer_loss(*seen))), torch.no_grad():
         teacher.model(ids[:2], use_cache=False)
-    torch.testing.assert_close(run.losses[1], expected.detach())
+    torch.testing.assert_close(losses, [expected.detach()])
     for name, parameter in student.hf_fwp_layers[1].named_parameters():
         (gradient,) = torch.autograd.grad(expected, parameter, retain_graph=True)
         torch.testing.assert_close(parameter.grad, gradient, msg=name, rtol=1e-4, atol=1e-5)
 
 
-def interrupted(monkeypatch, stop, *args, **settings):
-    """A run that the user stops when `stop` steps are done."""
-    train_step = Run.train_step
+def test_a_layer_learns_the_same_whichever_others_learn_beside_it(teacher, ids):
+    together, alone = student_of(teacher), student_of(teacher)
+    log = align(together, teacher, ids, steps=5, **SETTINGS)
+    parts = [align(alone, teacher, ids, steps=5, layers=[layer], **SETTINGS) for layer in (2, 0)]
+    assert same(weights(together), weights(alone))
+    assert log["residual"] == parts[1]["residual"] | parts[0]["residual"]
 
-    def stopping(run, *args, **kwargs):
-        if run.step == stop:
+
+def test_one_gradient_is_in_memory_at_a_time(teacher, ids, monkeypatch):
+    student, held, layer_loss = student_of(teacher), [], Run.layer_loss
+
+    def watched(run, layer, *args):
+        loss = layer_loss(run, layer, *args)
+        held.append({own for own, mixer in run.mixers.items() if any(p.grad is not None for p in mixer.parameters())})
+        return loss
+
+    monkeypatch.setattr(Run, "layer_loss", watched)
+    align(student, teacher, ids, steps=2, **SETTINGS)
+    assert held == [{0}, {2}, {0}, {2}]
+
+
+def interrupted(monkeypatch, stop, *args, layer=0, **settings):
+    """A run that the user stops when `stop` steps are done, and in the next one those before a layer."""
+    layer_step = Run.layer_step
+
+    def stopping(run, reached, *args):
+        if (run.step, reached) == (stop, layer):
             raise KeyboardInterrupt
-        train_step(run, *args, **kwargs)
+        layer_step(run, reached, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_step", stopping)
+        patch.setattr(Run, "layer_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             align(*args, **settings)
 
 
-@pytest.mark.parametrize("save_every", [3, 100], ids=["after a save", "saved by the interrupt"])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(teacher, ids, tmp_path, monkeypatch, save_every):
+@pytest.mark.parametrize("layer", [0, 2], ids=["between steps", "within a step"])
+@pytest.mark.parametrize("save_every", [3, 5, 100], ids=["after a save", "saved", "saved by the interrupt"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(teacher, ids, tmp_path, monkeypatch, save_every, layer):
     whole, parts = student_of(teacher), student_of(teacher)
     expected = align(whole, teacher, ids, steps=9, **SETTINGS)
     settings = {**SETTINGS, "steps": 9, "checkpoint": tmp_path / "align", "save_every": save_every}
-    interrupted(monkeypatch, 5, parts, teacher, ids, **settings)
+    interrupted(monkeypatch, 5, parts, teacher, ids, layer=layer, **settings)
     again = student_of(teacher)
     log = align(again, teacher, ids, **settings, resume=True)
     assert same(weights(again), weights(whole))
@@ -161,8 +183,9 @@ def test_weights_cast_for_one_layer_are_forgotten_before_the_next(teacher, ids, 
     def watched(run, layer, *args):
         asked()  # by now it is cast
         before = asked()
-        layer_loss(run, layer, *args)
+        loss = layer_loss(run, layer, *args)
         kept.append((before, asked()))
+        return loss
 
     monkeypatch.setattr(Run, "layer_loss", watched)
     align(student_of(teacher), teacher, ids, steps=1, bf16=True, **SETTINGS)
