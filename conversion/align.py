@@ -9,8 +9,8 @@ cosine. A layer learns the same whichever others learn beside it. Several proces
 sum what they find: the result is that of one.
 
 In memory are the teacher, of every mixer three times its weights (themselves and Adam's two moments), and one layer's
-activations and gradient. SmolLM2-135M, all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 3 x 0.15
-of mixers, 0.3 of a layer; 1.77 with 0.5 of Python and its libraries (2.31 with one gradient of all mixers together).
+activations and gradient. SmolLM2-135M, all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 3 of
+0.15 of mixers, 0.3 of a layer; 1.77 with 0.5 of Python and its libraries (2.31 if all gradients were kept).
 """
 
 from __future__ import annotations
