@@ -285,7 +285,7 @@ def _measured(
     work: Path,
 ) -> dict[str, Any]:
     """Convert and evaluate. The model itself is not kept; its stages are, until the run has been measured."""
-    report = {"tokens": tokens, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    report = {"tokens": tokens, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     student: Any = convert(
         model,
         tokenizer=tokenizer,

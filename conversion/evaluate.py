@@ -4,6 +4,7 @@ scores     perplexity, KL, agreement (scores.py), of the model and of parts of i
 residual   sum_t ||y_t - A_t||^2 / sum_t ||A_t||^2, mixer output y and attention output A on the teacher's inputs
 speed      seconds to read a context, tokens per second after it, bytes that are kept
 samples    what both answer
+recall     what both still find in their context (recall.py)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hf_fwp.weights import check_weights
 from .align import hooked
 from .baselines import parts_off
 from .composite import text_config_of
+from .recall import LENGTHS, recall
 from .scores import compare, evaluating, forward_of, heldout_blocks, tokens_shown
 from .teacher import empty_teacher, find_config, load_teacher
 
@@ -51,28 +53,33 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     parts: bool = False,
+    needles: int = 4,
     progress: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement.
+    """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement; recall of both.
 
     `model` and `against` are models, folders, Hub ids or GGUF files; `device` and `dtype` are for what is loaded.
     `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus. parts: measure
     the model without its fast weights and without its windows too, as "fast_weights_off" and "window_off": one that is
-    no worse without them has learned to do without. dry_run: print what it takes, and return nothing.
+    no worse without them has learned to do without. needles: texts of each kind to recall from (0: none; there are none
+    without a tokenizer). dry_run: print what it takes, and return nothing.
     """
     if dry_run:
-        _show_plan(model, against, data, tokens=tokens, dtype=dtype)
+        _show_plan(model, against, data, tokens=tokens + needles * sum(LENGTHS), dtype=dtype)
         return {}
-    model, found = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
-    teacher = None
+    model, words = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    opened = {"model": model}
     if against is not None:
-        teacher, teachers = open_model(against, tokenizer=tokenizer, device=device, dtype=dtype)
-        found = found or teachers
-        _check_vocabularies(model, teacher)
-    ids_NT = heldout_blocks(data, found, tokens=tokens, sequence_length=sequence_length)
+        opened["teacher"], teachers = open_model(against, tokenizer=tokenizer, device=device, dtype=dtype)
+        words = words or teachers
+        _check_vocabularies(model, opened["teacher"])
+    ids_NT = heldout_blocks(data, words, tokens=tokens, sequence_length=sequence_length)
     models = {"model": forward_of(model), **(parts_off(model) if parts else {})}
-    found = compare(models, teacher and forward_of(teacher), ids_NT, progress=progress)
+    teacher = forward_of(opened["teacher"]) if against is not None else None
+    found: dict[str, Any] = compare(models, teacher, ids_NT, progress=progress)
+    if needles and words is not None:
+        found["recall"] = recall(opened, words, needles=needles, progress=progress)
     return {**found.pop("model"), **found}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_fwp.card import TIMES, bytes_shown, number, quality_rows, teacher_name
+from hf_fwp.card import TIMES, bytes_shown, number, quality_rows, recall_rows, teacher_name
 from hf_fwp.look import PAGE
 
 from .plots import draw
@@ -68,6 +68,14 @@ TEMPLATE = """<!doctype html>
 teacher on the tokens they were measured on. The sliding window is in the layers that are converted here, and needs no
 conversion at all; fast weights off shows what the rest of this model does alone, window off what its fast weights do
 without the window beside them.</p></div>
+{% endif %}
+{% if recall %}
+<h2>What they find again in their context</h2>
+<div class="card scroll"><table><tr><th></th><th>teacher</th><th>this model</th></tr>
+{% for row in recall %}<tr><td>{{ row.name }}</td><td>{{ percent(row.teacher) }}</td><td>{{ percent(row.student) }}</td>
+</tr>
+{% endfor %}</table><p class="quiet">Of {{ report.recall.student.texts }} texts each. A number counts if greedy decoding
+says all of it. Recall is where conversions lose first, long before the perplexity of text shows it.</p></div>
 {% endif %}
 {% if report.samples %}
 <h2>What they say</h2>
@@ -133,6 +141,7 @@ def page(report: Mapping[str, Any]) -> str:
         verdict=verdict(report.get("evaluation", {}).get("ratio")),
         tiles=tiles(report),
         rows=rows,
+        recall=recall_rows(report),
         speeds=_speeds(report.get("decode", {})),
         facts=facts(report),
         plots=draw(report, rows),

@@ -13,6 +13,7 @@ The report is a dict. Every key may be missing; what depends on it is then left 
     ranking                         {layer: float}: KL that converting this layer alone causes
     choices                         {layer: dict}: what was chosen for a layer (rates, rope heads, ridge, ...)
     decode                          {"student": rows, "teacher": rows} from decode_speed(...)
+    recall                          {"student": shares, "teacher": shares} from recall(...)
     samples                         [{"prompt", "teacher", "student"}] from samples(...)
     stages                          {name: dict} in order: "seconds", "tokens", "history": [{"step", a measure}], ...
     peak_memory_bytes, teacher_bytes    int: of the process while converting; the teacher's weights in float32
@@ -50,6 +51,7 @@ from hf_fwp.files import write_whole
 
 from .baselines import baselines
 from .evaluate import PROMPTS, decode_speed, residuals, samples
+from .recall import recall
 from .scores import compare, forward_of, heldout_blocks
 
 PACKAGES = ("hf_fwp", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors")
@@ -69,9 +71,11 @@ def measure(
     lengths: Sequence[int] = (512, 2048, 8192),
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 40,
+    needles: int = 4,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """All that a report says about quality and speed; a part with 0 tokens, no lengths or no prompts is left out."""
+    """All that a report says about quality and speed; a part with 0 tokens or needles, no lengths, no prompts is left
+    out."""
     ids_NT = heldout_blocks(data, tokenizer, tokens=tokens, sequence_length=sequence_length)
     models = {"model": forward_of(student)}
     found: dict[str, Any] = {"evaluation": compare(models, forward_of(teacher), ids_NT, progress=progress)["model"]}
@@ -85,6 +89,9 @@ def measure(
             "student": decode_speed(student, lengths, progress=progress, description="speed of the student"),
             "teacher": decode_speed(teacher, lengths, progress=progress, description="speed of the teacher"),
         }
+    if needles and tokenizer is not None:
+        pair = {"student": student, "teacher": teacher}
+        found["recall"] = recall(pair, tokenizer, needles=needles, progress=progress)
     if prompts and tokenizer is not None:
         found["samples"] = samples(student, teacher, tokenizer, prompts, new_tokens=new_tokens, progress=progress)
     return found

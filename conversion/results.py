@@ -37,7 +37,14 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 KEEP = (0, 0.25, 0.5, 0.75)
 MEASURED = ("perplexity", "of the teacher's", "KL", "agreement", "minutes", "peak memory")
-HEADER = ("recipe", "kept softmax", *MEASURED, "threads", "commit")
+# column: what recall.py measures
+RECALL = {
+    "needle 512": ("needles", 512, "found"),
+    "needle 2048": ("needles", 2048, "found"),
+    "pairs 64": ("pairs", 64, "foretold"),
+}
+NEEDLES = 8  # texts of each kind
+HEADER = ("recipe", "kept softmax", *MEASURED, *RECALL, "threads", "commit")
 
 
 def results(
@@ -77,7 +84,7 @@ def _measured(way: str, share: float, *, tokens: int, output: Path, seed: int) -
             seed=seed,
         )
     report = json.loads((output / "report.json").read_text())
-    measured = evaluate(output, against=smollm2_gguf(), data=heldout, tokens=tokens)
+    measured = evaluate(output, against=smollm2_gguf(), data=heldout, tokens=tokens, needles=NEEDLES)
     return {
         "recipe": way,
         "keep": share,
@@ -103,6 +110,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
     on = rows[0]["environment"]
     lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
+    recalled = next((row["evaluation"] for row in rows if "recall" in row["evaluation"]), {})
+    theirs = ", ".join(_recalled(recalled, "teacher", *asked) for asked in RECALL.values())
     teacher, dates = rows[0]["evaluation"], sorted({row["environment"]["date"][:10] for row in rows})
     return "\n".join(
         [
@@ -112,10 +121,18 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{teacher['tokens']} held-out tokens of the Brown corpus, {', '.join(dates)}, {on['device']}, "
             f"torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
-            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); window: {WINDOW['window']} tokens and "
-            f"{WINDOW['sinks']} sinks beside the fast weights; printed by `make results`.",
+            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); needle: numbers of seven digits found again in "
+            f"so many tokens, pairs: second words of so many pairs foretold, in {NEEDLES} texts each (the teacher: "
+            f"{theirs}); window: {WINDOW['window']} tokens and {WINDOW['sinks']} sinks beside the fast weights; "
+            "printed by `make results`.",
         ]
     )
+
+
+def _recalled(measured: Mapping[str, Any], name: str, kind: str, size: int, share: str) -> str:
+    """A share of what was to be recalled; a dash in a row from before it was measured."""
+    found = measured.get("recall", {}).get(name, {}).get(kind, {}).get(str(size))
+    return "-" if found is None else f"{found[share]:.2f}"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -129,6 +146,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{measured['agreement']:.2f}",
         f"{row['seconds'] / 60:.1f}",
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        *(_recalled(measured, "model", *asked) for asked in RECALL.values()),
         str(row["environment"]["threads"]),
         f"`{row['environment']['commit']}`",
     )

@@ -72,6 +72,21 @@ def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def recall_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was to be found in a context, and the shares that teacher and student found."""
+    both = report.get("recall", {})
+    ours, theirs = both.get("student", {}), both.get("teacher", {})
+    asked = [
+        ("needles", "found", "a number of seven digits in {} tokens of noise"),
+        ("pairs", "foretold", "second words of {} pairs, said again in another order"),
+    ]
+    return [
+        {"name": words.format(size), "student": shares[share], "teacher": theirs[kind][size][share]}
+        for kind, share, words in asked
+        for size, shares in ours.get(kind, {}).items()
+    ]
+
+
 def number(value: Any, digits: int = 3) -> str:
     """Three digits that count, no exponent below a million: 0.0123, 1.31, 47.6, 80597."""
     if value is None:
@@ -107,7 +122,7 @@ def model_card(report: Mapping[str, Any], *, address: str | None = None, with_co
     parts = [f"---\n{front.to_yaml()}\n---", f"# {report['name']}", _what(report), told]
     table = _quality_table(quality_rows(report))
     if table:
-        parts += ["## How good it is", table, _measured_on(report)]
+        parts += ["## How good it is", table, *_recall_table(recall_rows(report)), _measured_on(report)]
     return "\n\n".join([*parts, "## How it was made", _making(report)]) + "\n"
 
 
@@ -219,6 +234,14 @@ def _quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = (row["name"], number(row.get("perplexity")), ratio, number(row.get("kl")), share, row.get("tokens"))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _recall_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["| found again in the context | teacher | this model |", "|---|---|---|"]
+    lines += [f"| {row['name']} | {row['teacher']:.0%} | {row['student']:.0%} |" for row in rows]
+    return ["\n".join(lines)]
 
 
 def _measured_on(report: Mapping[str, Any]) -> str:

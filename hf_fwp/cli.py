@@ -164,12 +164,13 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help=f"Held-out text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 16384,
     parts: Annotated[bool, typer.Option("--parts", help="Also without its fast weights, and its windows.")] = False,
+    needles: Annotated[int, typer.Option(help="Texts of each kind to recall from; 0: none.")] = 4,
     dry_run: DryRun = False,
     json: AsJson = False,
 ) -> None:
     """Measure a model on held-out text, alone or against its teacher."""
     measured = conversion("evaluate")(
-        model, against=against, data=parse_data(data), tokens=tokens, parts=parts, dry_run=dry_run
+        model, against=against, data=parse_data(data), tokens=tokens, parts=parts, needles=needles, dry_run=dry_run
     )
     if not dry_run:
         show(measured, as_json=json, title=model)

@@ -31,7 +31,7 @@ LENGTH = 16
 STEPS = 8
 
 
-FEW = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+FEW = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
 SMALL = Recipe(
     "quick",
     "small",

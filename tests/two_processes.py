@@ -117,7 +117,7 @@ def converting(folder: Path):
     training = {"bf16": False, "window_dropout": (0.5, 0.5)}
     small |= {"align_tokens": 128, "align": training, "distil_tokens": 128, "distil": training}
     small["fwp"] = {"window": 4, "sinks": 1}
-    measures = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    measures = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     recipe = Recipe("few", "few tokens", **small, report=measures)
     said = {"tokenizer": byte_tokenizer(), "keep": 1, "recipe": recipe, "data": TEXTS, "output": folder / "made"}
     made = verb.convert(tiny_llama(layers=3).double(), **said)

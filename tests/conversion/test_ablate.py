@@ -228,7 +228,14 @@ def test_the_command_prints_the_table(teacher, tmp_path, monkeypatch):
 
 def test_a_recipe_of_ones_own_can_be_converted_with(teacher):
     own = replace(find_recipe("closed-form"), fwp={"time_scales": 1}, solve={"lambdas": (1.0,)})
-    report = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    report = {
+        "tokens": 2 * LENGTH,
+        "baseline_tokens": 0,
+        "residual_tokens": 0,
+        "lengths": (),
+        "prompts": (),
+        "needles": 0,
+    }
     student = convert(
         teacher, tokenizer=byte_tokenizer(), keep=[0], recipe=replace(own, report=report), data=TEXTS, seed=1
     )

@@ -28,7 +28,7 @@ TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH}
 def _small(monkeypatch):
     """The stages as they are, on few tokens; the measurements have tests of their own."""
     monkeypatch.setattr(verb, "REPORT_TOKENS", 2 * LENGTH)
-    few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     monkeypatch.setattr(verb, "_MEASURES", few)
     monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},), ({"rotate": (False, True)},)))
     monkeypatch.setitem(RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL))

@@ -108,7 +108,7 @@ def test_chats_that_cannot_be_read_are_refused():
 
 def test_a_recipe_extends_on_longer_sequences_of_its_own(capsys):
     small = Recipe("x", "x", copied=True, sequence_length=16, solve_tokens=0, extend_tokens=200, extend_length=50)
-    report = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    report = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     recipe = replace(small, extend={"batch_size": 2}, report=report)
     teacher = tiny_llama()
     made = convert(teacher, tokenizer=byte_tokenizer(), keep=[0], recipe=recipe, data=TEXTS)
@@ -146,7 +146,7 @@ def test_the_verb_learns_from_what_the_assistant_says_alone(kind, stage, tmp_pat
         return trained(student, ids_NT=ids_NT, labels_NT=labels_NT, **settings)
 
     monkeypatch.setattr(verb, stage, watched)
-    report = {"tokens": 50, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    report = {"tokens": 50, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     tokens = {"extend": {"extend_tokens": 100, "extend_length": 50}, "distil": {"distil_tokens": 100}}[stage]
     settings = {"batch_size": 2, "bf16": False, **({"losses": {"cross_entropy": 1.0}} if stage == "distil" else {})}
     small = Recipe("x", "x", copied=True, sequence_length=50, solve_tokens=0, report=report)

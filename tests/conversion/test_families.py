@@ -22,7 +22,7 @@ verb = importlib.import_module("hf_fwp.conversion.convert")
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    few = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    few = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     monkeypatch.setattr(verb, "REPORT_TOKENS", 32)
     monkeypatch.setattr(verb, "_MEASURES", few)  # the measurements have tests of their own
     monkeypatch.setitem(RECIPES, "closed-form", SMALL)

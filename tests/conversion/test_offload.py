@@ -32,7 +32,7 @@ def _few_candidates(monkeypatch):
     small = Recipe("closed-form", "small", sequence_length=LENGTH, solve_tokens=7 * LENGTH, **rank)
     monkeypatch.setitem(RECIPES, "closed-form", small)
     monkeypatch.setattr(verb, "REPORT_TOKENS", 2 * LENGTH)
-    few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    few = {"tokens": 2 * LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     monkeypatch.setattr(verb, "_MEASURES", few)
 
 

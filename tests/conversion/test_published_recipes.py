@@ -53,7 +53,7 @@ def kl_of(model, teacher):
 
 def kl_after(recipe, rule, teacher, *, budget=STEPS * 4 * LENGTH):
     """KL of the student that a recipe makes with few tokens, at rates for a model this small."""
-    report = {"tokens": LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": ()}
+    report = {"tokens": LENGTH, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
     few = replace(recipe.with_rates(6), sequence_length=LENGTH, solve_tokens=min(recipe.solve_tokens, 8 * LENGTH))
     few = replace(few, report=report, extend_length=4 * LENGTH)
     data = {"train": texts(600, 1), "test": texts(10, 2)}

@@ -37,6 +37,7 @@ def measured():
         lengths=(8, 16),
         prompts=("A delta rule <b>",),
         new_tokens=2,
+        needles=1,
         progress=False,
     )
 
@@ -60,7 +61,7 @@ def report(measured):
 
 
 def test_everything_is_measured_on_as_many_tokens_as_asked_for(measured):
-    assert set(measured) == {"evaluation", "baselines", "residuals", "decode", "samples"}
+    assert set(measured) == {"evaluation", "baselines", "residuals", "decode", "recall", "samples"}
     assert measured["evaluation"]["tokens"] == 128
     assert {row["tokens"] for row in measured["baselines"].values()} == {64}
     assert list(measured["residuals"]) == [1]
@@ -71,7 +72,15 @@ def test_parts_can_be_left_out():
     teacher = tiny_llama()
     ids_NT = torch.randint(0, 200, (1, 16))
     measured = measure(
-        teacher, teacher, ids_NT, baseline_tokens=0, residual_tokens=0, lengths=(), prompts=(), progress=False
+        teacher,
+        teacher,
+        ids_NT,
+        baseline_tokens=0,
+        residual_tokens=0,
+        lengths=(),
+        prompts=(),
+        needles=0,
+        progress=False,
     )
     assert list(measured) == ["evaluation"]
 
@@ -144,7 +153,14 @@ def test_the_page_begins_with_the_answer(report, tmp_path):
     assert body.index("1.23 &times;") < body.index("<h2>")
     assert "1 of 2 layers kept as softmax" in body
     assert "A delta rule &lt;b&gt;" in body  # what models say is text, never markup
-    for heading in ("baselines", "What they say", "Layer by layer", "Speed and memory", "How it was made"):
+    for heading in (
+        "baselines",
+        "What they find again",
+        "What they say",
+        "Layer by layer",
+        "Speed and memory",
+        "How it was made",
+    ):
         assert heading in body
 
 
@@ -156,6 +172,7 @@ def test_the_page_begins_with_the_answer(report, tmp_path):
         "residuals",
         "ranking",
         "decode",
+        "recall",
         "samples",
         "stages",
         "choices",
@@ -197,6 +214,8 @@ def test_the_card_is_one_that_the_hub_reads(report, tmp_path):
     assert "in 1 of 2 layers" in card.text
     assert f"| this model | {number(report['evaluation']['perplexity'])} |" in card.text
     assert "solve 3 s, align 70 s" in card.text
+    theirs, ours = (report["recall"][who]["needles"][512]["found"] for who in ("teacher", "student"))
+    assert f"| a number of seven digits in 512 tokens of noise | {theirs:.0%} | {ours:.0%} |" in card.text
 
 
 def test_a_local_teacher_is_no_base_model_and_its_place_stays_private(report, tmp_path):
