@@ -46,13 +46,16 @@ COMPILED = [
 ]  # fmt: skip
 
 
-# where another version of Triton leaves more than the newest, 3.7
+# where another version of Triton leaves more than 3.7
 OTHERWISE = {
     ("3.6", "self_modifying_delta", 64): 1100,
     ("3.6", "recurrent_delta_net", 128): 1200,
     ("3.6", "delta_rnn", 128): 150,
     ("3.6", "ba_fast_weights", 128): 300,
     ("3.6", "continuous_fwp", 128): 16,
+    **{(version, "fast_weight_memory", size): 2400 for version in ("3.8", "3.9") for size in (64, 128)},
+    **{("3.9", "fwp_1991", size): 16 for size in (64, 128)},
+    ("3.9", "delta_rnn", 128): 150,
 }
 
 
