@@ -20,7 +20,7 @@ from hf_fwp.bench.cpu import bench_cpu, markdown
 from hf_fwp.files import write_whole
 
 from .convert import convert
-from .data import brown
+from .data import brown, state_of_the_union
 from .evaluate import evaluate
 from .teacher import smollm2_gguf
 
@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "quick, window": ("quick", WINDOW),
 }
 KEEP = (0, 0.25, 0.5, 0.75)
-MEASURED = ("perplexity", "of the teacher's", "KL", "agreement", "minutes", "peak memory")
+MEASURED = ("perplexity", "of the teacher's", "on speeches", "KL", "agreement", "minutes", "peak memory")
 # column: what recall.py measures
 RECALL = {
     "needle 512": ("needles", 512, "found"),
@@ -85,6 +85,7 @@ def _measured(way: str, share: float, *, tokens: int, output: Path, seed: int) -
         )
     report = json.loads((output / "report.json").read_text())
     measured = evaluate(output, against=smollm2_gguf(), data=heldout, tokens=tokens, needles=NEEDLES)
+    speeches = evaluate(output, against=smollm2_gguf(), data=state_of_the_union()[1], tokens=tokens, needles=0)
     return {
         "recipe": way,
         "keep": share,
@@ -93,6 +94,7 @@ def _measured(way: str, share: float, *, tokens: int, output: Path, seed: int) -
         "teacher_bytes": report["teacher_bytes"],
         "environment": report["environment"],
         "evaluation": measured,
+        "speeches": speeches,
     }
 
 
@@ -118,7 +120,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
-            f"{teacher['tokens']} held-out tokens of the Brown corpus, {', '.join(dates)}, {on['device']}, "
+            f"{teacher['tokens']} held-out tokens of the Brown corpus, from which it was converted, and of speeches to "
+            f"the Congress (State of the Union), which are another kind of text; {', '.join(dates)}, {on['device']}, "
             f"torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
             f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); needle: numbers of seven digits found again in "
@@ -142,6 +145,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['keep']:.0%}",
         f"{measured['perplexity']:.1f}",
         f"{measured['ratio']:.2f} x",
+        f"{row['speeches']['ratio']:.2f} x" if "speeches" in row else "-",
         f"{measured['kl']:.3f}",
         f"{measured['agreement']:.2f}",
         f"{row['seconds'] / 60:.1f}",
