@@ -14,6 +14,7 @@ from .recipes import RECIPES, Recipe
 from .report import write_report
 from .solve import solve
 from .teacher import load_teacher
+from .write_text import write_text
 
 if TYPE_CHECKING:
     from .trainer import DistilTrainer
@@ -34,6 +35,7 @@ __all__ = [
     "rank_layers",
     "solve",
     "write_report",
+    "write_text",
 ]
 
 

@@ -66,7 +66,7 @@ def evaluate(
     without a tokenizer). dry_run: print what it takes, and return nothing.
     """
     if dry_run:
-        _show_plan(model, against, data, tokens=tokens + needles * sum(LENGTHS), dtype=dtype)
+        _show_plan(model, against, data, tokens=tokens, recalled=needles * sum(LENGTHS), dtype=dtype)
         return {}
     model, words = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
     opened = {"model": model}
@@ -83,21 +83,24 @@ def evaluate(
     return {**found.pop("model"), **found}
 
 
-def _show_plan(model: Model, against: Model | None, data: Any, *, tokens: int, dtype: torch.dtype) -> None:
+def _show_plan(
+    model: Model, against: Model | None, data: Any, *, tokens: int, recalled: int, dtype: torch.dtype
+) -> None:
     """What would be measured; neither weights nor text are read."""
-    models = [_without_weights(each, dtype) for each in (model, against) if each is not None]
+    models = [without_weights(each, dtype) for each in (model, against) if each is not None]
     if against is not None:
         _check_vocabularies(*models)
     if isinstance(data, Path) and not data.exists():
         raise ValueError(f"there is no data at {data}; give a file, or a folder with a dataset")
     count = data.numel() if isinstance(data, Tensor) else tokens
-    takes = duration(count * sum(map(seconds_per_token, models)))
+    takes = duration((count + recalled) * sum(map(seconds_per_token, models)))
     held = size((peak_memory() or 0) + sum(each.num_parameters() * each.dtype.itemsize for each in models))
     named = " beside ".join(str(each.name_or_path) for each in models)
     say(f"evaluate {named} on {count} tokens: {takes} on this processor, {held}")
 
 
-def _without_weights(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+def without_weights(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """What tells how large a model is, as fast as its config is read."""
     if isinstance(model, nn.Module):
         return model
     if str(model).endswith(".gguf"):

@@ -229,6 +229,18 @@ def parsed(limit: int | str) -> int:
         ) from error
 
 
+def token_count(said: int | str, *, what: str = "budget") -> int:
+    """200000, '200k' or '0.2M'."""
+    sizes, text = {"k": 1e3, "M": 1e6, "G": 1e9}, str(said)
+    try:
+        count = round(float(text[:-1]) * sizes[text[-1]]) if text[-1:] in sizes else int(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is {said!r}; give a number of tokens (200000, '200k', '0.2M')") from error
+    if count < 1:
+        raise ValueError(f"{what} is {said!r}; give at least one token")
+    return count
+
+
 def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_all: bool = False) -> Plan:
     """The plan with as many tokens for gradient steps as the budget allows.
 
@@ -236,15 +248,14 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
     """
     if budget is None:
         return plan
-    units, sizes = {"s": 1, "m": 60, "h": 3600}, {"k": 1e3, "M": 1e6}
-    text = str(budget)
+    units, text = {"s": 1, "m": 60, "h": 3600}, str(budget)
     try:
         if text[-1:] in units:
             closed = replace(plan, recipe=plan.recipe.with_trained(0))
             left = float(text[:-1]) * units[text[-1]] - estimate(closed, model)
             tokens = round(left / (COSTS["distil"] * _seconds_per_token(model)))
         else:
-            tokens = round(float(text[:-1]) * sizes[text[-1]]) if text[-1:] in sizes else int(text)
+            tokens = token_count(budget)
             tokens -= plan.recipe.with_trained(0).tokens(ranked=plan.ranked) if in_all else 0
     except ValueError as error:
         raise ValueError(

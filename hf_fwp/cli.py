@@ -23,7 +23,9 @@ from hf_fwp.rules import RULES
 from hf_fwp.telling import tell
 from hf_fwp.terminal import (
     DryRun,
+    conversion,
     flat,
+    parse_data,
     parse_dtype,
     parse_keep,
     parse_layers,
@@ -174,6 +176,25 @@ def evaluate(
     )
     if not dry_run:
         show(measured, as_json=json, title=model)
+
+
+@app.command(name="write-text")
+@well_mannered
+def write_text(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a Hub id or a GGUF file.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New .jsonl file, for --data of convert.")],
+    tokens: Annotated[str, typer.Option(help="How many tokens: 200k, 40M.")] = "1M",
+    data: Annotated[str | None, typer.Option(help=f"What its texts begin with: {DATA}")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Let a model write text, to convert it with where there is no other."""
+    given = {"tokens": tokens, "data": parse_data(data), "resume": resume, "seed": seed, "dry_run": dry_run}
+    written = conversion("write_text")(model, output, dtype=parse_dtype(dtype) or torch.float32, **given)
+    if not dry_run:
+        tell(str(written))
 
 
 @app.command()
@@ -372,16 +393,6 @@ def serve(
 ) -> None:
     """Run transformers' OpenAI-compatible server with a model of this package."""
     importlib.import_module("hf_fwp.serving").serve(model, host=host, port=port, device=device, dtype=dtype)
-
-
-def parse_data(name: str | None) -> Any:
-    """What --data names; None where it is left out."""
-    return None if name is None else conversion("data", "find_data")(name)
-
-
-def conversion(module: str, name: str | None = None) -> Any:
-    """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
-    return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How the command line reads what a user typed, and shows what a function gave back."""
 
 import functools
+import importlib
 import inspect
 import json as json_format
 import sys
@@ -125,3 +126,13 @@ def flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     return rows
+
+
+def parse_data(name: str | None) -> Any:
+    """What --data names; None where it is left out."""
+    return None if name is None else conversion("data", "find_data")(name)
+
+
+def conversion(module: str, name: str | None = None) -> Any:
+    """A name of hf_fwp.conversion, by default the function its module is called after; loaded when needed."""
+    return getattr(importlib.import_module(f"hf_fwp.conversion.{module}"), name or module)

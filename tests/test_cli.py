@@ -26,6 +26,7 @@ FUNCTIONS = {
     "convert": ("hf_fwp.conversion.convert", "convert"),
     "ablate": ("hf_fwp.conversion.ablate", "ablate"),
     "evaluate": ("hf_fwp.conversion.evaluate", "evaluate"),
+    "write-text": ("hf_fwp.conversion.write_text", "write_text"),
     "inspect": ("hf_fwp.inspection", "inspect"),
     "info": ("hf_fwp.cli", "info"),
     "push": ("hf_fwp.hub", "push"),

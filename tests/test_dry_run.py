@@ -54,6 +54,7 @@ def planned(words: str, places: dict[str, Path], folder: Path) -> str:
         ("demo TEACHER --output OUT", "solve 512 tokens: about"),
         ("ablate TEACHER --output OUT --choices no --data CORPUS", "runs, about"),
         ("evaluate OWN --against TEACHER --data CORPUS --tokens 512", "on 512 tokens: about"),
+        ("write-text TEACHER OUT.jsonl --data CORPUS --tokens 2k", "write 2000 tokens of"),
         ("inspect OWN --text hello --against TEACHER --output OUT", "2 of 2 layers while it reads"),
         ("export OWN OUT --format fla", "would write FwpForCausalLM"),
         ("export OWN OUT --format onnx", "would write FwpForCausalLM"),
