@@ -195,7 +195,8 @@ def channel_decay_backward(
     d_rates = torch.zeros(rates, dtype=torch.float32, device=v.device)
     query, d_read = (d_out, q) if across else (q, d_out)
     d_states = torch.empty_like(states)
-    # R of wider heads: kept on the chip, at 128 in bf16, 808 bytes per thread would be spilled instead of 208
+    # R of wider heads: kept on the chip, at 128 in bf16, 808 bytes per thread would be spilled instead of 208, and what
+    # is spilled lies in device memory too: 150 KiB more of 256 threads, where R itself takes 16
     room = torch.empty_like(d_read) if call.width(call.sizes.launches.gradients) < v.shape[3] else None
     # without rates and gates the gradient of what was written is that of v
     d_written = dv if beta is None and write is None else torch.empty_like(v)
