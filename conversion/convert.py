@@ -252,6 +252,7 @@ _MEASURES: dict[str, Any] = {
     "residual_tokens": 0,
     "lengths": (256, 1024),
     "new_tokens": 32,
+    "needles": 2,
 }
 
 
