@@ -35,7 +35,7 @@ from .data import read_splits
 from .distil import distil
 from .extend import LOSSES, extend
 from .families import copy_teacher
-from .keep import Keep, keep_softmax, kept_count, most_needed, rank_layers
+from .keep import Keep, for_recall, keep_softmax, kept_count, most_needed, rank_layers
 from .offload import LAYERS, RANKED, finish_offloaded
 from .plan import Plan, describe, offloads, within
 from .processes import copy_first, first_says, is_first, meet, processes, wait
@@ -83,6 +83,8 @@ def convert(
     """
     meet(device)
     options, output = find_recipe(recipe).with_mixer(mixer), None if output is None else Path(output)
+    if for_recall(keep):
+        options = replace(options, rank={"recall": 1.0, **options.rank})
     options.options(rule)
     check_output(output, resume=resume)
     given = isinstance(teacher, PreTrainedModel)

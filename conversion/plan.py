@@ -81,7 +81,8 @@ def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> st
     if plan.kept is None or not plan.ranked:
         kept = f"{len(plan.named())} of {plan.num_layers} layers stay softmax"
     else:
-        kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by measured KL"
+        measure = "measured KL on text and on a probe of recall" if plan.recipe.rank.get("recall") else "measured KL"
+        kept = f"{plan.kept} of {plan.num_layers} layers stay softmax, ranked by {measure}"
     lines = [f"convert {plan.teacher} to {plan.rule}, recipe {plan.recipe.name}: {kept}"]
     lines += [f"  text: {plan.data}"] if plan.data else []
     lines += ["  layer by layer: the teacher is never in memory as a whole"] if offload else []
@@ -115,6 +116,7 @@ def _closed_form(plan: Plan) -> dict[str, float]:
     search = SEARCHED * recipe.sequence_length * COSTS["calibrate"]
     solve = recipe.solve_tokens * ((1 - kept) * COSTS["solve"] + kept * COSTS["move"])
     rank = recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30  # a swap for every layer
+    rank *= 2 if recipe.rank.get("recall") else 1
     rank += recipe.rank_solve_tokens * COSTS["rank_solve"]
     return {"rank": search + rank, "solve": solve if plan.ranked else solve + (1 - kept) * search}
 

@@ -62,7 +62,7 @@ def convert(
     rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
     keep: Annotated[
         str,
-        typer.Option(help="Layers that stay softmax: a fraction (0.25), a count (7), a list (0,3,5) or uniform:0.25."),
+        typer.Option(help="Softmax layers: a fraction (0.25), a count (7), recall:0.25, a list (0,3,5), uniform:0.25."),
     ] = "0.25",
     recipe: Annotated[str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")] = "quick",
     mixer: Annotated[

@@ -51,8 +51,8 @@ def well_mannered(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_keep(text: str) -> float | int | list[int] | str:
-    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `uniform:0.25` as it is."""
-    if text.startswith("uniform:"):
+    """`0.25` a fraction, `7` a count, `0,3,5` a list of layers, `recall:0.25` and `uniform:0.25` as they are."""
+    if text.startswith(("recall:", "uniform:")):
         return text
     try:
         if "," in text:
@@ -60,7 +60,8 @@ def parse_keep(text: str) -> float | int | list[int] | str:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError as fault:
         raise ValueError(
-            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5) or uniform:0.25"
+            f"cannot read --keep {text!r}; give a fraction (0.25), a count (7), layers (0,3,5), recall:0.25 or "
+            "uniform:0.25"
         ) from fault
 
 

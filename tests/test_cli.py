@@ -115,6 +115,7 @@ def test_help_is_readable(words):
         ("0,3,5", [0, 3, 5]),
         ("3,", [3]),
         ("uniform:0.25", "uniform:0.25"),
+        ("recall:0.25", "recall:0.25"),
     ],
 )
 def test_keep_is_read_as_python_has_it(text, value):

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -208,6 +209,18 @@ def test_layers_that_were_named_stay_softmax(keep, converted, folder):
     student = convert(folder, keep=keep, recipe="closed-form", data=TEXTS)
     assert converted_layers(student.config) == converted
     assert student.conversion_report["kept_layers"] == [i for i in range(LAYERS) if i not in converted]
+
+
+def test_layers_are_ranked_for_recall_as_with_the_recipe_that_says_so(folder):
+    said = {"rank": {"recall": 1.0}}
+    given = [("recall:0.34", {}), (0.34, said), (0.34, {}), ("recall:0.34", {"rank": {"recall": 0.5}})]
+    rankings = []
+    for keep, change in given:
+        recipe = replace(RECIPES["closed-form"], **change)
+        rankings.append(convert(folder, keep=keep, recipe=recipe, data=TEXTS).conversion_report["ranking"])
+    assert rankings[0] == rankings[1]
+    assert rankings[0] != rankings[2]
+    assert rankings[0] != rankings[3]  # a weight of one's own stays
 
 
 BAD = [

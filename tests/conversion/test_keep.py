@@ -61,6 +61,10 @@ def test_layers_by_name(keep, layers):
     assert kept_layers(keep, 30) == layers
 
 
+def test_a_share_for_recall_is_ranked():
+    assert [kept_count(f"recall:{share}", 30) for share in (0, 0.25, 1)] == [0, 8, 30]
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_uniform_layers_are_evenly_spaced(share):
     layers = kept_layers(f"uniform:{share}", 30)
@@ -84,6 +88,8 @@ def test_uniform_layers_are_evenly_spaced(share):
         ([True], r"keep is \[True\]; give a fraction"),
         ("uniform:x", "keep is 'uniform:x'; give a fraction"),
         ("uniform:1.5", "keep is 'uniform:1.5'; give a fraction"),
+        ("recall:1.5", "keep is 'recall:1.5'; give a fraction"),
+        ("recall:", "keep is 'recall:'; give a fraction"),
         ("uniform", "keep is 'uniform'; give a fraction"),
         ("foo:0.2", "keep is 'foo:0.2'; give a fraction"),
         ("0.25", "keep is '0.25'; give a fraction"),
