@@ -166,7 +166,7 @@ class Run:
         if layer in self.losses:
             return  # it had done this step when the run was interrupted
         loss, optimizer = self.layer_loss(layer, arguments, target_BTD), self.optimizers[layer]
-        parameters = learning(optimizer)
+        parameters = changed_by(optimizer)
         for part in (loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)):
             summed(part)
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -294,7 +294,7 @@ def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float) -> to
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
 
 
-def learning(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def changed_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that it changes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -369,7 +369,7 @@ def hooked(
 def trainable(mixers: dict[int, FastWeightLayer], optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
     """Of the mixers' parameters those that learn ask for gradients inside; outside all do as before."""
     before = {parameter: parameter.requires_grad for parameter in named(mixers).values()}
-    learned = {parameter for optimizer in optimizers for parameter in learning(optimizer)}
+    learned = {parameter for optimizer in optimizers for parameter in changed_by(optimizer)}
     for parameter in before:
         parameter.requires_grad_(parameter in learned)
     try:

@@ -31,6 +31,7 @@ from .scores import evaluating
 from .tokens import token_blocks
 
 SETTINGS, TEXTS = "settings.json", "texts.jsonl"
+SAMPLING: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0}  # from all of the distribution
 
 
 def write_text(
@@ -83,9 +84,8 @@ def write_text(
     if (work / SETTINGS).is_file():
         check_settings(json.loads((work / SETTINGS).read_text()), settings, folder=work)
     write_whole(work / SETTINGS, json.dumps(settings))
-    sampling = {"max_length": length, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with told_when_full(work):
-        _write(writer, words, prompts_NP, work / TEXTS, settings, sampling, progress=progress)
+        _write(writer, words, prompts_NP, work / TEXTS, settings, progress=progress)
     os.replace(work / TEXTS, output)
     shutil.rmtree(work)
     return output
@@ -115,7 +115,6 @@ def _write(
     prompts_NP: Tensor,
     file: Path,
     settings: dict[str, Any],
-    sampling: dict[str, Any],
     *,
     progress: bool,
 ) -> None:
@@ -128,7 +127,7 @@ def _write(
     with progress_bar(**show, initial=done, desc="write text") as bar, file.open("a", encoding="utf-8") as lines:
         while done < settings["tokens"]:
             at = torch.arange(number * batch, (number + 1) * batch) % len(order)
-            rows = list(_continued(model, tokenizer, prompts_NP[order[at]], sampling, seed=seed * 1_000_003 + number))
+            rows = list(_continued(model, tokenizer, prompts_NP[order[at]], settings, seed=seed * 1_000_003 + number))
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             lines.flush()
             number, before = number + 1, done
@@ -150,7 +149,7 @@ def _continued(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts_BP: Tensor,
-    sampling: dict[str, Any],
+    settings: dict[str, Any],
     *,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
@@ -159,10 +158,16 @@ def _continued(
     generate: Any = model.generate
     with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        ids_BP = prompts_BP.to(model.device)
-        seen_BP = torch.ones_like(ids_BP)
-        ends = tokenizer.eos_token_id
-        out_BT = generate(input_ids=ids_BP, attention_mask=seen_BP, pad_token_id=ends, eos_token_id=ends, **sampling)
+        ids_BP, ends = prompts_BP.to(model.device), tokenizer.eos_token_id
+        out_BT = generate(
+            input_ids=ids_BP,
+            attention_mask=torch.ones_like(ids_BP),
+            max_length=settings["length"],
+            temperature=settings["temperature"],
+            **SAMPLING,
+            pad_token_id=ends,
+            eos_token_id=ends,
+        )
     for ids_T in out_BT.tolist():
         said = ids_T[prompts_BP.shape[1] :]
         said = said[: said.index(ends)] if ends in said else said
