@@ -8,16 +8,17 @@ are in memory at a time. Only mixers are trained: AdamW(.9, .95), no weight deca
 cosine. A layer learns the same whichever others learn beside it. Several processes share the sequences of a step and
 sum what they find: the result is that of one.
 
-In memory are the teacher, of every mixer three times its weights (themselves and Adam's two moments), and one layer's
-activations and gradient. SmolLM2-135M, all 30 layers, 4 sequences of 512 tokens, on a CPU: 0.50 GiB of teacher, 3 of
-0.15 of mixers, 0.3 of a layer; 1.77 with 0.5 of Python and its libraries (2.31 if all gradients were kept).
+In memory are the teacher and one layer's activations and gradient. The mixers' weights and Adam's two moments are there
+too, but for a run with a folder on a CPU: there they lie in files, and come into memory while their layer learns.
+SmolLM2-135M, all 30 layers, 4 sequences of 512 tokens: 0.50 GiB of teacher, 0.31 of a layer, 0.02 of a mixer with its
+moments and gradient; 1.33 with 0.45 of Python and its libraries (1.76 without a folder).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,18 +28,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fwp.hosts import find_host
 from hf_fwp.layer import FastWeightLayer, layers_of
 from hf_fwp.telling import progress_bar
 
 from .checkpoint import check_settings, latest, load, save
 from .dropout import NEVER, drawn, leaving_out, rate
-from .families import attention_modules, output_projection_name
-from .memory import freed_memory_kept
+from .hooks import evaluating, hooked
+from .memory import forget, freed_memory_kept, give_back_freed_memory, mapped
 from .processes import is_first, meet, own_rows, summed, wait
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BETAS = (0.9, 0.95)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, as PyTorch calls them
 CLIP = 1.0
 WARMUP = 0.05  # of all steps
 LOGGED = 100  # entries of the history, at most
@@ -68,8 +69,9 @@ def align(
     Without `steps`, one pass over the blocks. q/k/v/o projections learn at `lr_projections`, the rest of a mixer at
     `lr` (0: it stays as it is); both end at `lr_end` times that. With `checkpoint` (a folder) the run is saved every
     `save_every` steps and when it is interrupted; `resume` continues it with the same result as if it had never
-    stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it.
-    `window_dropout`: how often windows are left out, in the first and in the last step (dropout.py).
+    stopped; and on a CPU what is learned lies in files there, which are gone with the run. `bf16`: matrix products in
+    bf16, weights in float32; None: where the device is made for it. `window_dropout`: how often windows are left out,
+    in the first and in the last step (dropout.py).
     """
     steps = len(ids_NT) // batch_size if steps is None else steps
     if steps < 1 or len(ids_NT) < 1:
@@ -77,8 +79,10 @@ def align(
     meet(student.device)
     mixers = chosen_mixers(student, teacher, layers)
     bf16 = fast_bf16(student.device) if bf16 is None else bf16
-    adams = {layer: optimizer(mixer, lr=lr, lr_projections=lr_projections) for layer, mixer in mixers.items()}
-    run = Run(mixers, adams, steps=steps, lr_end=lr_end, bf16=bf16)
+    disk = checkpoint if student.device.type == "cpu" else None
+    rates = {"lr": lr, "lr_projections": lr_projections}
+    adams = {layer: optimizer(mixer, **rates, disk=disk) for layer, mixer in mixers.items()}
+    run = Run(mixers, adams, steps=steps, lr_end=lr_end, bf16=bf16, disk=disk)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -91,14 +95,15 @@ def align(
         "window_dropout": list(window_dropout),
         "seed": seed,
     }
-    if checkpoint is not None:
-        run.restore(checkpoint, settings, resume=resume)
     with (
+        weights_on_disk(run),
         trainable(mixers, adams.values()),
         hooked(teacher, mixers, run.layer_step),
         evaluating(teacher),
         freed_memory_kept(),
     ):
+        if checkpoint is not None:
+            run.restore(checkpoint, settings, resume=resume)
         shown = progress and is_first()
         bar = progress_bar(total=steps, initial=run.step, desc="align", unit="step", progress=shown)
         try:
@@ -134,6 +139,7 @@ class Run:
     steps: int
     lr_end: float
     bf16: bool
+    disk: Path | None = None  # folder of the files in which weights and moments lie
     step: int = 0
     seconds: float = 0.0
     updating: bool = False
@@ -178,6 +184,14 @@ class Run:
         optimizer.zero_grad(set_to_none=True)
         self.losses[layer] = loss
         self.updating = False
+        self.forget(layer)
+
+    def forget(self, layer: int) -> None:
+        """What lies in files leaves the memory; only inside weights_on_disk."""
+        if self.disk is not None:
+            for tensor in self.tensors(layer).values():
+                if tensor.ndim:
+                    forget(tensor)
 
     def layer_loss(self, layer: int, arguments: dict[str, Any], target_BTD: Tensor) -> Tensor:
         """Forward and backward of one mixer: its residual here, whose gradient is left in its parameters."""
@@ -218,15 +232,20 @@ class Run:
             "history": self.history,
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name; the optimisers' moments exist after the first step."""
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """Everything that a step changes of one mixer, by name."""
         found = {}
-        for layer, mixer in self.mixers.items():
-            for name, parameter in named({layer: mixer}).items():
-                found[f"weight.{name}"] = parameter.detach()
-                for moment, value in self.optimizers[layer].state.get(parameter, {}).items():
-                    found[f"{moment}.{name}"] = value
+        for name, parameter in named({layer: self.mixers[layer]}).items():
+            found[f"weight.{name}"] = parameter.detach()
+            for moment, value in self.optimizers[layer].state.get(parameter, {}).items():
+                found[f"{moment}.{name}"] = value
         return found
+
+    def parts(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of one mixer after the other."""
+        for layer in self.mixers:
+            yield self.tensors(layer)
+            self.forget(layer)
 
     def save(self, folder: Path, settings: dict[str, Any]) -> None:
         """The state after so many changes of a layer."""
@@ -235,7 +254,7 @@ class Run:
         said = {name: getattr(self, name) for name in ("step", "seconds", "history", "first", "last")}
         said["losses"] = {str(layer): float(loss) for layer, loss in self.losses.items()}
         changes = self.step * len(self.mixers) + len(self.losses)
-        save(folder, changes, self.tensors(), {"settings": settings, **said})
+        save(folder, changes, self.parts(), {"settings": settings, **said})
 
     def restore(self, folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
         """Continue from the newest saved state in `folder`, if there is one."""
@@ -248,15 +267,11 @@ class Run:
         self.losses = {int(layer): torch.tensor(loss, dtype=torch.float64) for layer, loss in losses.items()}
         for name, value in said.items():
             setattr(self, name, value)
-        for layer, mixer in self.mixers.items():
-            for name, parameter in named({layer: mixer}).items():
-                with torch.no_grad():
-                    parameter.copy_(tensors.pop(f"weight.{name}"))
-                state, fused = self.optimizers[layer].state, self.optimizers[layer].defaults["fused"]
-                for key in [key for key in tensors if key.partition(".")[2] == name]:
-                    moment = key.partition(".")[0]
-                    device = "cpu" if moment == "step" and not fused else parameter.device
-                    state[parameter][moment] = tensors[key].to(device, copy=True)
+        own = {name: tensor for layer in self.mixers for name, tensor in self.tensors(layer).items()}
+        for name, tensor in tensors:
+            own[name].copy_(tensor)
+        for layer in self.mixers:
+            self.forget(layer)
 
 
 def chosen_mixers(
@@ -282,8 +297,8 @@ def named(mixers: dict[int, FastWeightLayer]) -> dict[str, nn.Parameter]:
     return {f"{layer}.{name}": p for layer, mixer in mixers.items() for name, p in mixer.named_parameters()}
 
 
-def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float) -> torch.optim.Optimizer:
-    """AdamW with the projections that were copied from the teacher at their own, lower rate."""
+def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float, disk: Path | None) -> torch.optim.Optimizer:
+    """AdamW with the projections that were copied from the teacher at their own, lower rate; `disk`: of its moments."""
     copied = {name: p for name, p in mixer.named_parameters() if name.split(".")[0] in PROJECTIONS}
     fresh = [p for name, p in mixer.named_parameters() if name not in copied]
     groups = [{"params": list(copied.values()), "peak": lr_projections}, {"params": fresh, "peak": lr}]
@@ -291,7 +306,14 @@ def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float) -> to
     if not groups:
         raise ValueError(f"nothing to train: lr is {lr} and lr_projections {lr_projections}; give one that is not 0")
     # fused: one pass over the weights instead of ten
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW(groups, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+    for parameter in changed_by(adam):
+        adam.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        for moment in MOMENTS:
+            like = (parameter.shape, parameter.dtype)
+            zeros = torch.zeros_like(parameter) if disk is None else mapped(disk, *like)
+            adam.state[parameter][moment] = zeros
+    return adam
 
 
 def changed_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -333,36 +355,18 @@ def _order(count: int, *, seed: int, epoch: int) -> Tensor:
 
 
 @contextmanager
-def hooked(
-    teacher: PreTrainedModel, layers: Iterable[int], seen: Callable[[int, dict[str, Any], Tensor], None]
-) -> Iterator[None]:
-    """Call `seen(layer, arguments, output)` whenever the teacher's attention of one of the layers has run."""
-    projection, answers = output_projection_name(find_host(teacher.config)), {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            answers[layer] = output  # of some families the attention's own output has the residual stream added
-
-        return hook
-
-    def tell(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            arguments = {**kwargs, "past_key_values": None}
-            if args:
-                arguments["hidden_states"] = args[0]
-            seen(layer, arguments, answers.pop(layer))
-
-        return hook
-
-    modules, handles = attention_modules(teacher), []
-    for layer in layers:
-        handles.append(modules[layer].get_submodule(projection).register_forward_hook(keep(layer)))
-        handles.append(modules[layer].register_forward_hook(tell(layer), with_kwargs=True))
+def weights_on_disk(run: Run) -> Iterator[None]:
+    """Inside, the mixers' weights lie where their moments do; outside in memory."""
+    parameters = [] if run.disk is None else list(named(run.mixers).values())
+    for parameter in parameters:
+        parameter.data = mapped(run.disk, parameter.shape, parameter.dtype).copy_(parameter.data)
+        forget(parameter)
+    give_back_freed_memory()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
 
 
 @contextmanager
@@ -377,15 +381,3 @@ def trainable(mixers: dict[int, FastWeightLayer], optimizers: Iterable[torch.opt
     finally:
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode inside (no dropout), and as before outside."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

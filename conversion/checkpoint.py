@@ -1,7 +1,7 @@
 """The state of a stage on disk: a folder per saved step, complete or not there at all.
 
-FOLDER/step-00000050/state.safetensors      tensors by name
-FOLDER/step-00000050/state.json             everything else
+FOLDER/step-00000050/state-0000.safetensors     tensors by name, as many files as there are parts
+FOLDER/step-00000050/state.json                 everything else
 
 What a step is says the stage: align counts every change of a layer.
 """
@@ -11,28 +11,33 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-TENSORS, REST = "state.safetensors", "state.json"
+TENSORS, REST = "state-{:04d}.safetensors", "state.json"
 FULL = 2**16  # bytes; a disk with less than this left is full
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Write under another name, then rename: a kill leaves the step before. Older steps are deleted."""
+def save(folder: Path, step: int, parts: Iterable[dict[str, Tensor]], rest: dict[str, Any]) -> None:
+    """Write under another name, then rename: a kill leaves the step before. Older steps are deleted.
+
+    One part of the tensors is asked for, and written, after the other.
+    """
     place = folder / f"step-{step:08d}"
     if place.is_dir():
         return
     unfinished = folder / f"unfinished-{step:08d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+    for number, tensors in enumerate(parts):
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, unfinished / TENSORS.format(number))
     (unfinished / REST).write_text(json.dumps(rest))
     unfinished.rename(place)
     for older in steps(folder):
@@ -40,11 +45,16 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], rest: dict[str, An
             shutil.rmtree(older)
 
 
-def load(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save` was given."""
-    # clone: a mapped file's tensors need not lie at aligned addresses, where sums come out in another order
-    tensors = {name: tensor.clone() for name, tensor in load_file(place / TENSORS).items()}
-    return tensors, json.loads((place / REST).read_text())
+def load(place: Path) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    """What `save` was given: the tensors one after the other, and everything else."""
+    return _tensors(place), json.loads((place / REST).read_text())
+
+
+def _tensors(place: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in sorted(place.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in list(stored.keys()):
+                yield name, stored.get_tensor(name)
 
 
 def steps(folder: Path) -> list[Path]:

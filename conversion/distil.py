@@ -25,8 +25,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_fwp.layer import layers_of
 from hf_fwp.telling import current
 
-from .align import BETAS, CLIP, evaluating, fast_bf16
+from .align import BETAS, CLIP, fast_bf16
 from .dropout import NEVER, WindowDropout, leave_out
+from .hooks import evaluating
 from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
 

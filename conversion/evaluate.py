@@ -26,9 +26,9 @@ from hf_fwp.layer import layers_of
 from hf_fwp.telling import progress_bar, say
 from hf_fwp.weights import check_weights
 
-from .align import hooked
 from .baselines import parts_off
 from .composite import text_config_of
+from .hooks import hooked
 from .recall import LENGTHS, recall
 from .scores import compare, evaluating, forward_of, heldout_blocks, tokens_shown
 from .teacher import empty_teacher, find_config, load_teacher

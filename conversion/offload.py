@@ -133,7 +133,7 @@ class Offload:
                 self._write(part, self._file(layer + 1))
             self._forget(part)
             hidden = {str(place): walk.hidden_NTD for place, walk in enumerate(streams)}
-            save(self.steps, layer + 1, hidden, {"found": found, "fwp": self.student_fwp})
+            save(self.steps, layer + 1, [hidden], {"found": found, "fwp": self.student_fwp})
 
     def blocks(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """The decoder blocks of the teacher and of the student."""
@@ -221,8 +221,8 @@ class Offload:
         if saved is None:
             return 0
         tensors, said = load(saved)
-        for place, walk in enumerate(streams):
-            walk.hidden_NTD.copy_(tensors[str(place)])
+        for place, hidden_NTD in tensors:
+            streams[int(place)].hidden_NTD.copy_(hidden_NTD)
         found |= {int(layer): choice for layer, choice in said["found"].items()}
         self.student_fwp.update(said["fwp"])
         return int(saved.name.rpartition("-")[2])

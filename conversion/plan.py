@@ -30,8 +30,8 @@ COSTS = {"calibrate": 10.1, "solve": 4.5, "rank_solve": 3.5, "move": 1.6, "rank"
 COSTS |= {"align": 2.7, "distil": 5.8, "extend": 5.0}
 SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 that judge
 # Tensors [tokens, hidden size] that are in memory at once: while solving, per layer for the backward of distil, and for
-# a layer of align, where 0.66 GiB were measured (SmolLM2-135M, 2048 tokens).
-STREAMS, ACTIVATIONS, ALIGNED = 9, 40, 150
+# a layer of align, where 0.31 GiB were measured (SmolLM2-135M, 2048 tokens).
+STREAMS, ACTIVATIONS, ALIGNED = 9, 40, 75
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
 BATCH = 4  # sequences a step, where the recipe does not say
@@ -155,8 +155,8 @@ class Needs:
         return self.process + self.outside + 2 * block + self.mixer + self.streams + self.equations
 
     def aligning(self) -> float:
-        # the mixers and Adam's two moments of all, the gradient of one
-        return self.process + self.weights + 3 * self.mixers + self.mixer + self.layer
+        # all mixers before and afterwards; on the way one, with Adam's two moments and its gradient
+        return self.process + self.weights + max(self.mixers, 4 * self.mixer + self.layer)
 
     def distilling(self) -> float:
         return self.process + self.weights + 4 * (self.weights + self.mixers) + self.steps

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fwp.hosts import blocks_of, find_host, layer_rotates
 
 from .families import output_projection_name
+from .memory import mapped
 from .softmax import Softmax
 
 ROWS = 2  # sequences that are computed at once: what a mixer holds for four is 40 MB more (SmolLM2-135M)
@@ -272,12 +271,6 @@ Visit = Callable[[Iterable[int], list[Walk], dict[int, dict[str, Any]]], Iterabl
 def every(layers: Iterable[int], walks: list[Walk], found: dict[int, dict[str, Any]]) -> Iterable[int]:
     """The layers in turn, of a model that is in memory as a whole."""
     return layers
-
-
-def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that is a file of `folder`, which is gone when the tensor is."""
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 @dataclass

@@ -1,11 +1,16 @@
 """Alignment: the mixers approach the teacher's attention, nothing else changes, and a resumed run is the same run."""
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from teachers import SHAPES, tiny_teacher
 
-from hf_fwp.conversion.align import Run, align, batch, hooked
+from hf_fwp.conversion.align import Run, align, batch
 from hf_fwp.conversion.families import copy_teacher
+from hf_fwp.conversion.hooks import hooked
 
 FWP = {"rule": "gated_delta_net", "qk_norm": "l2", "time_scales": 2, "value_skip": 1, "beta_bias": True}
 SETTINGS = {"batch_size": 2, "lr": 1e-2, "lr_projections": 1e-3, "progress": False}
@@ -88,6 +93,30 @@ def test_one_gradient_is_in_memory_at_a_time(teacher, ids, monkeypatch):
     monkeypatch.setattr(Run, "layer_loss", watched)
     align(student, teacher, ids, steps=2, **SETTINGS)
     assert held == [{0}, {2}, {0}, {2}]
+
+
+def resident(tensor):
+    """Bytes of a mapped tensor that are in memory."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        start, end = (int(address, 16) for address in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return int(mapping.partition("\nRss:")[2].split()[0]) * 1024
+    raise AssertionError("not in memory's map")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told what to do with mapped memory")
+def test_in_a_folder_what_a_layer_learns_is_in_memory_only_while_it_does(teacher, ids, tmp_path, monkeypatch):
+    student, held, layer_loss = student_of(teacher), [], Run.layer_loss
+
+    def watched(run, layer, *args):
+        loss = layer_loss(run, layer, *args)
+        tensors = {own: [tensor for tensor in run.tensors(own).values() if tensor.ndim] for own in run.mixers}
+        held.append({own for own, parts in tensors.items() if any(map(resident, parts))})
+        return loss
+
+    monkeypatch.setattr(Run, "layer_loss", watched)
+    align(student, teacher, ids, steps=3, **SETTINGS, checkpoint=tmp_path, save_every=1)
+    assert held == 3 * [{0}, {2}]
 
 
 def interrupted(monkeypatch, stop, *args, layer=0, **settings):

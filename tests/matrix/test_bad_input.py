@@ -272,7 +272,7 @@ def lines(text):
 
 
 def interrupted(folder):
-    checkpoint.save(folder, 3, {"x": torch.zeros(1)}, {})
+    checkpoint.save(folder, 3, [{"x": torch.zeros(1)}], {})
     checkpoint.latest(folder, resume=False)
 
 
