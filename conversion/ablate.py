@@ -32,6 +32,7 @@ from hf_fwp.telling import say
 from .convert import convert
 from .keep import Keep, kept_count, kept_layers
 from .plan import Plan, estimate, within
+from .recall import COLUMNS, EXPLAINED, cells
 from .recipes import TRAINING, Recipe, find_recipe
 from .report import plain
 from .teacher import Teacher, load_teacher
@@ -138,6 +139,7 @@ def ablate(
     sweep: str | None = None,
     data: Any = None,
     tokens: int = 16384,
+    needles: int = 0,
     output: str | Path = "out/ablation",
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -149,8 +151,9 @@ def ablate(
     Arguments as in convert. recipe: one or several; one that is for a certain rule is run with it. budget: of tokens,
     all that a run reads, with gradient steps or without; extend, for contexts longer than what is measured, is left
     out then. choices: names of CHOICES, or how they begin; None: all for one recipe, only AS_IT_IS for several or with
-    a sweep. sweep: a name of SWEEPS. dry_run: print what would be run and how long it should take. Raises ValueError
-    for an unknown choice or sweep, and for results in `output` that belong to other arguments.
+    a sweep. sweep: a name of SWEEPS. needles: texts of each kind to recall from, too (recall.py). dry_run: print what
+    would be run and how long it should take. Raises ValueError for an unknown choice or sweep, and for results in
+    `output` that belong to other arguments.
     """
     made = [find_recipe(each) for each in ([recipe] if isinstance(recipe, (str, Recipe)) else recipe)]
     names = chosen(choices, alone=len(made) == 1 and sweep is None)
@@ -167,13 +170,15 @@ def ablate(
         _show_plan(runs, place, model)
         return []
     told = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
+    told |= {"needles": needles} if needles else {}
     results: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         file = place / f"{run.name}.json"
         if not _is_there(file, run, told):
             say(f"run {number} of {len(runs)}: {run.recipe.name}, {run.choice}")
-            result = _measured(run, model, tokenizer, data, tokens=tokens, work=place / run.name)
+            measures = {"tokens": tokens, "needles": needles}
+            result = _measured(run, model, tokenizer, data, measures=measures, work=place / run.name)
             write_whole(file, json.dumps({"run": said(run, told), **result}, indent=2))
         results.append(json.loads(file.read_text()))
         rows = _written(results, Path(output))
@@ -281,11 +286,11 @@ def _measured(
     tokenizer: PreTrainedTokenizerBase | None,
     data: Any,
     *,
-    tokens: int,
+    measures: Mapping[str, int],
     work: Path,
 ) -> dict[str, Any]:
     """Convert and evaluate. The model itself is not kept; its stages are, until the run has been measured."""
-    report = {"tokens": tokens, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
+    report = {"baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), **measures}
     student: Any = convert(
         model,
         tokenizer=tokenizer,
@@ -299,7 +304,7 @@ def _measured(
     )
     found = student.conversion_report
     shutil.rmtree(work, ignore_errors=True)
-    wanted = ("evaluation", "kept_layers", "ranking", "residuals", "environment")
+    wanted = ("evaluation", "recall", "kept_layers", "ranking", "residuals", "environment")
     seconds = sum(stage["seconds"] for stage in found["stages"].values())
     return plain({"seconds": seconds, **{name: found[name] for name in wanted if name in found}})
 
@@ -322,6 +327,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         # of a teacher in a folder its name: where it lies says nothing on another machine
         said_of = runs[0]["run"] | {"teacher": Path(runs[0]["run"]["teacher"]).name}
         row |= {"environment": runs[0]["environment"], "run": said_of}
+        row |= {"recall": [run["recall"]["student"] for run in runs if "recall" in run]}
         first = next((before for before in rows if before["recipe"] == recipe), (rows or [row])[0])
         row["outcome"] = outcome(row["kl"], first["kl"])
         rows.append(row)
@@ -338,7 +344,8 @@ def outcome(kl: float, reference: float) -> str:
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
     run, on = rows[0]["run"], rows[0]["environment"]
-    lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
+    header = (*HEADER, *COLUMNS) if any(row.get("recall") for row in rows) else HEADER
+    lines = [header, tuple("---" for _ in header), *(_cells(row)[: len(header)] for row in rows)]
     commits = dict.fromkeys(f"`{row['environment']['commit']}`" for row in rows)
     return "\n".join(
         [
@@ -348,7 +355,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{rows[0]['tokens']} held-out tokens, commit {', '.join(commits)}, {on['date'][:10]}, {on['device']}, "
             f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes of the conversion without measuring it; the same: within {SAME:.0%} of the KL of the recipe's "
-            "first row, or, for that, of the first row of all.",
+            f"first row, or, for that, of the first row of all{f'; {EXPLAINED}' if header != HEADER else ''}.",
             "",
         ]
     )
@@ -366,6 +373,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['agreement']:.3f}",
         f"{row['seconds'] / 60:.1f}",
         str(len(row["ratios"])),
+        *(", ".join(each) for each in zip(*map(cells, row.get("recall") or [None]), strict=True)),
     )
 
 

@@ -27,7 +27,7 @@ RECIPES = ("quick", "naive", "radlads", "taylor-calibrate", "mamba-in-llama", "l
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     "choices": {"recipe": "closed-form"},
-    "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept"},
+    "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept", "needles": 8},
     "recipes": {
         "recipe": RECIPES,
         "budget": "40k",

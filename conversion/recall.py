@@ -27,6 +27,15 @@ from .scores import evaluating
 LENGTHS = (512, 2048)  # tokens of a text with a needle in it
 PAIRS = (16, 64)
 DIGITS = 7
+# column of a table: what of recall() stands in it
+COLUMNS = {
+    "needle 512": ("needles", 512, "found"),
+    "needle 2048": ("needles", 2048, "found"),
+    "pairs 64": ("pairs", 64, "foretold"),
+}
+EXPLAINED = (
+    "needle: numbers of seven digits found again in so many tokens, pairs: second words of so many pairs foretold"
+)
 BEGINNING = "One of these lines says a secret number. Remember it, you will be asked for it at the end.\n"
 NOISE = ("The river runs by the mill.", " The wind is in the trees.", " The road goes over the hill and back.\n")
 NEEDLE = "The secret number of the {name} is {number}.\n"
@@ -100,6 +109,13 @@ def _tasks(
         if probes and (room is None or max(probe.ids_T.numel() for probe in probes) <= room):
             tasks.append(("pairs", number, probes))
     return tasks
+
+
+def cells(measured: Mapping[str, Any] | None) -> Iterator[str]:
+    """What stands in COLUMNS of what `recall` says of a model, after JSON or before; dashes for what is not there."""
+    for kind, size, share in COLUMNS.values():
+        sizes = {str(key): shares for key, shares in (measured or {}).get(kind, {}).items()}
+        yield f"{sizes[str(size)][share]:.2f}" if str(size) in sizes else "-"
 
 
 def foretold(model: PreTrainedModel, probe: Probe) -> Tensor:

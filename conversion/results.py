@@ -22,6 +22,7 @@ from hf_fwp.files import write_whole
 from .convert import convert
 from .data import brown, state_of_the_union
 from .evaluate import evaluate
+from .recall import COLUMNS, EXPLAINED, cells
 from .teacher import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +38,8 @@ WAYS: dict[str, tuple[str, Mapping[str, Any]]] = {
 }
 KEEP = (0, 0.25, 0.5, 0.75)
 MEASURED = ("perplexity", "of the teacher's", "on speeches", "KL", "agreement", "minutes", "peak memory")
-# column: what recall.py measures
-RECALL = {
-    "needle 512": ("needles", 512, "found"),
-    "needle 2048": ("needles", 2048, "found"),
-    "pairs 64": ("pairs", 64, "foretold"),
-}
 NEEDLES = 8  # texts of each kind
-HEADER = ("recipe", "kept softmax", *MEASURED, *RECALL, "threads", "commit")
+HEADER = ("recipe", "kept softmax", *MEASURED, *COLUMNS, "threads", "commit")
 
 
 def results(
@@ -113,7 +108,8 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     on = rows[0]["environment"]
     lines = [HEADER, tuple("---" for _ in HEADER), *(_cells(row) for row in rows)]
     recalled = next((row["evaluation"] for row in rows if "recall" in row["evaluation"]), {})
-    theirs = ", ".join(_recalled(recalled, "teacher", *asked) for asked in RECALL.values())
+    theirs = ", ".join(cells(recalled.get("recall", {}).get("teacher")))
+    devices = dict.fromkeys(row["environment"]["device"] for row in rows)
     teacher, dates = rows[0]["evaluation"], sorted({row["environment"]["date"][:10] for row in rows})
     return "\n".join(
         [
@@ -121,21 +117,14 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             "",
             f"SmolLM2-135M-Instruct (perplexity {teacher['teacher_perplexity']:.1f}), gated delta rule, "
             f"{teacher['tokens']} held-out tokens of the Brown corpus, from which it was converted, and of speeches to "
-            f"the Congress (State of the Union), which are another kind of text; {', '.join(dates)}, {on['device']}, "
-            f"torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
+            f"the Congress (State of the Union), which are another kind of text; {', '.join(dates)}, "
+            f"{' and '.join(devices)}, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
-            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); needle: numbers of seven digits found again in "
-            f"so many tokens, pairs: second words of so many pairs foretold, in {NEEDLES} texts each (the teacher: "
-            f"{theirs}); window: {WINDOW['window']} tokens and {WINDOW['sinks']} sinks beside the fast weights; "
-            "printed by `make results`.",
+            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); {EXPLAINED}, in {NEEDLES} texts each (the "
+            f"teacher: {theirs}); window: {WINDOW['window']} tokens and {WINDOW['sinks']} sinks beside the fast "
+            "weights; printed by `make results`.",
         ]
     )
-
-
-def _recalled(measured: Mapping[str, Any], name: str, kind: str, size: int, share: str) -> str:
-    """A share of what was to be recalled; a dash in a row from before it was measured."""
-    found = measured.get("recall", {}).get(name, {}).get(kind, {}).get(str(size))
-    return "-" if found is None else f"{found[share]:.2f}"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -150,7 +139,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{measured['agreement']:.2f}",
         f"{row['seconds'] / 60:.1f}",
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
-        *(_recalled(measured, "model", *asked) for asked in RECALL.values()),
+        *cells(measured.get("recall", {}).get("model")),
         str(row["environment"]["threads"]),
         f"`{row['environment']['commit']}`",
     )

@@ -124,9 +124,8 @@ def ablate(
     sweep: Annotated[str | None, typer.Option(help="lr: every run at several learning rates.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Training text: {DATA}")] = None,
     tokens: Annotated[int, typer.Option(help="How many held-out tokens to measure on.")] = 16384,
-    output: Annotated[Path, typer.Option(help="Folder for the results; what is there is not run again.")] = Path(
-        "out/ablation"
-    ),
+    needles: Annotated[int, typer.Option(help="Texts of each kind to recall from; 0: none.")] = 0,
+    output: Annotated[Path, typer.Option(help="Results; what is there is not run again.")] = Path("out/ablation"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
@@ -145,6 +144,7 @@ def ablate(
         sweep=sweep,
         data=parse_data(data),
         tokens=tokens,
+        needles=needles,
         output=output,
         seed=seed,
         device=device,

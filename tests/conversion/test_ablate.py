@@ -145,6 +145,20 @@ def test_runs_are_done_once_and_the_table_says_what_came_out(teacher, tmp_path, 
         ablated(teacher, tmp_path, choices=["no gate"], rule="delta_net")
 
 
+def test_recall_stands_in_the_table_of_runs_that_measured_it(teacher, tmp_path):
+    rows = ablated(teacher, tmp_path, choices=["kept at"], keep=1, needles=1)
+    assert [len(row["recall"]) for row in rows] == [1, 3]
+    assert rows[0]["recall"][0]["texts"] == 1
+    header, _, *lines = (tmp_path / "ablation.md").read_text().splitlines()
+    for line, row in zip(lines, rows, strict=False):
+        given = dict(zip(header.strip(" |").split(" | "), line.strip(" |").split(" | "), strict=True))
+        shares = [found["needles"]["512"]["found"] for found in row["recall"]]
+        assert given["needle 512"] == ", ".join(f"{share:.2f}" for share in shares)
+    assert "needle: numbers" in lines[-1]
+    with pytest.raises(ValueError, match="a run with another needles; give another output"):
+        ablated(teacher, tmp_path, keep=1, needles=2, choices=["kept at"])
+
+
 def test_recipes_side_by_side_and_training_that_was_interrupted(teacher, tmp_path, monkeypatch):
     verb = importlib.import_module("hf_fwp.conversion.convert")
     with monkeypatch.context() as patch:
