@@ -13,17 +13,28 @@ pytestmark = [
 ]
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# fwp_1993 is chaotic with these weights: after 200 tokens float32 has no correct digit, on the processor neither.
+# As they are these two are chaotic: after 20 tokens rounding has grown a thousandfold, in the recurrence too, and which
+# of two errors is the larger is chance.
+STEADY = {"fwp_1991": {"tau": 4.0}, "fwp_1993": {"eta": 0.02, "tau": 4.0}}
 LENGTHS = {"fwp_1993": 20}
 SEQUENTIAL = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel]
 VARIANTS = problems.every_variant(SEQUENTIAL)
+
+
+def steady_tensors(problem: Problem) -> problems.Tensors:
+    """With a rule whose dynamics let rounding be: small changes, and no larger weights than the learned ones."""
+    given = problems.tensors(problem)
+    given.keywords["options"] |= STEADY.get(problem.rule, {})
+    if problem.rule == "fwp_1993":
+        given.states.update({name: 0.5 * state.shape[-2] ** -0.5 * state for name, state in given.states.items()})
+    return given
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_gpu_computes_the_recurrence(rule, dtype):
     length = LENGTHS.get(rule, 200)
-    given = problems.tensors(Problem(rule, dtype, length=length, sizes=(32, 32), heads=(3, 3, 3), initial=False))
+    given = steady_tensors(Problem(rule, dtype, length=length, sizes=(32, 32), heads=(3, 3, 3), initial=False))
     with torch.no_grad():
         truth, _ = RULES[rule].apply(**given.leaves, backend="reference", **given.keywords)
         there = problems.on_device(given, "cuda").copy(dtype)
@@ -33,7 +44,7 @@ def test_the_gpu_computes_the_recurrence(rule, dtype):
 
 def kernels_agree(problem: Problem) -> None:
     """Outputs, states and every gradient; float32 may have twice the error of the recurrence in float32."""
-    rule, given = RULES[problem.rule], problems.on_device(problems.tensors(problem), "cuda")
+    rule, given = RULES[problem.rule], problems.on_device(steady_tensors(problem), "cuda")
     result = problems.outcome(rule.apply, given.copy(problem.dtype), "triton")
     yardstick = problems.outcome(rule.apply, given.copy(problem.dtype), "reference")
     problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype], yardstick)
