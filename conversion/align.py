@@ -33,9 +33,10 @@ from hf_fwp.telling import progress_bar
 
 from .checkpoint import check_settings, latest, load, save
 from .dropout import NEVER, drawn, leaving_out, rate
-from .hooks import evaluating, hooked
+from .hooks import hooked
 from .memory import forget, freed_memory_kept, give_back_freed_memory, mapped
 from .processes import is_first, meet, own_rows, summed, wait
+from .scores import without_dropout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BETAS = (0.9, 0.95)
@@ -99,7 +100,7 @@ def align(
         weights_on_disk(run),
         trainable(mixers, adams.values()),
         hooked(teacher, mixers, run.layer_step),
-        evaluating(teacher),
+        without_dropout(teacher),
         freed_memory_kept(),
     ):
         if checkpoint is not None:
@@ -310,8 +311,7 @@ def optimizer(mixer: FastWeightLayer, *, lr: float, lr_projections: float, disk:
     for parameter in changed_by(adam):
         adam.state[parameter]["step"] = torch.zeros((), device=parameter.device)
         for moment in MOMENTS:
-            like = (parameter.shape, parameter.dtype)
-            zeros = torch.zeros_like(parameter) if disk is None else mapped(disk, *like)
+            zeros = torch.zeros_like(parameter) if disk is None else mapped(disk, parameter.shape, parameter.dtype)
             adam.state[parameter][moment] = zeros
     return adam
 
@@ -357,12 +357,15 @@ def _order(count: int, *, seed: int, epoch: int) -> Tensor:
 @contextmanager
 def weights_on_disk(run: Run) -> Iterator[None]:
     """Inside, the mixers' weights lie where their moments do; outside in memory."""
-    parameters = [] if run.disk is None else list(named(run.mixers).values())
-    for parameter in parameters:
-        parameter.data = mapped(run.disk, parameter.shape, parameter.dtype).copy_(parameter.data)
-        forget(parameter)
-    give_back_freed_memory()
+    if run.disk is None:
+        yield
+        return
+    parameters = named(run.mixers).values()
     try:
+        for parameter in parameters:
+            parameter.data = mapped(run.disk, parameter.shape, parameter.dtype).copy_(parameter.data)
+            forget(parameter)
+        give_back_freed_memory()
         yield
     finally:
         for parameter in parameters:

@@ -27,9 +27,9 @@ from hf_fwp.telling import current
 
 from .align import BETAS, CLIP, fast_bf16
 from .dropout import NEVER, WindowDropout, leave_out
-from .hooks import evaluating
 from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
+from .scores import without_dropout
 
 LOGGED = 50  # entries of the history, about
 
@@ -82,7 +82,7 @@ def distil(
     with (
         tempfile.TemporaryDirectory() as scratch,
         as_before(student) as parameters,
-        nullcontext() if teacher is None else evaluating(teacher),
+        nullcontext() if teacher is None else without_dropout(teacher),
         freed_memory_kept(),
     ):
         args = training_arguments(

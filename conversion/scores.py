@@ -61,16 +61,22 @@ def forward_of(model: PreTrainedModel) -> Forward:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; afterwards each model is in the mode it was in."""
-    modes = [model.training for model in models]
+    """No gradients and no dropout inside."""
+    with torch.no_grad(), without_dropout(*models):
+        yield
+
+
+@contextmanager
+def without_dropout(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode inside; afterwards each module is in the mode it was in."""
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @dataclass
