@@ -25,7 +25,7 @@ from .recipes import TRAINING, Recipe
 # Forward passes of the teacher that a token costs, measured on SmolLM2-135M with 2 CPU cores (one pass of a token:
 # 1.57 ms): while all layers are searched for settings, solved on the student's or the teacher's stream, or left as they
 # are, and while each of 30 layers is swapped in. Half of the layers kept comes to 115 000 passes, three quarters to
-# 103 000: README's 2.4 and 2.2 minutes are these at 1.25 and 1.28 ms each.
+# 103 000: 2.4 and 2.2 minutes, measured alone, are these at 1.25 and 1.28 ms each.
 COSTS = {"calibrate": 10.1, "solve": 4.5, "rank_solve": 3.5, "move": 1.6, "rank": 28.0}
 COSTS |= {"align": 2.7, "distil": 5.8, "extend": 5.0}
 SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 that judge
