@@ -66,8 +66,16 @@ def test_the_table_replaces_the_one_before(tmp_path):
 
 
 def test_the_readme_quotes_the_rows_that_were_measured():
-    table = results.as_table(results.measured_rows(results.ROWS))
-    assert table in (results.ROOT / "README.md").read_text()
+    rows, readme = results.measured_rows(results.ROWS), (results.ROOT / "README.md").read_text()
+    assert results.as_table(rows) in readme
+    assert results.as_goals(rows) in readme
+
+
+def test_a_goal_stands_beside_what_was_reached():
+    rows = [row("quick", 0.5) | {"speeches": {"ratio": 1.5}}, row("closed-form, window", 0.5)]
+    lines = [line.strip("| ").split(" | ") for line in results.as_goals(rows).splitlines()[2:]]
+    assert lines[-1] == ["quick", "50%", "1.08 x", "2.00 x", "1.50 x", "2.00 x", "-"]
+    assert lines[0] == ["closed-form", "0%", "2.00 x", "-", "-", "-", "-"]
 
 
 def test_the_readme_quotes_the_speed_that_was_measured():
