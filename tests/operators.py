@@ -31,6 +31,9 @@ SERVED = ("linear_attention", "delta_net", "gated_delta_net")  # the rules that 
 SERVED_BY_CHANNEL = ("kimi_delta", "gated_delta_net_2", "comba", "precond_delta", "oja", "gated_oja")
 # the options with which a sequential rule has something to walk through, where it is not the first
 WALKS_WITH = {"fwp_1991": 1, "continuous_fwp": 2}
+# As they are these are chaotic: after 20 tokens (srwm: 300) rounding has grown a thousandfold, in the recurrence too,
+# and which of two errors is the larger is chance.
+STEADY = {"fwp_1991": {"tau": 4.0}, "fwp_1993": {"eta": 0.02, "tau": 4.0}, "srwm": {}}
 unit = torch.nn.functional.normalize
 
 

@@ -13,9 +13,6 @@ pytestmark = [
 ]
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-# As they are these are chaotic: after 20 tokens (srwm: 300) rounding has grown a thousandfold, in the recurrence too,
-# and which of two errors is the larger is chance.
-STEADY = {"fwp_1991": {"tau": 4.0}, "fwp_1993": {"eta": 0.02, "tau": 4.0}, "srwm": {}}
 LENGTHS = {"fwp_1993": 20}
 SEQUENTIAL = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel]
 VARIANTS = problems.every_variant(SEQUENTIAL)
@@ -24,8 +21,8 @@ VARIANTS = problems.every_variant(SEQUENTIAL)
 def steady_tensors(problem: Problem) -> problems.Tensors:
     """With a rule whose dynamics let rounding be: small changes, and no larger weights than the learned ones."""
     given = problems.tensors(problem)
-    if problem.rule in STEADY:
-        given.keywords["options"] |= STEADY[problem.rule]
+    if problem.rule in problems.STEADY:
+        given.keywords["options"] |= problems.STEADY[problem.rule]
         given.states.update({name: 0.5 * state.shape[-2] ** -0.5 * state for name, state in given.states.items()})
     return given
 

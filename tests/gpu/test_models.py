@@ -19,7 +19,8 @@ SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2,
 
 
 def model_on_gpu(rule: str, dtype: torch.dtype = torch.float32):
-    return tiny_model(rule, dtype=dtype, **SIZES).to(DEVICE)
+    steady = problems.STEADY.get(rule)
+    return tiny_model(rule, dtype=dtype, **SIZES, **({"rule_options": steady} if steady else {})).to(DEVICE)
 
 
 @pytest.mark.parametrize("rule", problems.SERVED)

@@ -107,7 +107,7 @@ def long_problem(rule: str, length: int, *, sizes=(64, 64), heads=2, cosine=0.0,
     channels = sizes[:1] if RULES[rule].shape("g") == ("HV", "K") else ()
     gates = {"beta": 1.9 * torch.rand(1, length, heads), "g": -0.05 * torch.rand(1, length, heads, *channels)}
     leaves |= {name: gates[name] for name in RULES[rule].inputs}
-    options = {"options": {n: False for n, x in RULES[rule].options.items() if isinstance(x, bool)}}
+    options = {"options": {"normalize": False} if RULES[rule].options.get("normalize") else {}}
     return on_device(problems.Tensors({n: x.double() for n, x in leaves.items()}, {}, options))
 
 
