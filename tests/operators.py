@@ -35,6 +35,7 @@ WALKS_WITH = {"fwp_1991": 1, "continuous_fwp": 2}
 # and which of two errors is the larger is chance.
 STEADY = {"fwp_1991": {"tau": 4.0}, "fwp_1993": {"eta": 0.02, "tau": 4.0}, "srwm": {}}
 unit = torch.nn.functional.normalize
+GPU = "cuda"  # where the tests in tests/gpu compute
 
 
 def random_inputs(

@@ -7,11 +7,6 @@ from operators import Problem
 
 from hf_fwp.rules import RULES
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use"),
-]
-
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 LENGTHS = {"fwp_1993": 20}
 SEQUENTIAL = [name for name, rule in RULES.items() if rule.own and rule.apply.args[0].kernel]
@@ -34,14 +29,14 @@ def test_the_gpu_computes_the_recurrence(rule, dtype):
     given = steady_tensors(Problem(rule, dtype, length=length, sizes=(32, 32), heads=(3, 3, 3), initial=False))
     with torch.no_grad():
         truth, _ = RULES[rule].apply(**given.leaves, backend="reference", **given.keywords)
-        there = problems.on_device(given, "cuda").copy(dtype)
+        there = problems.on_device(given, problems.GPU).copy(dtype)
         out, _ = RULES[rule].apply(**there.leaves, **there.keywords)
     assert (out.cpu().double() - truth).norm() <= TOLERANCE[dtype] * truth.norm()
 
 
 def kernels_agree(problem: Problem) -> None:
     """Outputs, states and every gradient; float32 may have twice the error of the recurrence in float32."""
-    rule, given = RULES[problem.rule], problems.on_device(steady_tensors(problem), "cuda")
+    rule, given = RULES[problem.rule], problems.on_device(steady_tensors(problem), problems.GPU)
     result = problems.outcome(rule.apply, given.copy(problem.dtype), "triton")
     yardstick = problems.outcome(rule.apply, given.copy(problem.dtype), "reference")
     problems.assert_agrees(result, problems.truth(given, rule), problems.TOLERANCE[problem.dtype], yardstick)

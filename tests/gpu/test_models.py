@@ -14,18 +14,17 @@ from hf_fwp.cache import MixerInputs
 from hf_fwp.rules import RULES
 from hf_fwp.rules.base import BACKENDS
 
-DEVICE = "cuda"
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128}
 
 
 def model_on_gpu(rule: str, dtype: torch.dtype = torch.float32):
     steady = problems.STEADY.get(rule)
-    return tiny_model(rule, dtype=dtype, **SIZES, **({"rule_options": steady} if steady else {})).to(DEVICE)
+    return tiny_model(rule, dtype=dtype, **SIZES, **({"rule_options": steady} if steady else {})).to(problems.GPU)
 
 
 @pytest.mark.parametrize("rule", problems.SERVED)
 def test_a_whole_model_compiles_without_a_graph_break(rule):
-    model, ids = model_on_gpu(rule), tokens(2, 130).to(DEVICE)
+    model, ids = model_on_gpu(rule), tokens(2, 130).to(problems.GPU)
     parameters = list(model.parameters())
 
     def loss(ids):
@@ -40,7 +39,7 @@ def test_a_whole_model_compiles_without_a_graph_break(rule):
 
 @pytest.mark.parametrize("rule", problems.SERVED)
 def test_tokens_one_by_one_are_the_whole_sequence(rule):
-    model, ids = model_on_gpu(rule), tokens(2, 70).to(DEVICE)
+    model, ids = model_on_gpu(rule), tokens(2, 70).to(problems.GPU)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         out = model(input_ids=ids[:, :65], use_cache=True)
@@ -52,7 +51,7 @@ def test_tokens_one_by_one_are_the_whole_sequence(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_generation_in_bf16_with_padding(rule):
-    model, ids = model_on_gpu(rule, torch.bfloat16), tokens(2, 20).to(DEVICE)
+    model, ids = model_on_gpu(rule, torch.bfloat16), tokens(2, 20).to(problems.GPU)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=-1)
@@ -65,7 +64,7 @@ def test_generation_in_bf16_with_padding(rule):
 @pytest.mark.parametrize("rule", problems.SERVED)
 def test_decode_steps_in_a_cuda_graph(rule, dtype):
     problem = Problem(rule, dtype, 1, layout="padded", sizes=(64, 96), heads=(2, 4, 4), qk_l2norm=True, option=1)
-    given = problems.on_device(problems.tensors(problem), DEVICE).copy(dtype)
+    given = problems.on_device(problems.tensors(problem), problems.GPU).copy(dtype)
     leaves = {name: x.detach() for name, x in given.leaves.items()}
     start = {name: x.detach() for name, x in given.states.items()}
     keywords = given.keywords | {"backend": "step", "in_place": True}
@@ -99,7 +98,7 @@ def test_decode_steps_in_a_cuda_graph(rule, dtype):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="this version has no Triton backend")
 def test_forward_and_backward_in_a_cuda_graph():
     problem = Problem("gated_delta_net", torch.bfloat16, 400, sizes=(64, 64), heads=(2, 4, 4), qk_l2norm=True)
-    given = problems.on_device(problems.tensors(problem), DEVICE).copy(torch.bfloat16)
+    given = problems.on_device(problems.tensors(problem), problems.GPU).copy(torch.bfloat16)
     leaves = list(given.leaves.values())
 
     def run():
@@ -153,14 +152,14 @@ def mixers(name: str, dtype: torch.dtype) -> tuple[FastWeightLayer, FastWeightLa
     for parameter in ("A_log", "dt_bias"):
         if hasattr(exact, parameter):
             setattr(small, parameter, copy.deepcopy(getattr(exact, parameter)))
-    return small.to(DEVICE), exact.double().to(DEVICE)
+    return small.to(problems.GPU), exact.double().to(problems.GPU)
 
 
 def decoded(name: str, dtype: torch.dtype, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(reads and states after some tokens in one launch each, the same in float64)."""
     layer, exact = mixers(name, dtype)
-    x_BTD = torch.randn(3, steps + 4, 128, device=DEVICE, dtype=dtype)
-    rotary = torch.randn(2, 1, steps + 4, 64, device=DEVICE, dtype=dtype) if any(exact.options.rotates) else None
+    x_BTD = torch.randn(3, steps + 4, 128, device=problems.GPU, dtype=dtype)
+    rotary = torch.randn(2, 1, steps + 4, 64, device=problems.GPU, dtype=dtype) if any(exact.options.rotates) else None
 
     def token(start: int, length: int, kind: torch.dtype) -> MixerInputs:
         span = slice(start, start + length)
@@ -194,7 +193,7 @@ def test_4096_tokens_in_one_launch_each_do_not_drift(name):
 @torch.no_grad()
 @pytest.mark.parametrize("rule", FUSED)
 def test_a_model_decodes_in_one_launch_per_mixer(rule):
-    model, ids = model_on_gpu(rule), tokens(2, 12).to(DEVICE)
+    model, ids = model_on_gpu(rule), tokens(2, 12).to(problems.GPU)
     whole = model(input_ids=ids, use_cache=False).logits
     cache = model(input_ids=ids[:, :8], use_cache=True).past_key_values
     states = [layer.states["state"] for layer in cache.layers]
@@ -209,7 +208,7 @@ def test_a_model_decodes_in_one_launch_per_mixer(rule):
 @pytest.mark.parametrize("rule", FUSED)
 def test_a_model_decodes_in_a_cuda_graph(rule, dtype):
     """Prefill, then the step of the whole model captured once and replayed; the host is never waited for."""
-    model, ids = model_on_gpu(rule, dtype), tokens(2, 14).to(DEVICE)
+    model, ids = model_on_gpu(rule, dtype), tokens(2, 14).to(problems.GPU)
 
     def prefilled() -> StaticCache:
         cache = StaticCache(config=model.config, max_cache_len=32)
@@ -242,7 +241,7 @@ def test_a_model_decodes_in_a_cuda_graph(rule, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("rule", FUSED)
 def test_a_compiled_model_decodes_without_a_graph_break(rule):
-    model, ids = model_on_gpu(rule), tokens(2, 12).to(DEVICE)
+    model, ids = model_on_gpu(rule), tokens(2, 12).to(problems.GPU)
 
     def steps(run) -> torch.Tensor:
         cache = StaticCache(config=model.config, max_cache_len=32)
@@ -260,14 +259,14 @@ def test_convolution_and_gated_norm(layout, dtype):
     from hf_fwp.packing import Window
 
     torch.manual_seed(0)
-    x = torch.randn(1, 700, 200, dtype=dtype, device=DEVICE)
-    bounds = torch.tensor([0, 3, 3, 260, 700], device=DEVICE) if layout == "packed" else None
+    x = torch.randn(1, 700, 200, dtype=dtype, device=problems.GPU)
+    bounds = torch.tensor([0, 3, 3, 260, 700], device=problems.GPU) if layout == "packed" else None
     assert has_kernels(x)
     results = []
     for kind in (dtype, torch.float64):
         torch.manual_seed(1)
-        convolution = ShortConvolution(200, 4, silu=True).to(dtype).to(DEVICE).to(kind)
-        norm = torch.nn.RMSNorm(100, eps=1e-6).to(DEVICE).to(kind)
+        convolution = ShortConvolution(200, 4, silu=True).to(dtype).to(problems.GPU).to(kind)
+        norm = torch.nn.RMSNorm(100, eps=1e-6).to(problems.GPU).to(kind)
         given = x.to(kind).requires_grad_()
         y, _ = convolution(given, Window.of(None, bounds, total=700))
         out = gated(y.unflatten(-1, (2, 100)), norm, given, "silu")

@@ -18,7 +18,6 @@ from hf_fwp.rules import RULES
 from hf_fwp.rules.base import BACKENDS
 
 linear_class_launches = pytest.importorskip("hf_fwp.kernels.linear_class_launches")
-DEVICE = "cuda"
 COMPILED_FOR = {name: problems.CHOICES[name] for name in ("layout", "heads", "qk_l2norm")} | {
     "rule": (*problems.SERVED, *problems.SERVED_BY_CHANNEL),
     "option": (0, 1),
@@ -54,7 +53,7 @@ def together(outcomes: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 
 def on_device(given: problems.Tensors) -> problems.Tensors:
-    return problems.on_device(given, DEVICE)
+    return problems.on_device(given, problems.GPU)
 
 
 @pytest.mark.parametrize("backend", [None, "torch"])
@@ -132,7 +131,7 @@ def test_long_sequences(rule, dtype, length, cosine):
 @pytest.mark.parametrize("rule", ["gated_delta_net", "kimi_delta"])
 def test_a_long_sequence_is_cut_by_itself(rule, dtype, bounds):
     given = rounded(long_problem(rule, 4096, sizes=(128, 128)), dtype)
-    given.keywords["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    given.keywords["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, device=problems.GPU)
     problem, tensors = Problem(rule, dtype, 4096), given.copy(dtype).leaves
     assert linear_class_launches.sizes_of(*(tensors[n] for n in "qkv"), given.keywords["cu_seqlens"]).segments > 4
     expected = outcome(given.copy(torch.float64), problem, "reference")
@@ -147,7 +146,7 @@ def test_4096_decode_steps_do_not_drift(rule):
         exact = {name: x.double() for name, x in given.leaves.items()}
         truth, truth_states = apply(**exact, backend="reference", **given.keywords)
         prefill, prefill_states = apply(**given.leaves, **given.keywords)
-        states, outs = {"state": torch.zeros(1, 2, 128, 128, device=DEVICE)}, []
+        states, outs = {"state": torch.zeros(1, 2, 128, 128, device=problems.GPU)}, []
         for t in range(4096):
             token = {name: x[:, t : t + 1] for name, x in given.leaves.items()}
             out, states = apply(**token, states=states, in_place=True, **given.keywords)
@@ -236,7 +235,7 @@ def test_every_output_is_written_and_nothing_else(rule, layout, length, segment,
 
 def test_the_guard_notices_a_write_outside(monkeypatch):
     guard = Guarded(monkeypatch)
-    x = torch.empty(8, device=DEVICE)
+    x = torch.empty(8, device=problems.GPU)
     guard.check()
     x.as_strided((9,), (1,)).fill_(0)
     with pytest.raises(AssertionError, match="outside a tensor"):
@@ -250,8 +249,8 @@ def test_addresses_beyond_32_bits():
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
     torch.manual_seed(0)
-    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(3))
-    beta, g = torch.rand(shape[:3], device=DEVICE), -0.1 * torch.rand(shape[:3], device=DEVICE)
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=problems.GPU) for _ in range(3))
+    beta, g = torch.rand(shape[:3], device=problems.GPU), -0.1 * torch.rand(shape[:3], device=problems.GPU)
     with torch.no_grad():
         out, _ = ops.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
         last = [x[-1:].clone() for x in (q, k, v, g, beta)]
