@@ -224,7 +224,8 @@ def put(model: nn.Module, name: str, tensor: Tensor, *, loaded: bool) -> None:
     if name in module._buffers:
         module._buffers[name] = tensor
         return
-    parameter = nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+    # in one piece, as a saved model is loaded: products of transposed weights round otherwise on some processors
+    parameter = nn.Parameter(tensor.detach().contiguous(), requires_grad=tensor.is_floating_point())
     # transformers' initialisation leaves a parameter with this mark alone
     parameter._is_hf_initialized = loaded  # type: ignore[attr-defined]
     setattr(module, name, parameter)

@@ -92,13 +92,13 @@ def test_onnxruntime_token_by_token_for_every_rule(name, tmp_path):
 
 @torch.no_grad()
 def test_torch_export_for_any_number_of_rows():
-    model = every_model("attention first", dtype=torch.float32)
+    model = every_model("attention first", dtype=torch.float64)
     step = DecodeStep(model)
     module = step.program().module()
     for rows in (1, 3):
         ids = tokens(model, rows)
         found = walked(module, step.names, start(step, rows), ids)
-        assert torch.allclose(found, model(ids).logits, atol=1e-6)
+        assert torch.allclose(found, model(ids).logits, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreter
-from operators import TOLERANCE, assert_agrees, pairwise
+from operators import TOLERANCE, assert_agrees, pairwise, relative_error
 from tiny_fwp import tiny_model, tokens
 from torch.nn import functional as F
 
@@ -194,12 +194,15 @@ def test_a_model_trains_with_them(layout, monkeypatch):
     if layout == "packed":
         given["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
     results = []
-    for kernels in (True, False):
+    for kernels, dtype in ((True, torch.float32), (False, torch.float64), (False, torch.float32)):
         monkeypatch.setattr(linear_class, "has_decode_kernel", lambda device_type, kernels=kernels: kernels)
-        loss = model(**given).loss
+        loss = model.to(dtype)(**given).loss
         grads = torch.autograd.grad(loss, list(model.parameters()))
         results.append({"loss": loss} | {n: x for (n, _), x in zip(model.named_parameters(), grads, strict=True)})
-    assert_agrees(*results, 1e-5)
+    found, expected, yardstick = results
+    # as processors add up otherwise, the largest error of any gradient of that path is the measure
+    worst = max(relative_error(yardstick[name], expected[name]) for name in expected)
+    assert_agrees(found, expected, max(1e-5, 2 * worst))
 
 
 def test_a_model_compiles_without_graph_breaks():
