@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreter
-from operators import TOLERANCE, assert_agrees, pairwise, relative_error
+from operators import TOLERANCE, assert_agrees, pairwise
 from tiny_fwp import tiny_model, tokens
 from torch.nn import functional as F
 
@@ -186,13 +186,14 @@ def test_the_strict_problems_agree():
 @pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
 def test_a_model_trains_with_them(layout, monkeypatch):
     """Loss and gradients are those of the path of many operations."""
-    model, ids = tiny_model(dtype=torch.float32), tokens(2, 9)
+    # of packed sequences longer ones: with few tokens after a start float32 has no five digits of some gradients
+    model, ids = tiny_model(dtype=torch.float32), tokens(2, 17 if layout == "packed" else 9)
     given = {"input_ids": ids, "labels": ids, "use_cache": False}
     if layout == "padded":
         given["attention_mask"] = torch.ones_like(ids)
         given["attention_mask"][0, :4] = 0
     if layout == "packed":
-        given["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
+        given["position_ids"] = torch.tensor([[*range(8), *range(9)]] * 2)
     results = []
     for kernels, dtype in ((True, torch.float32), (False, torch.float64), (False, torch.float32)):
         monkeypatch.setattr(linear_class, "has_decode_kernel", lambda device_type, kernels=kernels: kernels)
@@ -200,9 +201,7 @@ def test_a_model_trains_with_them(layout, monkeypatch):
         grads = torch.autograd.grad(loss, list(model.parameters()))
         results.append({"loss": loss} | {n: x for (n, _), x in zip(model.named_parameters(), grads, strict=True)})
     found, expected, yardstick = results
-    # as processors add up otherwise, the largest error of any gradient of that path is the measure
-    worst = max(relative_error(yardstick[name], expected[name]) for name in expected)
-    assert_agrees(found, expected, max(1e-5, 2 * worst))
+    assert_agrees(found, expected, 1e-5, yardstick)
 
 
 def test_a_model_compiles_without_graph_breaks():
