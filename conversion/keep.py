@@ -110,14 +110,12 @@ def rank_layers(
     for layer in visit(turn, [walk, swapped], {}):
         done = count * sum(before < layer for before in layers)
         swapped.move(layer, done)
-        before = walk.hidden_NTD.clone()
-        x_NTD, _, _ = walk.attend(layer)
         for row in range(count) if layer in layers else ():
-            sequence = slice(row, row + 1)
-            answer = layers_of(student)[layer](x_NTD[sequence], position_embeddings=walk.rotary(layer))[0]
-            one.hidden_NTD = before[sequence]
+            one.hidden_NTD = walk.hidden_NTD[row : row + 1].clone()
+            answer, *_ = layers_of(student)[layer](one.inputs(layer), position_embeddings=walk.rotary(layer))
             one.advance(layer, answer)
             swapped.hidden_NTD[done + row] = one.hidden_NTD[0]
+        walk.move(layer)
     found = dict.fromkeys(layers, 0.0)
     for row in range(count):
         part, weight = (slice(None), 1.0) if row < texts else (slice(half, 2 * half - 1), recall)

@@ -29,9 +29,9 @@ from .recipes import TRAINING, Recipe
 COSTS = {"calibrate": 10.1, "solve": 4.5, "rank_solve": 3.5, "move": 1.6, "rank": 28.0}
 COSTS |= {"align": 2.7, "distil": 5.8, "extend": 5.0}
 SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 that judge
-# Tensors [tokens, hidden size] that are in memory at once: while solving, per layer for the backward of distil, and for
-# a layer of align, where 0.37 GiB were measured (SmolLM2-135M, 2048 tokens).
-STREAMS, ACTIVATIONS, ALIGNED = 9, 40, 85
+# Tensors [tokens, hidden size] that are in memory at once: while solving the streams of teacher and student, per layer
+# for the backward of distil, and for a layer of align, where 0.37 GiB were measured (SmolLM2-135M, 2048 tokens).
+STREAMS, ACTIVATIONS, ALIGNED = 2, 40, 85
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
 BATCH = 4  # sequences a step, where the recipe does not say

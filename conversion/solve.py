@@ -14,7 +14,7 @@ stream, whose earlier layers are solved already; with "teacher" from the teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,14 @@ from hf_fwp.telling import progress_bar
 from .calibrate import calibrate
 from .formulas import calibrate_by_formulas
 from .memory import give_back_freed_memory
-from .stream import ROWS, Visit, Walk, every
+from .stream import Visit, Walk, every
 
 LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 HEAD_LAMBDA = 1e-3
 STREAMS = ("student", "teacher")
 RATES = {"residual": calibrate, "formulas": calibrate_by_formulas}
+# Of some sequences: the mixer's input [n,T,D], and the teacher's answer [n,T,D] and heads [n,T,H V].
+Lesson = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -132,14 +134,13 @@ def solve(
             for walk in filter(None, (teacher_walk, student_walk)):
                 walk.move(layer)
             continue
-        x_NTD, target_NTD, heads_NTC = teacher_walk.attend(layer)
         mixer = layers_of(student)[layer]
         rotary, found[layer] = teacher_walk.rotary(layer), {}
         if not calibrated:
             judges = max(2, search // 2)
             found[layer] = RATES[rates](
                 mixer,
-                torch.cat([x_NTD[:search], x_NTD[len(x_NTD) - judges :]]),
+                torch.cat([teacher_walk.inputs(layer, rows) for rows in (slice(search), slice(-judges, None))]),
                 rotary,
                 softmax=teacher_walk.softmax(layer),
                 heldout=judges,
@@ -147,65 +148,62 @@ def solve(
             )
             _remember_options(student, layer)
             give_back_freed_memory()
-        if student_walk is not None:
-            x_NTD = student_walk.inputs(layer)
-        projection = teacher_walk.output_projection(layer)
-        outputs, fit = solve_layer(
+        found[layer] |= solve_layer(
             mixer,
-            projection if per_head else None,
-            x_NTD,
-            target_NTD,
-            heads_NTC,
+            teacher_walk.output_projection(layer) if per_head else None,
+            _lessons(layer, teacher_walk, student_walk),
             rotary,
-            heldout=heldout,
+            fitted=len(ids_NT) - heldout,
             lambdas=lambdas,
-            answer=student_walk is not None,
         )
-        found[layer] |= fit
         if student_walk is not None:
-            student_walk.advance(layer, outputs)
-        del x_NTD, target_NTD, heads_NTC, outputs  # before the next layer's are made
+            _answer(layer, mixer, student_walk)
         give_back_freed_memory()
     return found
+
+
+def _lessons(layer: int, teacher: Walk, student: Walk | None) -> Iterator[Lesson]:
+    """What the mixer of a layer is solved on; the teacher's stream moves on to the next block meanwhile."""
+    for rows in teacher.rows():
+        x_NTD, target_NTD, heads_NTC = teacher.attend(layer, rows)
+        yield x_NTD if student is None else student.inputs(layer, rows), target_NTD, heads_NTC
+
+
+def _answer(layer: int, mixer: FastWeightLayer, student: Walk) -> None:
+    """Move the student's stream on to the next block; its mixers' reads are computed once more: those of all tokens
+    would take more memory than the stream."""
+    for rows in student.rows():
+        answer, *_ = mixer(student.inputs(layer, rows), position_embeddings=student.rotary(layer))
+        student.advance(layer, answer, rows)
 
 
 def solve_layer(
     mixer: FastWeightLayer,
     projection: nn.Linear | None,
-    x_NTD: Tensor,
-    target_NTD: Tensor,
-    heads_NTC: Tensor,
+    lessons: Iterable[Lesson],
     rotary: tuple[Tensor, Tensor] | None,
     *,
-    heldout: int,
+    fitted: int,
     lambdas: Sequence[float] = LAMBDAS,
-    answer: bool,
-) -> tuple[Tensor, dict[str, float]]:
-    """Solve a mixer's o_proj, skip_proj and bias; with `answer` its outputs are written over the target.
+) -> dict[str, float]:
+    """Solve a mixer's o_proj, skip_proj and bias on the first `fitted` sequences; the others choose lambda.
 
     They are drawn to the regression of each head, put through the teacher's `projection`, or, without one, to what the
     mixer has.
     """
     moments: tuple[Moments, Moments] | None = None
-    fitted = len(x_NTD) - heldout
-    for start in range(0, len(x_NTD), ROWS):
-        rows = slice(start, min(start + ROWS, len(x_NTD)))
-        tokens = (regressors(mixer, x_NTD[rows], rotary), target_NTD[rows], heads_NTC[rows])
+    for x_NTD, target_NTD, heads_NTC in lessons:
+        tokens = (regressors(mixer, x_NTD, rotary), target_NTD, heads_NTC)
         moments = moments or (Moments.empty(*tokens), Moments.empty(*tokens))
-        split = max(0, fitted - start)
-        for part, moment in zip((slice(0, split), slice(split, None)), moments, strict=True):
-            if len(x_NTD[rows][part]):
+        for part, moment in zip((slice(0, fitted), slice(fitted, None)), moments, strict=True):
+            if len(x_NTD[part]):
                 moment.add(*(each[part] for each in tokens))
+        fitted = max(0, fitted - len(x_NTD))
     assert moments is not None, "there are sequences"
     prior = own_weights(mixer) if projection is None else head_weights(mixer, projection, moments[0])
     weight, fit = ridge(*moments, prior, lambdas)
-    write_outputs(mixer, weight.to(x_NTD.dtype))
-    if answer:
-        for start in range(0, len(x_NTD), ROWS):
-            # read once more: the regressors of all tokens would take as much memory as three streams
-            rows = slice(start, start + ROWS)
-            target_NTD[rows] = mixer(x_NTD[rows], position_embeddings=rotary)[0]  # in place: the target has served
-    return target_NTD, fit
+    write_outputs(mixer, weight.to(mixer.o_proj.weight.dtype))
+    return fit
 
 
 def head_weights(mixer: FastWeightLayer, projection: nn.Linear, fit: Moments) -> Tensor:

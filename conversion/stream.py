@@ -1,11 +1,13 @@
 """Walk a decoder block by block, many sequences side by side, with one block's activations in memory at a time.
 
     for layer in walk.layers:
-        x, A, y = walk.attend(layer)          teacher: input and output of the attention, and on to the next block
-        x = walk.inputs(layer)                student: what its mixer is given,
-        walk.advance(layer, outputs)          and on to the next block with these outputs in the mixer's place
+        for rows in walk.rows():
+            x, A, y = walk.attend(layer, rows)     teacher: input and output of the attention, and on to the next block
+            x = walk.inputs(layer, rows)           student: what its mixer is given,
+            walk.advance(layer, outputs, rows)     and on to the next block with these outputs in the mixer's place
 
-Nothing is known of a block but where its attention stands, so that every family of hf_fwp.hosts is walked alike.
+Of all sequences only the residual stream is kept. Nothing is known of a block but where its attention stands, so that
+every family of hf_fwp.hosts is walked alike.
 Shape legend: hf_fwp/rules/base.py; N sequences.
 """
 
@@ -31,7 +33,7 @@ from .memory import mapped
 from .softmax import Softmax
 
 ROWS = 2  # sequences that are computed at once: what a mixer holds for four is 40 MB more (SmolLM2-135M)
-
+ALL = slice(None)
 
 NOT_REPEATED = {"hidden_states", "past_key_values", "layer_past"}  # of a block's arguments
 
@@ -117,14 +119,14 @@ class Walk:
             self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
 
     @torch.no_grad()
-    def attend(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, A, y): input and output [N,T,D] of the attention, and what its output projection is given, [N,T,H V]:
-        the heads side by side. The stream moves on to the next block."""
-        x, answers, heads = (torch.empty(0) for _ in range(3))
+    def attend(self, layer: int, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, A, y): input and output [n,T,D] of the attention, and what its output projection is given, [n,T,H V]:
+        the heads side by side. The stream of these sequences moves on to the next block."""
         seen: dict[str, Tensor] = {}
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
-            seen["x"] = args[0] if args else kwargs["hidden_states"]
+            # where no norm comes first, it is the stream itself, which moves on
+            seen["x"] = (args[0] if args else kwargs["hidden_states"]).clone()
 
         def keep_heads(_: nn.Module, args: Any, output: Any) -> None:
             seen["heads"], seen["answer"] = args[0], output
@@ -135,21 +137,15 @@ class Walk:
             attention.get_submodule(self.projection_name).register_forward_hook(keep_heads),
         ]
         try:
-            for rows in self.rows():
-                moved = self._block(layer, self.hidden_NTD[rows])
-                if rows.start == 0:
-                    # filled in place: a list and its concatenation would need twice the memory
-                    x, answers, heads = (self._like(seen[name]) for name in ("x", "answer", "heads"))
-                x[rows], answers[rows], heads[rows] = seen["x"], seen["answer"], seen["heads"]
-                self.hidden_NTD[rows] = moved  # last: where no norm comes first, x is the stream itself
+            self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
         finally:
             for hook in hooks:
                 hook.remove()
-        return x, answers, heads
+        return seen["x"], seen["answer"], seen["heads"]
 
-    def _like(self, part: Tensor) -> Tensor:
-        shape = (len(self.ids_NT), *part.shape[1:])
-        return part.new_empty(shape) if self.folder is None else mapped(self.folder, shape, part.dtype)
+    def _like(self, stream_NTD: Tensor) -> Tensor:
+        shape = (len(self.ids_NT), *stream_NTD.shape[1:])
+        return stream_NTD.new_empty(shape) if self.folder is None else mapped(self.folder, shape, stream_NTD.dtype)
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""
@@ -162,18 +158,14 @@ class Walk:
         return linear
 
     @torch.no_grad()
-    def inputs(self, layer: int) -> Tensor:
-        """What the attention or mixer of this block is given, [N,T,D]; the stream stays where it is."""
-        x_NTD = self._like(self.hidden_NTD)
-        for rows in self.rows():
-            x_NTD[rows] = self._with_stand_in(layer, rows, None)[1]
-        return x_NTD
+    def inputs(self, layer: int, rows: slice = ALL) -> Tensor:
+        """What the attention or mixer of this block is given, [n,T,D]; the stream stays where it is."""
+        return self._with_stand_in(layer, rows, None)[1]
 
     @torch.no_grad()
-    def advance(self, layer: int, outputs_NTD: Tensor) -> None:
+    def advance(self, layer: int, outputs_NTD: Tensor, rows: slice = ALL) -> None:
         """Move the stream on to the next block, with `outputs_NTD` for what its attention or mixer answers."""
-        for rows in self.rows():
-            self.hidden_NTD[rows] = self._with_stand_in(layer, rows, outputs_NTD[rows])[0]
+        self.hidden_NTD[rows] = self._with_stand_in(layer, rows, outputs_NTD)[0]
 
     @torch.no_grad()
     def finish(self, layer: int, hidden_NTD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hf_fwp.conversion.solve import (
     Moments,
     head_weights,
     own_regressors,
+    own_weights,
     regressors,
     ridge,
     solve,
@@ -120,17 +121,23 @@ def test_the_mixer_answers_what_the_regression_predicted(family, rule, ids_NT):
 
 
 @torch.no_grad()
-def test_outputs_are_those_of_the_mixer(ids_NT):
-    teacher = tiny_teacher("llama")
+def test_a_layer_may_be_solved_in_parts(ids_NT):
+    teacher = tiny_teacher("llama").double()
     mixer = student_of(teacher).hf_fwp_layers[1]
     walk = Walk(teacher, ids_NT)
     walk.attend(0)
     x_NTD, target_NTD, heads_NTC = walk.attend(1)
-    moved = target_NTD.clone()
     projection, rotary = walk.output_projection(1), walk.rotary(1)
-    outputs, _ = solve_layer(mixer, projection, x_NTD, moved, heads_NTC, rotary, heldout=HELDOUT, answer=True)
-    expected = mixer(x_NTD, position_embeddings=rotary)[0]
-    torch.testing.assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
+    cut = [tuple(each[rows] for each in (x_NTD, target_NTD, heads_NTC)) for rows in walk.rows()]
+    found, weights = [], []
+    for lessons in (cut, [(x_NTD, target_NTD, heads_NTC)]):
+        found.append(solve_layer(mixer, projection, lessons, rotary, fitted=SEQUENCES - HELDOUT))
+        weights.append(own_weights(mixer))
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-8)
+    assert found[0]["residual"] == pytest.approx(found[1]["residual"], rel=1e-8)
+    outputs = mixer(x_NTD, position_embeddings=rotary)[0]
+    r = regressors(mixer, x_NTD, rotary)
+    torch.testing.assert_close(outputs, r @ weights[0], rtol=1e-8, atol=1e-8)
     assert (outputs - target_NTD).norm() > 1e-2 * target_NTD.norm()
 
 
