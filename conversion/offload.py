@@ -42,7 +42,6 @@ from .stream import Walk, logits
 from .teacher import weights_folder
 
 LAYERS, RANKED = "layers", "ranked"  # in the folder of unfinished work
-IN_MEMORY = 2**25  # numbers of a residual stream, above which it is kept in a file
 NOT_MEASURED = (
     "Converted layer by layer, never in memory as a whole: baselines, speed and samples were not measured. "
     "`hf-fwp evaluate` measures the model where it fits."
@@ -118,9 +117,8 @@ class Offload:
         if self.judged_NT is not None:
             self.judges = [Walk(model, self.judged_NT) for model in (self.teacher, self.student)]
         streams = [*walks, *self.judges]
-        if any(walk.hidden_NTD.numel() > IN_MEMORY for walk in streams):
-            for walk in streams:
-                walk.keep_in(self.steps)
+        for walk in streams:
+            walk.keep_in(self.steps)
         done = self._restore(streams, found)
         for layer in layers:
             if layer < done:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,13 +111,15 @@ def solve(
     per_head: bool = True,
     progress: bool = True,
     visit: Visit = every,
+    folder: Path | None = None,
 ) -> dict[int, dict[str, Any]]:
     """Calibrate (unless `calibrated`) and solve every converted layer of `student`; returns what came out per layer.
 
     ids_NT: token blocks [N, T]; the last `heldout` choose lambda, the first `search` find the settings of heads.
     `rates`, `fixed`: how those are found, and what is not looked for (calibrate.py, formulas.py). `lambdas`: those to
     choose from; none: W0 itself. `per_head`: W0 is the regression of each head, else the projection that the mixer has.
-    visit: gives the layers in turn, and sees to it that the weights of each are there (offload.py).
+    visit: gives the layers in turn, and sees to it that the weights of each are there (offload.py). folder: where large
+    streams lie (stream.py); without one they are in memory.
     """
     if stream not in STREAMS:
         raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
@@ -125,13 +128,15 @@ def solve(
         raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")
     teacher_walk = Walk(teacher, ids_NT)
     student_walk = Walk(student, ids_NT) if stream == "student" else None
+    walks = [walk for walk in (teacher_walk, student_walk) if walk is not None]
+    for walk in walks:
+        walk.keep_in(folder)
     layers = converted_layers(student.config)
     found: dict[int, dict[str, Any]] = {}
-    last = len(teacher_walk.blocks) if stream == "student" else max(layers, default=-1) + 1
-    turn = progress_bar(range(last), desc="solve", unit="layer", progress=progress)
-    for layer in visit(turn, [walk for walk in (teacher_walk, student_walk) if walk is not None], found):
+    turn = progress_bar(range(len(teacher_walk.blocks)), desc="solve", unit="layer", progress=progress)
+    for layer in visit(turn, walks, found):
         if layer not in layers:
-            for walk in filter(None, (teacher_walk, student_walk)):
+            for walk in walks if layer < max(layers, default=-1) else ():
                 walk.move(layer)
             continue
         mixer = layers_of(student)[layer]

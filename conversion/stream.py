@@ -29,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 from hf_fwp.hosts import blocks_of, find_host, layer_rotates
 
 from .families import output_projection_name
-from .memory import mapped
+from .memory import forget, mapped
 from .softmax import Softmax
 
 ROWS = 2  # sequences that are computed at once: what a mixer holds for four is 40 MB more (SmolLM2-135M)
 ALL = slice(None)
+IN_MEMORY = 2**25  # numbers of a residual stream, above which it is kept in a file where there is a folder for it
 
 NOT_REPEATED = {"hidden_states", "past_key_values", "layer_past"}  # of a block's arguments
 
@@ -85,10 +86,14 @@ class Walk:
         other.hidden_NTD = other._like(self.hidden_NTD)
         return other
 
-    def keep_in(self, folder: Path) -> None:
-        """From here on the stream, and all that has its size, lies in files of `folder`, which the system can page."""
-        self.folder = folder
-        self.hidden_NTD = self._like(self.hidden_NTD).copy_(self.hidden_NTD)
+    def keep_in(self, folder: Path | None) -> None:
+        """From here on a large stream of a CPU lies in a file of `folder`, if one is given; what is used of it is in
+        memory meanwhile."""
+        stream = self.hidden_NTD
+        if folder is not None and stream.device.type == "cpu" and stream.numel() > IN_MEMORY:
+            self.folder = folder
+            self.hidden_NTD = self._like(stream)
+            self._put(ALL, stream)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention, or the mixer, of a block."""
@@ -116,7 +121,7 @@ class Walk:
     def move(self, layer: int, count: int | None = None) -> None:
         """Move the stream, or the first `count` sequences of it, on to the next block."""
         for rows in self.rows(count):
-            self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
+            self._put(rows, self._block(layer, self.hidden_NTD[rows]))
 
     @torch.no_grad()
     def attend(self, layer: int, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,11 +142,17 @@ class Walk:
             attention.get_submodule(self.projection_name).register_forward_hook(keep_heads),
         ]
         try:
-            self.hidden_NTD[rows] = self._block(layer, self.hidden_NTD[rows])
+            self._put(rows, self._block(layer, self.hidden_NTD[rows]))
         finally:
             for hook in hooks:
                 hook.remove()
         return seen["x"], seen["answer"], seen["heads"]
+
+    def _put(self, rows: slice, moved_NTD: Tensor) -> None:
+        """Write a part of the stream."""
+        self.hidden_NTD[rows] = moved_NTD
+        if self.folder is not None:
+            forget(self.hidden_NTD)
 
     def _like(self, stream_NTD: Tensor) -> Tensor:
         shape = (len(self.ids_NT), *stream_NTD.shape[1:])
@@ -165,7 +176,7 @@ class Walk:
     @torch.no_grad()
     def advance(self, layer: int, outputs_NTD: Tensor, rows: slice = ALL) -> None:
         """Move the stream on to the next block, with `outputs_NTD` for what its attention or mixer answers."""
-        self.hidden_NTD[rows] = self._with_stand_in(layer, rows, outputs_NTD)[0]
+        self._put(rows, self._with_stand_in(layer, rows, outputs_NTD)[0])
 
     @torch.no_grad()
     def finish(self, layer: int, hidden_NTD: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hf_fwp.conversion.teacher import empty_teacher
 from hf_fwp.hosts import HOSTS
 
 verb = importlib.import_module("hf_fwp.conversion.convert")
-offload = importlib.import_module("hf_fwp.conversion.offload")
+stream = importlib.import_module("hf_fwp.conversion.stream")
 calibration = importlib.import_module("hf_fwp.conversion.calibrate")
 CONVERTED, LENGTH = [0, 2], 16
 STORED_OTHERWISE = {"mixtral", "qwen3_moe"}  # transformers joins their experts when it loads them
@@ -65,7 +66,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_student_is_the_one_of_a_teacher_in_memory(name, ids_NT, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "IN_MEMORY", 0 if name == "llama" else offload.IN_MEMORY)
+    monkeypatch.setattr(stream, "IN_MEMORY", 0 if name == "llama" else stream.IN_MEMORY)
     teacher = tiny_teacher(name)
     folder = tmp_path / "teacher"
     teacher.save_pretrained(folder, max_shard_size="20kB", save_original_format=name not in STORED_OTHERWISE)
@@ -108,9 +109,17 @@ def folder(request, tmp_path):
     return tmp_path / "teacher"
 
 
+def test_kept_layers_after_the_last_mixer_are_written_too(folder, tmp_path, monkeypatch):
+    said = {"keep": [LAYERS - 1], "recipe": replace(RECIPES["closed-form"], stream="teacher"), "data": TEXTS}
+    whole = convert(folder, output=tmp_path / "whole", **said)
+    monkeypatch.setattr(verb, "offloads", lambda *_: True)
+    convert(folder, output=tmp_path / "made", **said)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "made").state_dict(), whole.state_dict())
+
+
 @pytest.mark.parametrize(
     ("keep", "killed"),
-    [(0, 2), ([1, 3], 2), (0.5, 2), (0.5, LAYERS + 2), (0.5, 2 * LAYERS + 2)],
+    [(0, 2), ([1, LAYERS - 1], 2), (0.5, 2), (0.5, LAYERS + 2), (0.5, 2 * LAYERS + 2)],
     ids=["none", "named", "while solving all", "while ranking", "ranked"],
 )
 def test_the_verb_goes_layer_by_layer_and_on_after_a_kill(keep, killed, folder, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from hf_fwp.hosts import HOSTS, mixer_options
 
 SEQUENCES, LENGTH, HELDOUT = 10, 20, 3
 stage = importlib.import_module("hf_fwp.conversion.solve")
+streams = importlib.import_module("hf_fwp.conversion.stream")
 calibration = importlib.import_module("hf_fwp.conversion.calibrate")
 
 
@@ -164,6 +165,20 @@ def test_the_students_stream_is_what_later_layers_are_fitted_on(ids_NT):
     missed = student.hf_fwp_layers[1](ours.inputs(1), position_embeddings=ours.rotary(1))[0] - answer_NTD
     plain = missed[-HELDOUT:].square().sum() / answer_NTD[-HELDOUT:].square().sum()
     assert found[1]["residual"] == pytest.approx(float(plain), rel=1e-2)
+
+
+@torch.no_grad()
+def test_streams_in_files_give_the_same(ids_NT, tmp_path, monkeypatch):
+    teacher, solved = tiny_teacher("llama"), []
+    for limit in (10**9, 0):
+        monkeypatch.setattr(streams, "IN_MEMORY", limit)
+        student = student_of(teacher, layers=[0, 2])
+        found = solve(student, teacher, ids_NT, heldout=HELDOUT, folder=tmp_path / "streams", progress=False)
+        assert (tmp_path / "streams").is_dir() == (limit == 0)
+        solved.append((found, student(ids_NT).logits))
+    assert solved[0][0] == solved[1][0]
+    assert torch.equal(solved[0][1], solved[1][1])
+    assert not list((tmp_path / "streams").iterdir())  # the files are gone with their tensors
 
 
 SHAPES = [
