@@ -48,6 +48,7 @@ from .tokens import IGNORED, kept_blocks
 
 REPORT_TOKENS = 4096
 TOKENS, SPLITS = "tokens", ("train", "heldout")  # a folder of the unfinished work, and its files
+SOLVING = "solve.streams"  # another
 
 
 def convert(
@@ -182,7 +183,7 @@ def _blocks(
         "report": 0 if heldout is not None else report_tokens // length,
         "rank": -(-recipe.rank_tokens // length) if plan.ranked else 0,
         "rank_solve": recipe.rank_solve_tokens // length if plan.ranked else 0,
-        "solve": recipe.solve_tokens // length,
+        "solve": plan.solve_tokens // length,
         "align": -(-recipe.align_tokens // length),
         "distil": -(-recipe.distil_tokens // length),
     }
@@ -293,7 +294,8 @@ def _as_first(student: PreTrainedModel, run: Run) -> PreTrainedModel:
 def _start(run: Run, student: PreTrainedModel, ids_NT: Tensor, **settings: Any) -> dict[int, dict[str, Any]]:
     """Solve, or, in a recipe without that stage, the same rates in all heads."""
     if run.plan.recipe.solve_tokens:
-        return solve(student, run.teacher, ids_NT, progress=run.progress, **settings)
+        folder = None if run.work is None else run.work / SOLVING
+        return solve(student, run.teacher, ids_NT, progress=run.progress, folder=folder, **settings)
     for mixer in layers_of(student).values():
         set_plain_rates(mixer, half_life=HALF_LIFE)
     return {}
@@ -350,7 +352,7 @@ def _first_report(plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
         "keep": plan.keep,
         "seed": plan.seed,
         "num_layers": plan.num_layers,
-        "tokens": plan.recipe.tokens(ranked=plan.ranked),
+        "tokens": plan.tokens,
         "teacher_bytes": 4 * model.num_parameters(),
         "data": plan.data,
         "environment": environment(),  # at the start: a checkout can move on while its code runs

@@ -56,6 +56,21 @@ class Plan:
     def ranked(self) -> bool:
         return self.kept is not None and 0 < self.kept < self.num_layers
 
+    @property
+    def converted(self) -> int:
+        """How many layers do not stay softmax."""
+        return self.num_layers - (len(self.named()) if self.kept is None else self.kept)
+
+    @property
+    def solve_tokens(self) -> int:
+        """Tokens of the final solution."""
+        return self.recipe.solved(self.converted, self.num_layers)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that are read, but for the report."""
+        return self.recipe.tokens(ranked=self.ranked) - self.recipe.solve_tokens + self.solve_tokens
+
     def named(self) -> list[int]:
         """The layers that stay softmax, as far as they are known before ranking."""
         if self.kept is None:
@@ -103,7 +118,7 @@ def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list
     held["extend"] = need.extending()
     tokens = {
         "rank": recipe.rank_solve_tokens + recipe.rank_tokens if plan.ranked else 0,
-        "solve": recipe.solve_tokens,
+        "solve": plan.solve_tokens,
         **{stage: getattr(recipe, f"{stage}_tokens") for stage in TRAINING},
     }
     units = {name: count * COSTS[name] for name, count in tokens.items()} | _closed_form(plan)
@@ -112,13 +127,13 @@ def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list
 
 def _closed_form(plan: Plan) -> dict[str, float]:
     """Forward passes of one token that ranking and solving take; the search is part of whichever comes first."""
-    recipe, kept = plan.recipe, (len(plan.named()) if plan.kept is None else plan.kept) / plan.num_layers
+    recipe, converted = plan.recipe, plan.converted / plan.num_layers
     search = SEARCHED * recipe.sequence_length * COSTS["calibrate"]
-    solve = recipe.solve_tokens * ((1 - kept) * COSTS["solve"] + kept * COSTS["move"])
+    solve = plan.solve_tokens * (converted * COSTS["solve"] + (1 - converted) * COSTS["move"])
     rank = recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30  # a swap for every layer
     rank *= 2 if recipe.rank.get("recall") else 1
     rank += recipe.rank_solve_tokens * COSTS["rank_solve"]
-    return {"rank": search + rank, "solve": solve if plan.ranked else solve + (1 - kept) * search}
+    return {"rank": search + rank, "solve": solve if plan.ranked else solve + converted * search}
 
 
 def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> float:
@@ -183,14 +198,13 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
     process = (peak_memory() or 0) - (0 if empty else byte * weights)
     batch = {name: getattr(recipe, name).get("batch_size", BATCH) for name in TRAINING}
     token = hidden * byte * recipe.sequence_length
-    converted = plan.num_layers - (len(plan.named()) if plan.kept is None else plan.kept)
     return Needs(
         process=max(0, process),
         weights=byte * weights,
         outside=byte * (weights - blocks),
         mixer=byte * own,
-        mixers=byte * own * converted,
-        streams=byte * hidden * STREAMS * recipe.solve_tokens,
+        mixers=byte * own * plan.converted,
+        streams=byte * hidden * STREAMS * plan.solve_tokens,
         equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
         layer=ALIGNED * batch["align"] * token,
         steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,
@@ -258,7 +272,7 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
             tokens = round(left / (COSTS["distil"] * _seconds_per_token(model)))
         else:
             tokens = token_count(budget)
-            tokens -= plan.recipe.with_trained(0).tokens(ranked=plan.ranked) if in_all else 0
+            tokens -= replace(plan, recipe=plan.recipe.with_trained(0)).tokens if in_all else 0
     except ValueError as error:
         raise ValueError(
             f"budget is {budget!r}; give a number of tokens (200000, '200k', '0.2M') or a time ('90s', '20m', '2h')"

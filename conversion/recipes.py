@@ -1,7 +1,7 @@
 """Recipes are data: which stages run, over how many tokens, with which settings. The code is in the stages' files.
 
-`tokens` of solve are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and
-measures the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
+`solve_tokens` are those of the final solution; a ranked `keep` first solves on `rank_solve_tokens` others, and measures
+the swaps on `rank_tokens`. Tokens of align, distil and extend are read once, those of extend in sequences of
 `extend_length`. `solve`, `align`, `distil` and `extend` hold settings of the functions of these names, `rank` those of
 rank_layers, `report` those of report.measure, `fwp` options of the mixers; every choice is an ablation of ablate.py.
 `window_dropout` is for mixers that have a window.
@@ -60,6 +60,8 @@ class Recipe:
     fwp: Mapping[str, Any] = field(default_factory=dict)
     sequence_length: int = 512
     solve_tokens: int = 16384
+    solve_more: float = 1.0
+    """where layers are kept, solve reads up to so many times the text in the time of those that it need not solve"""
     stream: str = "student"
     solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
@@ -86,8 +88,15 @@ class Recipe:
         """Tokens of the stages that take gradient steps."""
         return sum(getattr(self, f"{stage}_tokens") for stage in TRAINING)
 
+    def solved(self, converted: int, layers: int) -> int:
+        """Tokens that the final solution reads where so many of the layers are converted, in whole sequences."""
+        if self.solve_more == 1 or not converted:
+            return self.solve_tokens
+        tokens = min(self.solve_tokens * layers // converted, int(self.solve_tokens * self.solve_more))
+        return tokens // self.sequence_length * self.sequence_length
+
     def tokens(self, *, ranked: bool) -> int:
-        """All tokens that the recipe reads, so many must the data have."""
+        """All tokens that the recipe reads where nothing is kept, or `ranked` before it: so many must the data have."""
         ranking = self.rank_solve_tokens + self.rank_tokens if ranked else 0
         return self.solve_tokens + ranking + self.trained()
 
@@ -138,7 +147,7 @@ _COPIED: dict[str, Any] = {"copied": True, "solve_tokens": 0, "rank_solve_tokens
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("closed-form", "calibrate and solve, no gradient step: minutes on a CPU"),
+        Recipe("closed-form", "calibrate and solve, no gradient step: minutes on a CPU", solve_more=4.0),
         Recipe(
             "quick",
             "closed-form, then align and distil: 0.2M tokens in all",

@@ -211,6 +211,16 @@ def test_layers_that_were_named_stay_softmax(keep, converted, folder):
     assert student.conversion_report["kept_layers"] == [i for i in range(LAYERS) if i not in converted]
 
 
+def test_fewer_layers_are_solved_on_more_text(folder, monkeypatch):
+    seen, solved = [], verb.solve
+    monkeypatch.setattr(verb, "solve", lambda *args, **said: (seen.append(args[2].shape), solved(*args, **said))[1])
+    recipe = Recipe("more", "small", **SMALL, solve_more=2.5)
+    for keep, sequences in ((0, 7), ([1], 10), (2, 17)):
+        report = convert(folder, keep=keep, recipe=recipe, data=TEXTS).conversion_report
+        assert seen[-1] == (sequences, LENGTH)
+        assert report["tokens"] == (sequences + (6 if keep == 2 else 0)) * LENGTH
+
+
 def test_layers_are_ranked_for_recall_as_with_the_recipe_that_says_so(folder):
     said = {"rank": {"recall": 1.0}}
     given = [("recall:0.34", {}), (0.34, said), (0.34, {}), ("recall:0.34", {"rank": {"recall": 0.5}})]

@@ -55,6 +55,13 @@ def test_tokens_are_those_of_all_stages():
     assert recipe.tokens(ranked=True) == 1246
 
 
+def test_fewer_layers_are_solved_on_more_text():
+    recipe = find_recipe("closed-form")
+    assert [recipe.solved(layers, 30) for layers in (30, 15, 8, 3, 0)] == [16384, 32768, 61440, 65536, 16384]
+    assert recipe.solved(22, 30) == 43 * recipe.sequence_length  # whole sequences
+    assert find_recipe("quick").solved(8, 30) == 16384
+
+
 def test_a_budget_is_shared_as_before():
     recipe = Recipe("x", "x", align_tokens=100, distil_tokens=300)
     scaled = recipe.with_trained(1000)
