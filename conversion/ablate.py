@@ -80,6 +80,7 @@ CHOICES: dict[str, Choice] = {
     "teacher inputs": Choice("worse: later layers never see the errors of earlier ones", {"stream": "teacher"}),
     "half the text": Choice("worse: the solution overfits", {"solve_tokens": 8192}),
     "twice the text": Choice("better: the solution overfits less", {"solve_tokens": 32768}),
+    "no more text for fewer layers": Choice("worse: the solution overfits", {"solve_more": 1.0}),
     "no align": Choice("worse: align is the cheapest way to a good start", {"align_tokens": 0}),
     "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
     "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),
@@ -245,9 +246,12 @@ def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: K
     ranked = kept_count(keep, layers) is not None and 0 < _count(keep, layers) < layers
     off = [stage for stage in TRAINING if not getattr(before, f"{stage}_tokens")]
     hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}} | ({} if ranked else {"rank": {}})
+    hidden |= {"solve_tokens": 0, "solve_more": 1.0}  # together they say how much is read
+    solved = [recipe.solved(layers - _count(keep, layers), layers) for recipe in (before, after)]
     unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
     mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]
-    return replace(before, **hidden) != replace(after, **hidden) or mixers[0] != mixers[1]
+    said = [replace(recipe, **hidden) for recipe in (before, after)]
+    return any(first != second for first, second in (said, solved, mixers))
 
 
 def _count(keep: Keep, layers: int) -> int:

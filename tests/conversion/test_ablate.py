@@ -26,7 +26,7 @@ TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH, "align": {"l
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},), ({"rotate": (False, True)},)))
-    monkeypatch.setitem(RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL))
+    monkeypatch.setitem(RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL, solve_more=2.0))
     monkeypatch.setitem(RECIPES, "quick", Recipe("quick", "small", **SMALL, **TRAINED))
 
 
@@ -64,6 +64,8 @@ def test_what_a_recipe_does_not_do_is_not_run():
     closed, quick = ([run.choice for run in runs(find_recipe(name), keep=0)] for name in ("closed-form", "quick"))
     assert closed[0] == quick[0] == AS_IT_IS
     assert not [name for name in closed if "align" in name or "distil" in name or "kept" in name]
+    assert not [name for name in closed if "fewer layers" in name]
+    assert "no more text for fewer layers" in [run.choice for run in runs(find_recipe("closed-form"), keep=0.5)]
     assert "kept for recall too" not in [run.choice for run in runs(find_recipe("quick"), keep="uniform:0.5")]
     assert {"no align", "distil mixers only"} < set(quick)
     assert [run.choice for run in runs(find_recipe("closed-form"), keep=0.5)].count("kept at random") == 3
