@@ -51,7 +51,7 @@ def planned(words: str, places: dict[str, Path], folder: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("demo TEACHER --output OUT", "solve 512 tokens: about"),
+        ("demo TEACHER --output OUT", "solve 1024 tokens: about"),
         ("ablate TEACHER --output OUT --choices no --data CORPUS", "runs, about"),
         ("evaluate OWN --against TEACHER --data CORPUS --tokens 512", "on 512 tokens: about"),
         ("write-text TEACHER OUT.jsonl --data CORPUS --tokens 2k", "write 2000 tokens of"),
@@ -59,7 +59,7 @@ def planned(words: str, places: dict[str, Path], folder: Path) -> str:
         ("export OWN OUT --format fla", "would write FwpForCausalLM"),
         ("export OWN OUT --format onnx", "would write FwpForCausalLM"),
         ("bench serve OWN --against TEACHER --contexts 8,16 --json OUT", "after 8, 16 tokens: 0.1 MiB of weights"),
-        ("bench convert TEACHER --data CORPUS --json OUT", "solve 512 tokens: about"),
+        ("bench convert TEACHER --data CORPUS --json OUT", "solve 1024 tokens: about"),
         ("bench kernels --json OUT", "chunked operators: 78 rows, at least 10 s"),
         ("bench decode --json OUT", "decode step: 52 rows, at least 6 s"),
         ("bench sequential --json OUT", "sequential rules: 72 rows, at least 9 s"),
