@@ -101,6 +101,16 @@ def test_what_runs_on_a_gpu_machine_needs_no_datasets():
     assert found.stdout.splitlines()[-1] == "loaded: []"
 
 
+def test_few_files_come_back_from_a_gpu_machine(tmp_path):
+    told = subprocess.run(
+        ["make", "-n", "gpu", f"RESULTS={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    files = {line.split()[-1] for line in told.splitlines() if line.strip().startswith("mv ")}
+    assert {Path(file).name for file in files} >= {"machine.json", "kernels.json", "decode.json"}
+    assert len(files) <= 8
+    assert "--plot" not in told
+
+
 @pytest.mark.parametrize("rule", sequential.SEQUENTIAL)
 def test_sequential_rows(rule, monkeypatch):
     monkeypatch.setattr(sequential, "SEQUENTIAL", (rule,))
