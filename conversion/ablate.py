@@ -81,6 +81,7 @@ CHOICES: dict[str, Choice] = {
     "half the text": Choice("worse: the solution overfits", {"solve_tokens": 8192}),
     "twice the text": Choice("better: the solution overfits less", {"solve_tokens": 32768}),
     "no more text for fewer layers": Choice("worse: the solution overfits", {"solve_more": 1.0}),
+    "not trained": Choice("worse", {"align_tokens": 0, "distil_tokens": 0, "extend_tokens": 0}),
     "no align": Choice("worse: align is the cheapest way to a good start", {"align_tokens": 0}),
     "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
     "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),

@@ -36,6 +36,12 @@ TABLES: dict[str, Mapping[str, Any]] = {
     },
     "training": {"recipe": "quick", "budget": "40k", "choices": ("no align", "align", "distil")},
     "steps": {"recipe": RECIPES, "budget": "40k", "choices": "one sequence a step"},
+    "half": {
+        "recipe": ("naive", "mamba-in-llama"),
+        "keep": "uniform:0.5",
+        "budget": "40k",
+        "choices": ("one sequence a step", "not trained"),
+    },
 }
 
 
