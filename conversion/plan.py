@@ -138,7 +138,8 @@ def _closed_form(plan: Plan) -> dict[str, float]:
 
 def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> float:
     """Bytes that the process will hold at most."""
-    return max(stage.bytes for stage in stages(plan, model, offload=offload))
+    least = _needs(plan, model).weights  # where no stage runs
+    return max((stage.bytes for stage in stages(plan, model, offload=offload)), default=least)
 
 
 def estimate(plan: Plan, model: PreTrainedModel) -> float:

@@ -126,11 +126,9 @@ def solve(
     refuse_unknown("way to find rates", [rates], RATES)
     if len(ids_NT) < heldout + 2:
         raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")
-    teacher_walk = Walk(teacher, ids_NT)
-    student_walk = Walk(student, ids_NT) if stream == "student" else None
+    teacher_walk = Walk(teacher, ids_NT, folder=folder)
+    student_walk = Walk(student, ids_NT, folder=folder) if stream == "student" else None
     walks = [walk for walk in (teacher_walk, student_walk) if walk is not None]
-    for walk in walks:
-        walk.keep_in(folder)
     layers = converted_layers(student.config)
     found: dict[int, dict[str, Any]] = {}
     turn = progress_bar(range(len(teacher_walk.blocks)), desc="solve", unit="layer", progress=progress)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,12 @@ class StandIn(nn.Module):
 
 
 class Walk:
-    """The residual stream of `model` over the token blocks `ids_NT`, one block of the decoder after the other."""
+    """The residual stream of `model` over the token blocks `ids_NT`, one block of the decoder after the other.
 
-    def __init__(self, model: PreTrainedModel, ids_NT: Tensor) -> None:
+    folder: where a large stream of a CPU lies, in a file; what is used of it is in memory meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids_NT: Tensor, *, folder: Path | None = None) -> None:
         host = find_host(model.config)
         base = model.base_model
         self.model = model
@@ -72,7 +76,11 @@ class Walk:
         self.ids_NT = ids_NT.to(model.device)
         self.folder: Path | None = None
         self.arguments = self._arguments(base)
-        self.hidden_NTD = torch.cat([self._embedded(base, rows) for rows in self.rows()])
+        for rows in self.rows():
+            part = self._embedded(base, rows)
+            if rows.start == 0:
+                self.hidden_NTD = self._room(part, folder)
+            self._put(rows, part)
 
     def rows(self, count: int | None = None) -> Iterator[slice]:
         """Slices of sequences that are computed together, of the first `count` or of all."""
@@ -83,17 +91,14 @@ class Walk:
         """A walk through the same blocks with room for this stream `count` times, one after the other."""
         other = copy.copy(self)
         other.ids_NT = self.ids_NT.repeat(count, 1)
-        other.hidden_NTD = other._like(self.hidden_NTD)
+        other.hidden_NTD = other._room(self.hidden_NTD, self.folder)
         return other
 
-    def keep_in(self, folder: Path | None) -> None:
-        """From here on a large stream of a CPU lies in a file of `folder`, if one is given; what is used of it is in
-        memory meanwhile."""
+    def keep_in(self, folder: Path) -> None:
+        """From here on a large stream lies in a file of `folder`."""
         stream = self.hidden_NTD
-        if folder is not None and stream.device.type == "cpu" and stream.numel() > IN_MEMORY:
-            self.folder = folder
-            self.hidden_NTD = self._like(stream)
-            self._put(ALL, stream)
+        self.hidden_NTD = self._room(stream, folder)
+        self._put(ALL, stream)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention, or the mixer, of a block."""
@@ -154,9 +159,12 @@ class Walk:
         if self.folder is not None:
             forget(self.hidden_NTD)
 
-    def _like(self, stream_NTD: Tensor) -> Tensor:
-        shape = (len(self.ids_NT), *stream_NTD.shape[1:])
-        return stream_NTD.new_empty(shape) if self.folder is None else mapped(self.folder, shape, stream_NTD.dtype)
+    def _room(self, part_NTD: Tensor, folder: Path | None) -> Tensor:
+        """An empty stream of which this is a part, in a file if it is large and there is a folder."""
+        shape = (len(self.ids_NT), *part_NTD.shape[1:])
+        large = part_NTD.device.type == "cpu" and math.prod(shape) > IN_MEMORY
+        self.folder = folder if large else None
+        return part_NTD.new_empty(shape) if self.folder is None else mapped(self.folder, shape, part_NTD.dtype)
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The teacher's projection from the heads to the residual stream."""

@@ -83,7 +83,7 @@ def labelled_blocks(
         torch.tensor(memoryview(each)[: blocks * sequence_length]).view(blocks, sequence_length)
         for each in (ids, labels)
     )
-    if not (labels_NT != IGNORED).any():
+    if blocks and not (labels_NT != IGNORED).any():
         raise ValueError("in none of the conversations that were read does the assistant say anything to learn from")
     return ids_NT, None if torch.equal(ids_NT, labels_NT) else labels_NT
 

@@ -221,6 +221,16 @@ def test_fewer_layers_are_solved_on_more_text(folder, monkeypatch):
         assert report["tokens"] == (sequences + (6 if keep == 2 else 0)) * LENGTH
 
 
+def test_a_recipe_that_reads_nothing_copies(folder):
+    recipe, data = (
+        Recipe("copy", "x", copied=True, solve_tokens=0, sequence_length=LENGTH),
+        {"train": TEXTS, "test": TEXTS},
+    )
+    student = convert(folder, keep=[1], recipe=recipe, data=data)
+    assert converted_layers(student.config) == (0, 2)
+    assert student.conversion_report["tokens"] == 0
+
+
 def test_layers_are_ranked_for_recall_as_with_the_recipe_that_says_so(folder):
     said = {"rank": {"recall": 1.0}}
     given = [("recall:0.34", {}), (0.34, said), (0.34, {}), ("recall:0.34", {"rank": {"recall": 0.5}})]
