@@ -28,7 +28,6 @@ RECIPES = ("quick", "naive", "radlads", "taylor-calibrate", "mamba-in-llama", "l
 TABLES: dict[str, Mapping[str, Any]] = {
     "choices": {"recipe": "closed-form"},
     "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept", "needles": 8},
-    "text": {"recipe": "closed-form", "keep": 0.75, "choices": "no more text"},
     "recipes": {
         "recipe": RECIPES,
         "budget": "40k",
