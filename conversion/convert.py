@@ -47,8 +47,8 @@ from .teacher import Teacher, load_teacher
 from .tokens import IGNORED, kept_blocks
 
 REPORT_TOKENS = 4096
-TOKENS, SPLITS = "tokens", ("train", "heldout")  # a folder of the unfinished work, and its files
-SOLVING = "solve.streams"  # another
+# folders of the unfinished work: token blocks, a file for each split, and large streams while solving
+TOKENS, SPLITS, SOLVING = "tokens", ("train", "heldout"), "solve.streams"
 
 
 def convert(

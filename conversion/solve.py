@@ -130,11 +130,12 @@ def solve(
     student_walk = Walk(student, ids_NT, folder=folder) if stream == "student" else None
     walks = [walk for walk in (teacher_walk, student_walk) if walk is not None]
     layers = converted_layers(student.config)
+    last = max(layers, default=-1)  # behind it nothing is solved, and no stream is needed
     found: dict[int, dict[str, Any]] = {}
     turn = progress_bar(range(len(teacher_walk.blocks)), desc="solve", unit="layer", progress=progress)
     for layer in visit(turn, walks, found):
         if layer not in layers:
-            for walk in walks if layer < max(layers, default=-1) else ():
+            for walk in walks if layer < last else ():
                 walk.move(layer)
             continue
         mixer = layers_of(student)[layer]
