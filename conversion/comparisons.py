@@ -16,14 +16,21 @@ from typing import Any
 
 from hf_fwp.files import write_whole
 
-from .ablate import ablate, as_table
+from .ablate import CHOICES, ablate, as_table
 from .data import brown
+from .recipes import Recipe, find_recipe
 from .results import ROOT, quote
 from .teacher import smollm2_gguf
 
 ROWS = ROOT / "conversion" / "comparisons.json"
 PAGE = ROOT / "conversion" / "RESULTS.md"
 RECIPES = ("quick", "naive", "radlads", "taylor-calibrate", "mamba-in-llama", "lolcats")
+
+
+def _of_small_steps(name: str) -> Recipe:
+    return find_recipe(name).changed(CHOICES["one sequence a step"].change)
+
+
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     "choices": {"recipe": "closed-form"},
@@ -35,6 +42,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     },
     "training": {"recipe": "quick", "budget": "40k", "choices": ("no align", "align", "distil")},
     "steps": {"recipe": RECIPES, "budget": "40k", "choices": "one sequence a step"},
+    "budget": {"recipe": [_of_small_steps(name) for name in RECIPES], "budget": "0.2M", "sweep": "lr"},
     "half": {
         "recipe": ("naive", "mamba-in-llama"),
         "keep": "uniform:0.5",

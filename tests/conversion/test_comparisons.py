@@ -19,7 +19,7 @@ def test_a_table_is_a_call_that_ablate_takes(name, tmp_path, capsys):
     told = capsys.readouterr().err
     recipes = comparisons.TABLES[name]["recipe"]
     for recipe in [recipes] if isinstance(recipes, str) else recipes:
-        assert f"{recipe}, {AS_IT_IS}" in told
+        assert f"{getattr(recipe, 'name', recipe)}, {AS_IT_IS}" in told
 
 
 def test_the_page_quotes_what_was_measured():
