@@ -130,13 +130,17 @@ def solve(
     student_walk = Walk(student, ids_NT, folder=folder) if stream == "student" else None
     walks = [walk for walk in (teacher_walk, student_walk) if walk is not None]
     layers = converted_layers(student.config)
-    last = max(layers, default=-1)  # behind it nothing is solved, and no stream is needed
+    # behind the last one nothing is solved, and no stream is needed
+    first, last = min(layers, default=0), max(layers, default=-1)
     found: dict[int, dict[str, Any]] = {}
     turn = progress_bar(range(len(teacher_walk.blocks)), desc="solve", unit="layer", progress=progress)
     for layer in visit(turn, walks, found):
+        if student_walk is not None and layer == first:
+            student_walk.join(teacher_walk)
         if layer not in layers:
             for walk in walks if layer < last else ():
-                walk.move(layer)
+                if walk is teacher_walk or layer > first:
+                    walk.move(layer)
             continue
         mixer = layers_of(student)[layer]
         rotary, found[layer] = teacher_walk.rotary(layer), {}
@@ -160,7 +164,7 @@ def solve(
             fitted=len(ids_NT) - heldout,
             lambdas=lambdas,
         )
-        if student_walk is not None:
+        if student_walk is not None and layer < last:
             _answer(layer, mixer, student_walk)
         give_back_freed_memory()
     return found

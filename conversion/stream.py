@@ -94,6 +94,10 @@ class Walk:
         other.hidden_NTD = other._room(self.hidden_NTD, self.folder)
         return other
 
+    def join(self, other: Walk) -> None:
+        """Go on where another walk is: through blocks that both models have alike they need not go both."""
+        self._put(ALL, other.hidden_NTD)
+
     def keep_in(self, folder: Path) -> None:
         """From here on a large stream lies in a file of `folder`."""
         stream = self.hidden_NTD
