@@ -116,7 +116,7 @@ def convert(
     if work is not None and not dry_run:
         _make_way(work, resume=resume)
     blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
-    plan = replace(plan, text=fingerprint(blocks))
+    plan = _with_text(plan, blocks)
     if is_first():
         say(describe(plan, model, offload=offload))
     if dry_run:
@@ -171,7 +171,8 @@ def _make_way(work: Path, *, resume: bool) -> None:
 def _blocks(
     plan: Plan, train: Any, heldout: Any, tokenizer: PreTrainedTokenizerBase, work: Path | None
 ) -> dict[str, Tensor]:
-    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own.
+    """Token blocks of each stage, none in two of them. Without held-out text the report gets blocks of its own. Where
+    solve would read more than the recipe names, it gets what the text has.
 
     Where conversations are learned from by cross-entropy, "extend.labels" are the labels of "extend", -100 for all but
     what the assistant says; so for distil. A KL counts every token: the teacher's answer to a question's words is as
@@ -189,19 +190,27 @@ def _blocks(
     }
     used = sum(counts.values()) * length
     longer = -(-recipe.extend_tokens // recipe.extend_length) * recipe.extend_length
+    imitating = [stage for stage in ("distil", "extend") if _imitates(recipe, stage)]
+    train_file, heldout_file = (None if work is None else work / TOKENS / f"{name}.safetensors" for name in SPLITS)
+    most = used + longer
+    ids_NT, labels_NT = kept_blocks(
+        train_file,
+        train,
+        tokenizer,
+        sequence_length=length,
+        tokens=most,
+        at_least=most - plan.solve_tokens + min(plan.solve_tokens, recipe.solve_tokens),
+        labelled=bool(imitating),
+    )
+    counts["solve"] -= -(-most // length) - len(ids_NT)
     # documents are long: without a shuffle a stage would read few of them
-    order = torch.randperm(used // length, generator=torch.Generator().manual_seed(plan.seed))
+    order = torch.randperm(sum(counts.values()), generator=torch.Generator().manual_seed(plan.seed))
 
     def shared(blocks_NT: Tensor) -> dict[str, Tensor]:
         parts = dict(zip(counts, blocks_NT[order].split(list(counts.values())), strict=True))
         extend_NT = blocks_NT[len(order) :].flatten()[:longer].view(-1, recipe.extend_length)
         return {**parts, "extend": extend_NT} if longer else parts
 
-    imitating = [stage for stage in ("distil", "extend") if _imitates(recipe, stage)]
-    train_file, heldout_file = (None if work is None else work / TOKENS / f"{name}.safetensors" for name in SPLITS)
-    ids_NT, labels_NT = kept_blocks(
-        train_file, train, tokenizer, sequence_length=length, tokens=used + longer, labelled=bool(imitating)
-    )
     parts = shared(ids_NT)
     if labels_NT is not None:
         parts |= {f"{stage}.labels": labels for stage, labels in shared(labels_NT).items() if stage in imitating}
@@ -209,6 +218,16 @@ def _blocks(
         said = {"sequence_length": length, "tokens": report_tokens, "labelled": False}
         parts["report"], _ = kept_blocks(heldout_file, heldout, tokenizer, **said)
     return parts
+
+
+def _with_text(plan: Plan, blocks: dict[str, Tensor]) -> Plan:
+    """The plan for this text: with what there is of it for solve."""
+    length, read = plan.recipe.sequence_length, blocks["solve"].numel()
+    planned = plan.solve_tokens // length * length
+    if read < planned:
+        say(f"the text has {read} tokens for solve, which would read {planned} of a longer one")
+        plan = replace(plan, recipe=replace(plan.recipe, solve_tokens=read, solve_more=1.0))
+    return replace(plan, text=fingerprint(blocks))
 
 
 def _imitates(recipe: Recipe, stage: str) -> bool:

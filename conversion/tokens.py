@@ -52,17 +52,18 @@ def labelled_blocks(
     *,
     sequence_length: int,
     tokens: int | None = None,
+    at_least: int | None = None,
     labelled: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The blocks of `token_blocks`, and their labels: the token where it counts, else -100; None where all count, as
-    all do unless `labelled`.
+    all do unless `labelled`. A text that is too short for `tokens` will do if it has `at_least` so many.
 
     Raises ValueError for conversations in which nobody answers, and for a chat template that rewrites earlier turns
     when a later one follows without marking the answers (`{% generation %}`).
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
-    needed = None if tokens is None else -(-tokens // sequence_length) * sequence_length
+    needed, least = (None if n is None else -(-n // sequence_length) * sequence_length for n in (tokens, at_least))
     ids, labels = array("q"), array("q")  # lists of ints would take four times the memory
     with progress_bar(total=needed, desc="tokenise", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
         for text in texts:
@@ -72,13 +73,13 @@ def labelled_blocks(
             bar.update(min(len(ids), needed or len(ids)) - bar.n)
             if needed is not None and len(ids) >= needed:
                 break
-    wanted = sequence_length if needed is None else needed
+    wanted = least or needed or sequence_length
     if len(ids) < wanted:
         raise ValueError(
             f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
             "give more text; if a file or a folder was meant, a pathlib.Path, if a dataset, datasets.load_dataset(...)"
         )
-    blocks = len(ids) // sequence_length if needed is None else needed // sequence_length
+    blocks = min(len(ids), needed or len(ids)) // sequence_length
     ids_NT, labels_NT = (
         torch.tensor(memoryview(each)[: blocks * sequence_length]).view(blocks, sequence_length)
         for each in (ids, labels)

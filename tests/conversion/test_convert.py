@@ -221,6 +221,30 @@ def test_fewer_layers_are_solved_on_more_text(folder, monkeypatch):
         assert report["tokens"] == (sequences + (6 if keep == 2 else 0)) * LENGTH
 
 
+def test_a_shorter_text_is_read_as_far_as_it_goes(folder, tmp_path, monkeypatch, capsys):
+    seen, solved = [], verb.solve
+
+    def watched(student, teacher, ids_NT, **said):
+        seen.append(len(ids_NT))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return solved(student, teacher, ids_NT, **said)
+
+    recipe = Recipe("more", "small", **SMALL, solve_more=2.5)
+    given = {"keep": 2, "recipe": recipe, "output": tmp_path / "student"}
+    texts = {tokens: {"train": ["x" * (tokens - 1)], "test": TEXTS} for tokens in (16 * LENGTH + 3, 13 * LENGTH - 1)}
+    enough, short = texts.values()
+    monkeypatch.setattr(verb, "solve", watched)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, data=enough, **given)
+    report = convert(folder, data=enough, **given, resume=True).conversion_report
+    assert seen == [5, 10, 5, 10]
+    assert report["tokens"] == 16 * LENGTH
+    assert f"the text has {10 * LENGTH} tokens for solve, which would read {17 * LENGTH}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"has {13 * LENGTH - 1} tokens, but {13 * LENGTH} are needed"):
+        convert(folder, data=short, **{**given, "output": tmp_path / "other"})
+
+
 def test_a_recipe_that_reads_nothing_copies(folder):
     recipe, data = (
         Recipe("copy", "x", copied=True, solve_tokens=0, sequence_length=LENGTH),
