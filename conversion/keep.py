@@ -1,9 +1,11 @@
 """Which layers stay softmax: ranked by what converting each of them alone does to the predictions.
 
-    KL_l = mean_t KL( teacher(. | x_<t) || teacher with layer l's attention replaced by its fast weights )
+    KL_l = exp mean_n log mean_t KL( teacher(. | x_<t) || teacher with layer l's attention replaced by its fast weights )
 
-measured after the mixers are solved; the layers with the largest KL are kept. With `recall` the same KL counts on a
-probe too: tokens of the text in a drawn order, then once more, where only looking back can tell what comes next.
+measured after the mixers are solved; the layers with the largest KL are kept. The geometric mean over sequences n
+foretells the ranks on other text better than the mean, which one odd sequence can decide. With `recall` the same KL
+counts on a probe too: tokens of the text in a drawn order, then once more, where only looking back can tell what comes
+next.
 Ranked layers beat evenly spaced ones by far (SmolLM2-135M, half of the layers kept: perplexity 44 against 53).
 
 `keep` is a fraction (0.25) or a count (7), both ranked; "recall:0.25", ranked with the probe of recall, which takes
@@ -13,6 +15,7 @@ twice as long; a list of layers; or "uniform:0.25", evenly spaced.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import geometric_mean
 from typing import Any, TypeGuard
 
 import torch
@@ -27,6 +30,7 @@ from hf_fwp.telling import progress_bar
 from .families import copy_teacher
 from .stream import Visit, Walk, every, logits
 
+LEAST = 1e-9  # nats: a KL that is less is rounding
 POSITIONS = 64  # tokens whose probabilities are computed at once
 
 Keep = float | int | Sequence[int] | str
@@ -95,9 +99,10 @@ def rank_layers(
     progress: bool = True,
     visit: Visit = every,
 ) -> dict[int, float]:
-    """KL in nats per token that each converted layer of `student` causes when it is swapped in alone.
+    """KL in nats per token that each converted layer of `student` causes when it is swapped in alone: the geometric
+    mean over the sequences.
 
-    `recall`: times the KL on a probe of recall, drawn by `seed`, that is added to it. visit: as in solve. All streams
+    `recall`: times the KL on a probe of recall, drawn by `seed`, that is added to each. visit: as in solve. All streams
     with a layer swapped in, of which there are as many as layers, walk through the decoder side by side.
     """
     texts, half = len(ids_NT), ids_NT.shape[1] // 2
@@ -116,7 +121,7 @@ def rank_layers(
             one.advance(layer, answer)
             swapped.hidden_NTD[done + row] = one.hidden_NTD[0]
         walk.move(layer)
-    found = dict.fromkeys(layers, 0.0)
+    costs = {layer: [0.0] * texts for layer in layers}
     for row in range(count):
         part, weight = (slice(None), 1.0) if row < texts else (slice(half, 2 * half - 1), recall)
         truth = list(_log_probabilities(teacher, _finished(walk, row, part)))
@@ -124,8 +129,8 @@ def rank_layers(
             answers = _log_probabilities(teacher, _finished(swapped, place * count + row, part))
             pairs = zip(answers, truth, strict=True)
             kl = sum(float(F.kl_div(q, p, log_target=True, reduction="sum")) for q, p in pairs)
-            found[layer] += weight * kl / sum(map(len, truth)) / texts
-    return found
+            costs[layer][row % texts] += weight * kl / sum(map(len, truth))
+    return {layer: geometric_mean(max(cost, LEAST) for cost in each) for layer, each in costs.items()}
 
 
 def _finished(walk: Walk, row: int, part: slice) -> Tensor:
