@@ -1,6 +1,6 @@
 """Which layers stay softmax: ranked by what converting each of them alone does to the predictions.
 
-    KL_l = exp mean_n log mean_t KL( teacher(. | x_<t) || teacher with layer l's attention replaced by its fast weights )
+    KL_l = exp mean_n log mean_t KL( teacher(. | x_<t) || teacher with its attention in layer l replaced by the mixer )
 
 measured after the mixers are solved; the layers with the largest KL are kept. The geometric mean over sequences n
 foretells the ranks on other text better than the mean, which one odd sequence can decide. With `recall` the same KL

@@ -23,15 +23,17 @@ from .keep import Keep, kept_layers
 from .recipes import TRAINING, Recipe
 
 # Forward passes of the teacher that a token costs, measured on SmolLM2-135M with 2 CPU cores (one pass of a token:
-# 1.57 ms): while all layers are searched for settings, solved on the student's or the teacher's stream, or left as they
-# are, and while each of 30 layers is swapped in. Half of the layers kept comes to 115 000 passes, three quarters to
-# 103 000: 2.4 and 2.2 minutes, measured alone, are these at 1.25 and 1.28 ms each.
-COSTS = {"calibrate": 10.1, "solve": 4.5, "rank_solve": 3.5, "move": 1.6, "rank": 28.0}
-COSTS |= {"align": 2.7, "distil": 5.8, "extend": 5.0}
+# 1.57 ms): while all layers are searched for settings, while each of 30 layers is swapped in, and in gradient steps.
+# Half of the layers kept comes to 115 000 passes, three quarters to 103 000: 2.4 and 2.2 minutes, measured alone, are
+# these at 1.25 and 1.28 ms each.
+COSTS = {"calibrate": 10.1, "rank": 28.0, "align": 2.7, "distil": 5.8, "extend": 5.0}
+# While all layers are solved on a stream, or left as they are.
+SOLVE = {"student": 4.5, "teacher": 3.5}
+MOVE = {"student": 1.6, "teacher": 0.8}
 SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 that judge
 # Tensors [tokens, hidden size] that are in memory at once: while solving the streams of teacher and student, per layer
 # for the backward of distil, and for a layer of align, where 0.37 GiB were measured (SmolLM2-135M, 2048 tokens).
-STREAMS, ACTIVATIONS, ALIGNED = 2, 40, 85
+STREAMS, ACTIVATIONS, ALIGNED = {"student": 2, "teacher": 1}, 40, 85
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
 BATCH = 4  # sequences a step, where the recipe does not say
@@ -121,7 +123,7 @@ def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list
         "solve": plan.solve_tokens,
         **{stage: getattr(recipe, f"{stage}_tokens") for stage in TRAINING},
     }
-    units = {name: count * COSTS[name] for name, count in tokens.items()} | _closed_form(plan)
+    units = {stage: tokens[stage] * COSTS[stage] for stage in TRAINING} | _closed_form(plan)
     return [Stage(name, count, units[name] * second, held[name]) for name, count in tokens.items() if count]
 
 
@@ -129,10 +131,10 @@ def _closed_form(plan: Plan) -> dict[str, float]:
     """Forward passes of one token that ranking and solving take; the search is part of whichever comes first."""
     recipe, converted = plan.recipe, plan.converted / plan.num_layers
     search = SEARCHED * recipe.sequence_length * COSTS["calibrate"]
-    solve = plan.solve_tokens * (converted * COSTS["solve"] + (1 - converted) * COSTS["move"])
+    solve = plan.solve_tokens * (converted * SOLVE[recipe.stream] + (1 - converted) * MOVE[recipe.stream])
     rank = recipe.rank_tokens * COSTS["rank"] * plan.num_layers / 30  # a swap for every layer
     rank *= 2 if recipe.rank.get("recall") else 1
-    rank += recipe.rank_solve_tokens * COSTS["rank_solve"]
+    rank += recipe.rank_solve_tokens * SOLVE["teacher"]
     return {"rank": search + rank, "solve": solve if plan.ranked else solve + converted * search}
 
 
@@ -205,7 +207,7 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
         outside=byte * (weights - blocks),
         mixer=byte * own,
         mixers=byte * own * plan.converted,
-        streams=byte * hidden * STREAMS * plan.solve_tokens,
+        streams=byte * hidden * STREAMS[recipe.stream] * plan.solve_tokens,
         equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
         layer=ALIGNED * batch["align"] * token,
         steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,

@@ -31,11 +31,11 @@ from hf_fwp.telling import progress_bar
 from .calibrate import calibrate
 from .formulas import calibrate_by_formulas
 from .memory import give_back_freed_memory
+from .recipes import STREAMS
 from .stream import Visit, Walk, every
 
 LAMBDAS = (1e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 HEAD_LAMBDA = 1e-3
-STREAMS = ("student", "teacher")
 RATES = {"residual": calibrate, "formulas": calibrate_by_formulas}
 # Of some sequences: the mixer's input [n,T,D], and the teacher's answer [n,T,D] and heads [n,T,H V].
 Lesson = tuple[Tensor, Tensor, Tensor]
@@ -121,8 +121,7 @@ def solve(
     visit: gives the layers in turn, and sees to it that the weights of each are there (offload.py). folder: where large
     streams lie (stream.py); without one they are in memory.
     """
-    if stream not in STREAMS:
-        raise ValueError(f"unknown stream {stream!r}; the streams are {', '.join(STREAMS)}")
+    refuse_unknown("stream", [stream], STREAMS)
     refuse_unknown("way to find rates", [rates], RATES)
     if len(ids_NT) < heldout + 2:
         raise ValueError(f"{len(ids_NT)} sequences are too few to solve: {heldout} are held out, 2 more are needed")

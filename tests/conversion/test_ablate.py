@@ -26,7 +26,9 @@ TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH, "align": {"l
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(calibration, "ROUNDS", (({"rotate": (False, True)},), ({"rotate": (False, True)},)))
-    monkeypatch.setitem(RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL, solve_more=2.0))
+    monkeypatch.setitem(
+        RECIPES, "closed-form", Recipe("closed-form", "small", **SMALL, solve_more=2.0, stream="teacher")
+    )
     monkeypatch.setitem(RECIPES, "quick", Recipe("quick", "small", **SMALL, **TRAINED))
 
 

@@ -18,7 +18,7 @@ def test_a_table_is_a_call_that_ablate_takes(name, tmp_path, capsys):
     assert ablate(tiny_llama(layers=4), dry_run=True, output=tmp_path, **comparisons.TABLES[name]) == []
     told = capsys.readouterr().err
     recipes = comparisons.TABLES[name]["recipe"]
-    for recipe in [recipes] if isinstance(recipes, str) else recipes:
+    for recipe in [recipes] if isinstance(recipes, (str, Recipe)) else recipes:
         assert f"{getattr(recipe, 'name', recipe)}, {AS_IT_IS}" in told
 
 

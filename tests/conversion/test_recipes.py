@@ -48,6 +48,11 @@ def test_an_unknown_name_is_refused_with_the_closest():
         student_options("delta_nett")
 
 
+def test_an_unknown_stream_is_refused():
+    with pytest.raises(ValueError, match="unknown stream 'both'; allowed: student, teacher"):
+        Recipe("x", "x", stream="both")
+
+
 def test_tokens_are_those_of_all_stages():
     recipe = Recipe("x", "x", solve_tokens=7, rank_solve_tokens=30, rank_tokens=200, align_tokens=1000, distil_tokens=9)
     assert recipe.trained() == 1009
@@ -57,8 +62,8 @@ def test_tokens_are_those_of_all_stages():
 
 def test_fewer_layers_are_solved_on_more_text():
     recipe = find_recipe("closed-form")
-    assert [recipe.solved(layers, 30) for layers in (30, 15, 8, 3, 0)] == [16384, 32768, 61440, 65536, 16384]
-    assert recipe.solved(22, 30) == 43 * recipe.sequence_length  # whole sequences
+    assert [recipe.solved(layers, 30) for layers in (30, 15, 8, 3, 0)] == [24576, 49152, 61440, 61440, 24576]
+    assert recipe.solved(22, 30) == 65 * recipe.sequence_length  # whole sequences
     assert find_recipe("quick").solved(8, 30) == 16384
 
 

@@ -257,7 +257,7 @@ def test_less_is_missed_beside_a_window_and_nothing_beside_one_that_reaches_ever
 def test_what_cannot_be_solved_is_refused(ids_NT):
     teacher = tiny_teacher("llama")
     student = student_of(teacher)
-    with pytest.raises(ValueError, match="unknown stream 'both'; the streams are student, teacher"):
+    with pytest.raises(ValueError, match="unknown stream 'both'; allowed: student, teacher"):
         solve(student, teacher, ids_NT, stream="both")
     with pytest.raises(ValueError, match="5 sequences are too few to solve: 4 are held out"):
         solve(student, teacher, ids_NT[:5], heldout=4)
