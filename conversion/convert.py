@@ -39,7 +39,7 @@ from .keep import Keep, for_recall, keep_softmax, kept_count, most_needed, rank_
 from .offload import LAYERS, RANKED, finish_offloaded
 from .plan import Plan, describe, offloads, within
 from .processes import copy_first, first_says, is_first, meet, processes, wait
-from .recipes import Recipe, find_recipe
+from .recipes import TRAINING, Recipe, find_recipe
 from .report import environment, measure, peak_memory
 from .run import Run, as_begun, begin, begun, check_output, fingerprint
 from .solve import solve
@@ -83,7 +83,8 @@ def convert(
     starts.
     """
     meet(device)
-    options, output = find_recipe(recipe).with_mixer(mixer), None if output is None else Path(output)
+    options = _shared(find_recipe(recipe).with_mixer(mixer))
+    output = None if output is None else Path(output)
     if for_recall(keep):
         options = replace(options, rank={"recall": 1.0, **options.rank})
     options.options(rule)
@@ -128,6 +129,15 @@ def convert(
         student: Any = finish_offloaded(run, output) if offload and output is not None else _finish(run, output)
     student.conversion_report = run.report
     return student
+
+
+def _shared(recipe: Recipe) -> Recipe:
+    """The recipe with steps that the processes can share."""
+    shared = recipe.for_processes(processes())
+    for stage in TRAINING:
+        if getattr(recipe, f"{stage}_tokens") and shared.batch(stage) != recipe.batch(stage) and is_first():
+            say(f"{stage}: {shared.batch(stage)} sequences a step instead of {recipe.batch(stage)}, to share them")
+    return shared
 
 
 def _checked(

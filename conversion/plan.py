@@ -36,7 +36,6 @@ SEARCHED = 5  # sequences that are searched for settings: solve's own 3, and 2 t
 STREAMS, ACTIVATIONS, ALIGNED = {"student": 2, "teacher": 1}, 40, 85
 # Bytes for each pair of regressors, and of a regressor and an output, in float32 sums and the float64 solution.
 EQUATIONS = (24, 56)
-BATCH = 4  # sequences a step, where the recipe does not say
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,6 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
     reads = mixer.o_proj.in_features + skipped + mixer.options.o_bias
     empty = model.get_input_embeddings().weight.is_meta
     process = (peak_memory() or 0) - (0 if empty else byte * weights)
-    batch = {name: getattr(recipe, name).get("batch_size", BATCH) for name in TRAINING}
     token = hidden * byte * recipe.sequence_length
     return Needs(
         process=max(0, process),
@@ -209,9 +207,9 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
         mixers=byte * own * plan.converted,
         streams=byte * hidden * STREAMS[recipe.stream] * plan.solve_tokens,
         equations=EQUATIONS[0] * reads**2 + EQUATIONS[1] * reads * hidden,
-        layer=ALIGNED * batch["align"] * token,
-        steps=ACTIVATIONS * plan.num_layers * batch["distil"] * token,
-        longer=_kept(recipe, plan.num_layers) * batch["extend"] * hidden * byte * recipe.extend_length,
+        layer=ALIGNED * recipe.batch("align") * token,
+        steps=ACTIVATIONS * plan.num_layers * recipe.batch("distil") * token,
+        longer=_kept(recipe, plan.num_layers) * recipe.batch("extend") * hidden * byte * recipe.extend_length,
         num_layers=plan.num_layers,
     )
 
@@ -284,8 +282,9 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
         raise ValueError(
             f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
         )
-    scaled, step = plan.recipe.with_trained(tokens), 4 * plan.recipe.sequence_length  # one step of 4 sequences
-    for stage, least in {"align": step, "distil": step, "extend": plan.recipe.extend_length}.items():
+    scaled = plan.recipe.with_trained(tokens)
+    step = {stage: plan.recipe.batch(stage) * plan.recipe.sequence_length for stage in ("align", "distil")}
+    for stage, least in {**step, "extend": plan.recipe.extend_length}.items():
         wanted, left = (getattr(recipe, f"{stage}_tokens") for recipe in (plan.recipe, scaled))
         if wanted and left < least:
             raise ValueError(

@@ -103,6 +103,16 @@ class Recipe:
         ranking = self.rank_solve_tokens + self.rank_tokens if ranked else 0
         return self.solve_tokens + ranking + self.trained()
 
+    def batch(self, stage: str) -> int:
+        """Sequences in a step of a stage that takes gradient steps."""
+        return getattr(self, stage).get("batch_size", BATCH)
+
+    def for_processes(self, count: int) -> Recipe:
+        """The same recipe with as many sequences more in a step as `count` processes need to share it evenly."""
+        shared = {stage: -(-self.batch(stage) // count) * count for stage in TRAINING}
+        more = [stage for stage, batch in shared.items() if batch != self.batch(stage)]
+        return replace(self, **{stage: {**getattr(self, stage), "batch_size": shared[stage]} for stage in more})
+
     def with_trained(self, tokens: int) -> Recipe:
         """The same recipe with `tokens` for all stages that take gradient steps, shared as before."""
         total, before, shares = max(1, self.trained()), 0, {}
@@ -133,6 +143,7 @@ class Recipe:
 
 # Whose residual stream the mixers are solved on.
 STREAMS = ("student", "teacher")
+BATCH = 4  # sequences a step, where the recipe does not say
 # Stages that take gradient steps, and the learning rates among their settings.
 TRAINING = ("align", "distil", "extend")
 RATES = ("lr", "lr_projections", "lr_rest")
@@ -164,9 +175,9 @@ RECIPES: dict[str, Recipe] = {
             "quick",
             "closed-form, then align and distil: 0.2M tokens in all",
             align_tokens=16384,
-            align=_ALIGN,
+            align={**_ALIGN, "batch_size": 1},  # with few tokens more steps are worth more than larger ones
             distil_tokens=159744,
-            distil={**_DISTIL, "save_every": 10},
+            distil={**_DISTIL, "batch_size": 1, "save_every": 40},
         ),
         Recipe(
             "standard",

@@ -102,7 +102,7 @@ def aligning(folder: Path, batch_size: int, steps: int = 4):
     return found
 
 
-def converting(folder: Path):
+def converting(folder: Path, batch_size: int = 4):
     """(weights, report, files) of a conversion through all stages; the second process would keep another layer."""
     import importlib
 
@@ -114,7 +114,7 @@ def converting(folder: Path):
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         verb.most_needed = lambda ranking, count: sorted(sorted(ranking, key=ranking.get)[:count])
     small = {"sequence_length": 16, "solve_tokens": 112, "rank_solve_tokens": 80, "rank_tokens": 16}
-    training = {"bf16": False, "window_dropout": (0.5, 0.5)}
+    training = {"bf16": False, "window_dropout": (0.5, 0.5), "batch_size": batch_size}
     small |= {"align_tokens": 128, "align": training, "distil_tokens": 128, "distil": training}
     small["fwp"] = {"window": 4, "sinks": 1}
     measures = {"tokens": 32, "baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}

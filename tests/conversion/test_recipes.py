@@ -53,6 +53,14 @@ def test_an_unknown_stream_is_refused():
         Recipe("x", "x", stream="both")
 
 
+@pytest.mark.parametrize(("processes", "sequences"), [(1, 1), (2, 2), (3, 3)])
+def test_processes_share_steps_evenly(processes, sequences):
+    recipe = find_recipe("quick").for_processes(processes)
+    assert (recipe.batch("align"), recipe.batch("distil")) == (sequences, sequences)
+    assert recipe.batch("extend") == {1: 4, 2: 4, 3: 6}[processes]
+    assert (recipe.distil["lr"], recipe.distil_tokens) == (find_recipe("quick").distil["lr"], 159744)
+
+
 def test_tokens_are_those_of_all_stages():
     recipe = Recipe("x", "x", solve_tokens=7, rank_solve_tokens=30, rank_tokens=200, align_tokens=1000, distil_tokens=9)
     assert recipe.trained() == 1009

@@ -138,14 +138,16 @@ def test_two_processes_align_as_one(batch_size, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_convert_as_one(tmp_path):
+@pytest.mark.parametrize(("batch_size", "of_two"), [(4, 4), (2, 1)], ids=["as it says", "one more"])
+def test_two_processes_convert_as_one(batch_size, of_two, tmp_path):
+    """One sequence a step, which they cannot share, becomes two."""
     (tmp_path / "alone").mkdir()
-    weights, report, files = converting(tmp_path / "alone")
-    theirs, said, written = together(converting, tmp_path / "pair")
+    weights, report, files = converting(tmp_path / "alone", batch_size)
+    theirs, said, written = together(converting, tmp_path / "pair", of_two)
     assert written == files
     assert said["kept_layers"] == report["kept_layers"]
     for stage in ("align", "distil"):
-        assert said["stages"][stage]["steps"] == report["stages"][stage]["steps"] == 2
+        assert said["stages"][stage]["steps"] == report["stages"][stage]["steps"] == 8 // batch_size
     assert said["evaluation"]["kl"] == pytest.approx(report["evaluation"]["kl"], rel=EXACT)
     for key, weight in weights.items():
         assert (theirs[key] - weight).norm() <= EXACT * (1 + weight.norm()), key
