@@ -65,7 +65,7 @@ class Recipe:
     stream: str = "student"
     solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
-    rank_tokens: int = 1600
+    rank_tokens: int = 3072
     rank: Mapping[str, Any] = field(default_factory=dict)
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)

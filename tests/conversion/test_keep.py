@@ -9,7 +9,7 @@ from teachers import LAYERS, tiny_teacher
 from torch.nn import functional as F
 
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.keep import keep_softmax, kept_count, kept_layers, most_needed, rank_layers, recall_probe
+from hf_fwp.conversion.keep import EVERY, keep_softmax, kept_count, kept_layers, most_needed, rank_layers, recall_probe
 from hf_fwp.conversion.recipes import student_options
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import converted_layers
@@ -106,8 +106,8 @@ def test_what_says_no_layers_is_refused(keep, told):
 
 
 @torch.no_grad()
-def plain_kls(model, teacher, ids_NT, part=slice(None)):
-    """The mean of each sequence."""
+def plain_kls(model, teacher, ids_NT, part):
+    """The mean of a part of each sequence."""
     ours, theirs = (each(ids_NT).logits.double().log_softmax(-1)[:, part] for each in (model, teacher))
     return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean(-1)
 
@@ -118,7 +118,7 @@ def test_the_ranking_is_the_kl_of_swapping_one_layer_alone(student, teacher, ids
     for layer, kl in ranking.items():
         alone = keep_softmax(student, teacher, kept={1, 2, 3} - {layer})
         assert list(converted_layers(alone.config)) == [layer]
-        plain = plain_kls(alone, teacher, ids_NT)
+        plain = plain_kls(alone, teacher, ids_NT, slice(None, None, EVERY))
         assert kl == pytest.approx(geometric_mean(plain.tolist()), rel=1e-4)
         assert kl > 1e-4
 
@@ -133,8 +133,8 @@ def test_recall_is_the_kl_where_only_looking_back_helps(student, teacher, ids_NT
     ranking = rank_layers(student, teacher, ids_NT, recall=0.7, seed=3, progress=False)
     for layer, kl in ranking.items():
         alone = keep_softmax(student, teacher, kept={1, 2, 3} - {layer})
-        recalled = plain_kls(alone, teacher, probe, slice(half, 2 * half - 1))
-        both = plain_kls(alone, teacher, ids_NT) + 0.7 * recalled
+        recalled = plain_kls(alone, teacher, probe, slice(half, 2 * half - 1, EVERY))
+        both = plain_kls(alone, teacher, ids_NT, slice(None, None, EVERY)) + 0.7 * recalled
         assert kl == pytest.approx(geometric_mean(both.tolist()), rel=1e-3)
     with pytest.raises(ValueError, match="give at least 4"):
         recall_probe(ids_NT[:, :3])
