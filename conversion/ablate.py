@@ -79,9 +79,9 @@ CHOICES: dict[str, Choice] = {
     "drawn to the copy": Choice("worse: W0 of the copied projection is far off", {"solve.per_head": False}),
     "teacher inputs": Choice("worse: later layers never see the errors of earlier ones", {"stream": "teacher"}),
     "student inputs": Choice("better: later layers see the errors of earlier ones", {"stream": "student"}),
-    "solved on 8192 tokens": Choice("worse: the solution overfits", {"solve_tokens": 8192}),
-    "solved on 32768 tokens": Choice("better: the solution overfits less", {"solve_tokens": 32768}),
-    "no more text for fewer layers": Choice("worse: the solution overfits", {"solve_more": 1.0}),
+    "solved on 8192 tokens": Choice("worse: the solution overfits", {"solve_tokens": 8192, "solve_more": 1.0}),
+    "solved on 16384 tokens": Choice("worse: the solution overfits", {"solve_tokens": 16384, "solve_more": 1.0}),
+    "solved on 32768 tokens": Choice("better: the solution overfits less", {"solve_tokens": 32768, "solve_more": 1.0}),
     "not trained": Choice("worse", {"align_tokens": 0, "distil_tokens": 0, "extend_tokens": 0}),
     "no align": Choice("worse: align is the cheapest way to a good start", {"align_tokens": 0}),
     "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
@@ -249,7 +249,7 @@ def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: K
     off = [stage for stage in TRAINING if not getattr(before, f"{stage}_tokens")]
     hidden: dict[str, Any] = {stage: {} for stage in off} | {"fwp": {}} | ({} if ranked else {"rank": {}})
     hidden |= {"solve_tokens": 0, "solve_more": 1.0}  # together they say how much is read
-    solved = [recipe.solved(layers - _count(keep, layers), layers) for recipe in (before, after)]
+    solved = [recipe.solved for recipe in (before, after)]
     unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
     mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]
     said = [replace(recipe, **hidden) for recipe in (before, after)]

@@ -36,7 +36,7 @@ QUICK = _stepping("quick", 4)  # as the others, and as it was before these table
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     # on the student's own stream, which the recipe has given up since: see the page
-    "choices": {"recipe": find_recipe("closed-form").changed({"stream": "student", "solve_tokens": 16384})},
+    "choices": {"recipe": find_recipe("closed-form").changed({"stream": "student", "solve_more": 1.0})},
     "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept", "needles": 8},
     "recipes": {"recipe": (QUICK, *OTHERS), "budget": "40k", "sweep": "lr"},
     "training": {"recipe": QUICK, "budget": "40k", "choices": ("no align", "align", "distil")},

@@ -65,7 +65,7 @@ class Plan:
     @property
     def solve_tokens(self) -> int:
         """Tokens of the final solution."""
-        return self.recipe.solved(self.converted, self.num_layers)
+        return self.recipe.solved
 
     @property
     def tokens(self) -> int:

@@ -61,11 +61,11 @@ class Recipe:
     sequence_length: int = 512
     solve_tokens: int = 16384
     solve_more: float = 1.0
-    """where layers are kept, solve reads up to so many times the text in the time of those that it need not solve"""
+    """up to so many times the text is solved on where there is as much"""
     stream: str = "student"
     solve: Mapping[str, Any] = field(default_factory=dict)
     rank_solve_tokens: int = 5120
-    rank_tokens: int = 3072
+    rank_tokens: int = 2560
     rank: Mapping[str, Any] = field(default_factory=dict)
     align_tokens: int = 0
     align: Mapping[str, Any] = field(default_factory=dict)
@@ -91,15 +91,15 @@ class Recipe:
         """Tokens of the stages that take gradient steps."""
         return sum(getattr(self, f"{stage}_tokens") for stage in TRAINING)
 
-    def solved(self, converted: int, layers: int) -> int:
-        """Tokens that the final solution reads where so many of the layers are converted, in whole sequences."""
-        if self.solve_more == 1 or not converted:
+    @property
+    def solved(self) -> int:
+        """Tokens that the final solution reads of a text that has them, in whole sequences."""
+        if self.solve_more == 1:
             return self.solve_tokens
-        tokens = min(self.solve_tokens * layers // converted, int(self.solve_tokens * self.solve_more))
-        return tokens // self.sequence_length * self.sequence_length
+        return int(self.solve_tokens * self.solve_more) // self.sequence_length * self.sequence_length
 
     def tokens(self, *, ranked: bool) -> int:
-        """All tokens that the recipe reads where nothing is kept, or `ranked` before it: so many must the data have."""
+        """The tokens that the data must have, with those that layers are `ranked` on or without."""
         ranking = self.rank_solve_tokens + self.rank_tokens if ranked else 0
         return self.solve_tokens + ranking + self.trained()
 
@@ -168,8 +168,7 @@ RECIPES: dict[str, Recipe] = {
             "calibrate and solve, no gradient step: minutes on a CPU",
             # on the teacher's stream nearly twice the text takes no longer, and is worth more than the student's own
             stream="teacher",
-            solve_tokens=24576,
-            solve_more=2.5,
+            solve_more=2.0,
         ),
         Recipe(
             "quick",

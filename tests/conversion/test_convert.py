@@ -211,14 +211,14 @@ def test_layers_that_were_named_stay_softmax(keep, converted, folder):
     assert student.conversion_report["kept_layers"] == [i for i in range(LAYERS) if i not in converted]
 
 
-def test_fewer_layers_are_solved_on_more_text(folder, monkeypatch):
+def test_a_long_text_is_solved_on_as_far_as_the_recipe_reads(folder, monkeypatch):
     seen, solved = [], verb.solve
     monkeypatch.setattr(verb, "solve", lambda *args, **said: (seen.append(args[2].shape), solved(*args, **said))[1])
     recipe = Recipe("more", "small", **SMALL, solve_more=2.5)
-    for keep, sequences in ((0, 7), ([1], 10), (2, 17)):
+    for keep, ranked in ((0, 0), ([1], 0), (2, 6)):
         report = convert(folder, keep=keep, recipe=recipe, data=TEXTS).conversion_report
-        assert seen[-1] == (sequences, LENGTH)
-        assert report["tokens"] == (sequences + (6 if keep == 2 else 0)) * LENGTH
+        assert seen[-1] == (17, LENGTH)
+        assert report["tokens"] == (17 + ranked) * LENGTH
 
 
 def test_a_shorter_text_is_read_as_far_as_it_goes(folder, tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_the_verb_plans_shapes_and_folders_without_weights(large, tmp_path, caps
         planned = convert(teacher, keep=0, recipe="closed-form", data=texts, dry_run=True, **more)
         assert all(parameter.is_meta for parameter in planned.parameters())
         told = capsys.readouterr().err
-        assert "solve 24576 tokens: about" in told
+        assert "solve 32768 tokens: about" in told
         assert ("layer by layer: the teacher is never in memory as a whole" in told) == ("max_memory" in more)
 
 
