@@ -5,9 +5,8 @@
 measured at every fourth token t after the mixers are solved; the layers with the largest KL are kept. Sequences differ
 more than tokens of one do, and the output head costs as much as the walk there: with fewer tokens of each there is time
 for more of them. The geometric mean over sequences n foretells the ranks on other text better than the mean, which one
-odd sequence can decide. With `recall` the same KL
-counts on a probe too: tokens of the text in a drawn order, then once more, where only looking back can tell what comes
-next.
+odd sequence can decide. With `recall` the same KL counts on a probe too: tokens of the text in a drawn order, then once
+more, where only looking back can tell what comes next.
 Ranked layers beat evenly spaced ones by far (SmolLM2-135M, half of the layers kept: perplexity 44 against 53).
 
 `keep` is a fraction (0.25) or a count (7), both ranked; "recall:0.25", ranked with the probe of recall, which takes

@@ -73,13 +73,13 @@ def labelled_blocks(
             bar.update(min(len(ids), needed or len(ids)) - bar.n)
             if needed is not None and len(ids) >= needed:
                 break
-    wanted = least or needed or sequence_length
+    wanted = next((n for n in (least, needed) if n is not None), sequence_length)
     if len(ids) < wanted:
         raise ValueError(
             f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
             "give more text; if a file or a folder was meant, a pathlib.Path, if a dataset, datasets.load_dataset(...)"
         )
-    blocks = min(len(ids), needed or len(ids)) // sequence_length
+    blocks = (len(ids) if needed is None else min(len(ids), needed)) // sequence_length
     ids_NT, labels_NT = (
         torch.tensor(memoryview(each)[: blocks * sequence_length]).view(blocks, sequence_length)
         for each in (ids, labels)

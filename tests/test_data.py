@@ -334,6 +334,22 @@ def test_blocks_are_the_documents_in_a_row(tokenizer):
     assert torch.equal(data.token_blocks(["abcd", "efg"], tokenizer, sequence_length=4, tokens=3), blocks[:1])
 
 
+def test_a_shorter_text_will_do_where_less_is_enough(tokenizer):
+    given = {"sequence_length": 4, "tokens": 24}
+    all_there, _ = data.labelled_blocks(["abcd", "efgh" * 9], tokenizer, **given, at_least=8)
+    assert all_there.shape == (6, 4)
+    shorter, _ = data.labelled_blocks(["abcd", "efgh"], tokenizer, **given, at_least=8)
+    assert torch.equal(shorter, all_there[:2])
+    with pytest.raises(ValueError, match="has 5 tokens, but 8 are needed"):
+        data.labelled_blocks(["abcd"], tokenizer, **given, at_least=8)
+
+
+@pytest.mark.parametrize("given", [{}, {"at_least": 0}])
+def test_no_tokens_are_no_blocks(given, tokenizer):
+    assert data.labelled_blocks(["abcd" * 9], tokenizer, sequence_length=4, tokens=0, **given)[0].shape == (0, 4)
+    assert data.labelled_blocks([], tokenizer, sequence_length=4, tokens=0, **given)[0].shape == (0, 4)
+
+
 def test_too_little_text_says_how_much_is_needed(tokenizer):
     with pytest.raises(ValueError, match=r"has 6 tokens, but 16 are needed .*pathlib\.Path"):
         data.token_blocks(["abcde"], tokenizer, sequence_length=16)
