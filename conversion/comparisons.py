@@ -32,10 +32,10 @@ def _stepping(name: str, sequences: int) -> Recipe:
     return find_recipe(name).changed({"align.batch_size": sequences, "distil.batch_size": sequences})
 
 
-QUICK = _stepping("quick", 4)  # as the others, and as it was before these tables
+QUICK = _stepping("quick", 4)  # as many as the others take
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
-    # on the student's own stream, which the recipe has given up since: see the page
+    # on the student's stream, where the teacher's is a choice
     "choices": {"recipe": find_recipe("closed-form").changed({"stream": "student", "solve_more": 1.0})},
     "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept", "needles": 8},
     "recipes": {"recipe": (QUICK, *OTHERS), "budget": "40k", "sweep": "lr"},
