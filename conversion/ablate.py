@@ -6,7 +6,7 @@
 
 A budget is of all tokens that a run reads. Every finished run is a file in OUTPUT/runs and is not repeated; an
 interrupted one that takes gradient steps goes on where it was. OUTPUT/ablation.json and ablation.md hold the table of
-all that are finished.
+all that are finished. A student with windows is measured without them, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
@@ -29,6 +29,7 @@ from hf_fwp.hosts.options import graft_defaults
 from hf_fwp.options import MixerOptions
 from hf_fwp.telling import say
 
+from .choices import AS_IT_IS, CHOICES, SWEEPS, SWEPT, Choice
 from .convert import convert
 from .keep import Keep, kept_count, kept_layers
 from .plan import Plan, estimate, within
@@ -37,71 +38,9 @@ from .recipes import TRAINING, Recipe, find_recipe
 from .report import plain
 from .teacher import Teacher, load_teacher
 
-AS_IT_IS = "as it is"
 SAME = 0.02  # the share by which the KL of a choice may differ and still count as the same
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One thing that is done otherwise, and what is expected of it."""
-
-    expected: str
-    """better, worse or same, in KL against the recipe as it is, and why"""
-    change: Mapping[str, Any] = field(default_factory=dict)
-    """of the recipe: Recipe.changed"""
-    keep: str | None = None
-    """how kept layers are chosen instead: uniform, or random"""
-    seeds: int = 1
-    """runs with other kept layers on the same text, whose mean counts"""
-
-
-CHOICES: dict[str, Choice] = {
-    AS_IT_IS: Choice("same: this is what the others are compared with"),
-    "one time scale": Choice("worse: one half-life per head cannot be near and far", {"fwp.time_scales": 1}),
-    "three time scales": Choice("better: for the worst heads", {"fwp.time_scales": 3}),
-    "rates by formulas with one time scale": Choice(
-        "worse than one time scale: a sink spoils distance and entropy",
-        {"solve.rates": "formulas", "fwp.time_scales": 1, "fwp.state_bias": False},
-    ),
-    "beta fixed": Choice("worse: heads differ in how strongly they should write", {"solve.fixed": {"beta": 0.5}}),
-    "half-life fixed": Choice("worse: heads differ in how far they look", {"solve.fixed": {"half_life": 38.0}}),
-    "never rotated": Choice("worse: some heads need positions", {"fwp.rope_heads": "none"}),
-    "always rotated": Choice("worse: most heads prefer no RoPE", {"solve.fixed": {"rotate": True}}),
-    "no value regressor": Choice("worse: the current token's value is cheap", {"fwp.value_skip": 0}),
-    "two values": Choice("better: the last token's value is a frequent target", {"fwp.value_skip": 2}),
-    "no constant": Choice("worse: a sink's value is a constant", {"fwp.o_bias": False}),
-    "no bias of q and k": Choice("worse: the state cannot be asked for the mean value", {"fwp.state_bias": False}),
-    "no gate": Choice("worse: nothing says 'nothing here'", {"fwp.output_gate": "none"}),
-    "window and sinks": Choice("better: what is near is exact", {"fwp.window": 64, "fwp.sinks": 4}),
-    "grouped states": Choice("worse: fewer states, by as many as share a key", {"fwp.state_heads": "grouped"}),
-    "lambda 0.01": Choice("worse: it overfits few tokens", {"solve.lambdas": (1e-2,)}),
-    "lambda 1": Choice("worse: layers differ in what they need", {"solve.lambdas": (1.0,)}),
-    "drawn to the copy": Choice("worse: W0 of the copied projection is far off", {"solve.per_head": False}),
-    "teacher inputs": Choice("worse: later layers never see the errors of earlier ones", {"stream": "teacher"}),
-    "student inputs": Choice("better: later layers see the errors of earlier ones", {"stream": "student"}),
-    "solved on 8192 tokens": Choice("worse: the solution overfits", {"solve_tokens": 8192, "solve_more": 1.0}),
-    "solved on 16384 tokens": Choice("worse: the solution overfits", {"solve_tokens": 16384, "solve_more": 1.0}),
-    "solved on 32768 tokens": Choice("better: the solution overfits less", {"solve_tokens": 32768, "solve_more": 1.0}),
-    "not trained": Choice("worse", {"align_tokens": 0, "distil_tokens": 0, "extend_tokens": 0}),
-    "no align": Choice("worse: align is the cheapest way to a good start", {"align_tokens": 0}),
-    "align lr x 0.3": Choice("worse", {"align.lr": 3e-4, "align.lr_projections": 3e-5}),
-    "align lr x 3": Choice("worse", {"align.lr": 3e-3, "align.lr_projections": 3e-4}),
-    "align mixers only": Choice("worse: q, k, v can help", {"align.lr_projections": 0.0}),
-    "one sequence a step": Choice(
-        "better: with few tokens more steps are worth more than larger ones",
-        {"align.batch_size": 1, "distil.batch_size": 1},
-    ),
-    "distil mixers only": Choice("worse: the rest can make up for mixers", {"distil.lr_rest": 0.0}),
-    "kept for recall too": Choice("worse in KL on text: other layers matter for recall", {"rank.recall": 1.0}),
-    "kept uniformly": Choice("worse: layers differ by ten times in what they cost", keep="uniform"),
-    "kept at random": Choice("worse: layers differ by ten times in what they cost", keep="random", seeds=3),
-}
-
-# Factors on every learning rate of a recipe.
-SWEEPS: dict[str, tuple[float, ...]] = {"lr": (1.0, 0.3, 3.0)}
-SWEPT = "worse: the recipe names its best rates"
-
 HEADER = ("recipe", "choice", "expected", "came out", "of the teacher's", "KL", "agreement", "minutes", "runs")
+WITHOUT = "KL without windows"
 
 
 @dataclass(frozen=True)
@@ -252,8 +191,18 @@ def matters(before: Recipe, after: Recipe, choice: Choice, *, rule: str, keep: K
     solved = [recipe.solved for recipe in (before, after)]
     unsaid = {option.name: option.default for option in fields(MixerOptions)} | graft_defaults(rule)
     mixers = [{**unsaid, **recipe.options(rule)} for recipe in (before, after)]
-    said = [replace(recipe, **hidden) for recipe in (before, after)]
+    said = [replace(_heeded(recipe, rule), **hidden) for recipe in (before, after)]
     return any(first != second for first, second in (said, solved, mixers))
+
+
+def _heeded(recipe: Recipe, rule: str) -> Recipe:
+    """The recipe without what it says of windows, if it has none."""
+    if recipe.options(rule).get("window"):
+        return recipe
+    stages = {stage: dict(getattr(recipe, stage)) for stage in TRAINING}
+    for settings in stages.values():
+        settings.pop("window_dropout", None)
+    return replace(recipe, **stages)
 
 
 def _count(keep: Keep, layers: int) -> int:
@@ -296,7 +245,8 @@ def _measured(
     work: Path,
 ) -> dict[str, Any]:
     """Convert and evaluate. The model itself is not kept; its stages are, until the run has been measured."""
-    report = {"baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), **measures}
+    parts = measures["tokens"] if run.recipe.options(run.rule).get("window") else 0
+    report = {"baseline_tokens": parts, "residual_tokens": 0, "lengths": (), "prompts": (), **measures}
     student: Any = convert(
         model,
         tokenizer=tokenizer,
@@ -310,7 +260,7 @@ def _measured(
     )
     found = student.conversion_report
     shutil.rmtree(work, ignore_errors=True)
-    wanted = ("evaluation", "recall", "kept_layers", "ranking", "residuals", "environment")
+    wanted = ("evaluation", "baselines", "recall", "kept_layers", "ranking", "residuals", "environment")
     seconds = sum(stage["seconds"] for stage in found["stages"].values())
     return plain({"seconds": seconds, **{name: found[name] for name in wanted if name in found}})
 
@@ -334,6 +284,8 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         said_of = runs[0]["run"] | {"teacher": Path(runs[0]["run"]["teacher"]).name}
         row |= {"environment": runs[0]["environment"], "run": said_of}
         row |= {"recall": [run["recall"]["student"] for run in runs if "recall" in run]}
+        without = [run["baselines"]["window_off"]["kl"] for run in runs if "baselines" in run]
+        row |= {"kl_without_windows": mean(without)} if without else {}
         first = next((before for before in rows if before["recipe"] == recipe), (rows or [row])[0])
         row["outcome"] = outcome(row["kl"], first["kl"])
         rows.append(row)
@@ -350,8 +302,10 @@ def outcome(kl: float, reference: float) -> str:
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown, with what they were measured on below."""
     run, on = rows[0]["run"], rows[0]["environment"]
-    header = (*HEADER, *COLUMNS) if any(row.get("recall") for row in rows) else HEADER
-    lines = [header, tuple("---" for _ in header), *(_cells(row)[: len(header)] for row in rows)]
+    windowed, recalled = (any(row.get(name) for row in rows) for name in ("kl_without_windows", "recall"))
+    header = (*HEADER, *([WITHOUT] if windowed else []), *(COLUMNS if recalled else []))
+    lines = [header, tuple("---" for _ in header)]
+    lines += [(*_cells(row), *_windowless(row, windowed), *_recalled(row, recalled)) for row in rows]
     commits = dict.fromkeys(f"`{row['environment']['commit']}`" for row in rows)
     return "\n".join(
         [
@@ -361,7 +315,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{rows[0]['tokens']} held-out tokens, commit {', '.join(commits)}, {on['date'][:10]}, {on['device']}, "
             f"{on['threads']} threads, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes of the conversion without measuring it; the same: within {SAME:.0%} of the KL of the recipe's "
-            f"first row, or, for that, of the first row of all{f'; {EXPLAINED}' if header != HEADER else ''}.",
+            f"first row, or, for that, of the first row of all{f'; {EXPLAINED}' if recalled else ''}.",
             "",
         ]
     )
@@ -379,8 +333,17 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['agreement']:.3f}",
         f"{row['seconds'] / 60:.1f}",
         str(len(row["ratios"])),
-        *(", ".join(each) for each in zip(*map(cells, row.get("recall") or [None]), strict=True)),
     )
+
+
+def _windowless(row: Mapping[str, Any], shown: bool) -> Iterator[str]:
+    if shown:
+        yield f"{row['kl_without_windows']:.4f}" if "kl_without_windows" in row else "-"
+
+
+def _recalled(row: Mapping[str, Any], shown: bool) -> Iterator[str]:
+    if shown:
+        yield from map(", ".join, zip(*map(cells, row.get("recall") or [None]), strict=True))
 
 
 def _show_plan(runs: Sequence[Run], place: Path, model: PreTrainedModel) -> None:

@@ -33,13 +33,15 @@ def _stepping(name: str, sequences: int) -> Recipe:
 
 
 QUICK = _stepping("quick", 4)  # as many as the others take
+WINDOW = {"window": 64, "sinks": 4}
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     # on the student's stream, where the teacher's is a choice
     "choices": {"recipe": find_recipe("closed-form").changed({"stream": "student", "solve_more": 1.0})},
     "kept": {"recipe": "closed-form", "keep": 0.5, "choices": "kept", "needles": 8},
     "recipes": {"recipe": (QUICK, *OTHERS), "budget": "40k", "sweep": "lr"},
-    "training": {"recipe": QUICK, "budget": "40k", "choices": ("no align", "align", "distil")},
+    "training": {"recipe": QUICK, "budget": "40k", "choices": ("no align", "align", "no distil", "distil")},
+    "window": {"recipe": find_recipe("quick").with_mixer(WINDOW), "budget": "40k", "choices": "window"},
     "steps": {"recipe": (QUICK, *OTHERS), "budget": "40k", "choices": "one sequence a step"},
     "budget": {"recipe": [_stepping(name, 1) for name in ("quick", *OTHERS)], "budget": "0.2M", "sweep": "lr"},
     "half": {

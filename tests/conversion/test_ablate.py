@@ -10,7 +10,8 @@ from tiny import TEXTS, byte_tokenizer, tiny_llama
 from typer.testing import CliRunner
 
 from hf_fwp import cli
-from hf_fwp.conversion.ablate import AS_IT_IS, CHOICES, SWEEPS, ablate, chosen, fitted_to, matters, outcome, runs_of
+from hf_fwp.conversion.ablate import WITHOUT, ablate, chosen, fitted_to, matters, outcome, runs_of
+from hf_fwp.conversion.choices import AS_IT_IS, CHOICES, SWEEPS
 from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe
@@ -21,6 +22,12 @@ calibration = importlib.import_module("hf_fwp.conversion.calibrate")
 
 SMALL = {"sequence_length": LENGTH, "solve_tokens": 7 * LENGTH, "rank_solve_tokens": 5 * LENGTH, "rank_tokens": LENGTH}
 TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH, "align": {"lr": 1e-3}, "distil": {"lr": 1e-3}}
+
+
+DROPPED = {"lr": 1e-3, "window_dropout": (0.5, 0.25)}
+WINDOWED = Recipe(
+    "windowed", "small", **SMALL, **TRAINED | {"align": DROPPED, "distil": DROPPED}, fwp={"window": 4, "sinks": 1}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +55,7 @@ def runs(recipe, names=tuple(CHOICES), *, keep=0, sweep=None, rule="gated_delta_
 
 @pytest.mark.parametrize("name", list(CHOICES)[1:])
 def test_every_choice_makes_a_difference_to_one_of_our_recipes(name):
-    ours = [find_recipe(recipe) for recipe in ("closed-form", "quick")]
+    ours = [*map(find_recipe, ("closed-form", "quick", "standard")), WINDOWED]
     choice = CHOICES[name]
     difference = [matters(r, r.changed(choice.change), choice, rule="gated_delta_net", keep=4, layers=8) for r in ours]
     assert any(difference)
@@ -77,6 +84,13 @@ def test_what_a_recipe_does_not_do_is_not_run():
     linear = [run.choice for run in runs(find_recipe("closed-form"), rule="linear_attention")]
     assert "no value regressor" in linear
     assert "no bias of q and k" not in linear  # it has none
+
+
+def test_windows_are_left_out_only_where_there_are_some():
+    name = "window never left out"
+    assert [run.choice for run in runs(WINDOWED, (AS_IT_IS, name))] == [AS_IT_IS, name]
+    assert [run.choice for run in runs(replace(WINDOWED, fwp={}), (AS_IT_IS, name))] == [AS_IT_IS]
+    assert all(run.recipe.distil["window_dropout"] == (0.0, 0.0) for run in runs(WINDOWED, (name,)))
 
 
 def test_all_runs_train_on_as_many_tokens():
@@ -166,6 +180,19 @@ def test_recall_stands_in_the_table_of_runs_that_measured_it(teacher, tmp_path):
     assert "needle: numbers" in lines[-1]
     with pytest.raises(ValueError, match="a run with another needles; give another output"):
         ablated(teacher, tmp_path, keep=1, needles=2, choices=["kept at"])
+
+
+def test_a_student_with_windows_is_measured_without_them_too(teacher, tmp_path):
+    rows = ablated(teacher, tmp_path, recipe=["closed-form", WINDOWED], choices=["window never"])
+    assert [row["choice"] for row in rows] == [AS_IT_IS, AS_IT_IS, "window never left out"]
+    assert "kl_without_windows" not in rows[0]
+    _, first, second = (row.get("kl_without_windows") for row in rows)
+    assert first > 0
+    assert second > 0
+    assert first != second
+    header, _, *lines = (tmp_path / "ablation.md").read_text().splitlines()
+    at = header.strip(" |").split(" | ").index(WITHOUT)
+    assert [line.strip(" |").split(" | ")[at] for line in lines[:3]] == ["-", f"{first:.4f}", f"{second:.4f}"]
 
 
 def test_recipes_side_by_side_and_training_that_was_interrupted(teacher, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 from tiny import TEXTS, byte_tokenizer, tiny_llama
 
 from hf_fwp.conversion import comparisons
-from hf_fwp.conversion.ablate import AS_IT_IS, CHOICES, ablate, as_table
+from hf_fwp.conversion.ablate import ablate, as_table
+from hf_fwp.conversion.choices import AS_IT_IS, CHOICES
 from hf_fwp.conversion.recipes import RECIPES, Recipe
 
 ROUNDS = (({"rotate": (False, True)},), ({"rotate": (False, True)},))
