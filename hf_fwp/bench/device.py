@@ -6,6 +6,7 @@ arithmetic over the rate of a large matrix product. Both ceilings are measured i
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json as jsonlib
 import platform
@@ -103,7 +104,9 @@ def ceilings(dtype: str) -> Ceilings:
 
 
 def measure(run: Run) -> Row:
-    """Milliseconds of the first call and of the median one, launches, peak memory above what was there before."""
+    """Milliseconds of the first call and of the median one, launches, peak memory above what was there before.
+
+    A call that fails leaves a note instead: the other rows are worth having."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -113,11 +116,37 @@ def measure(run: Run) -> Row:
         torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
         return {"ms": None, "note": "out of memory"}
+    except Exception as fault:  # a peer's may be of any kind
+        return {"ms": None, "note": told(fault)}
     first_ms = 1e3 * (time.perf_counter() - start)
     peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
     lower, ms, upper = quartiles_ms(run)
     times = {"ms": ms, "ms_quartiles": [lower, upper], "first_ms": first_ms}
     return {**times, "launches": launches(run), "peak_mib": peak_mib}
+
+
+def told(fault: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:120]}"
+
+
+def peer(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of a package that need not be there; what is there but broken is told, and left out."""
+    if find_spec(module.partition(".")[0]) is None:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as fault:  # an import runs what it likes
+        say(f"{module}.{name} is left out: {told(fault)}")
+        return None
+
+
+def refuse_failed(rows: Sequence[Row], ours: Sequence[str]) -> None:
+    """Raise RuntimeError where an implementation of ours failed; for the end, when everything is written."""
+    failed = [row for row in rows if row["implementation"] in ours and (row.get("note") or "").partition(":")[2]]
+    if failed:
+        said = "; ".join(f"{row['operator']} {row['shape']} {row['what']}: {row['note']}" for row in failed)
+        raise RuntimeError(f"{len(failed)} of our rows could not be measured: {said}")
 
 
 def launches(run: Run) -> int:
@@ -158,7 +187,7 @@ def with_ratios(rows: Sequence[Row], ours: str, same: Sequence[str]) -> list[Row
 def about(commit: str | None) -> Row:
     """What the numbers depend on."""
     peers = {"fla-core": "fla", "triton": "triton", "transformers": "transformers"}
-    versions = {name: importlib.metadata.version(name) for name, module in peers.items() if find_spec(module)}
+    versions = {name: version(name) for name, module in peers.items() if find_spec(module)}
     return {
         "date": date.today().isoformat(),
         "commit": commit or commit_of_checkout(),
@@ -168,6 +197,14 @@ def about(commit: str | None) -> Row:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def version(package: str) -> str:
+    """What its installer left; a folder on the path has no more than its code."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 COLUMNS = {

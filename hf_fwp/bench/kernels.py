@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ SHAPES: tuple[Shape, ...] = ((8, 4096, 16, 128), (1, 32768, 16, 128), (32, 2048,
 CHUNK = 64
 WHAT = ("forward", "forward + backward")
 OURS = "hf_fwp"
+OUR_BACKENDS = (OURS, "hf_fwp, backend torch")
 COUNTED = (OURS, "flash-linear-attention", "SDPA")
 SAME = ("operator", "shape", "dtype", "what")
 OPERATORS = {"delta_rule": ("beta",), "gated_delta_rule": ("g", "beta"), "linear_attention": ()}
@@ -54,6 +54,10 @@ FLA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", NORMALIZED),
     "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn", {"normalize": False}),
     "kimi_delta": ("fla.ops.kda", "chunk_kda", NORMALIZED),
+}
+STOCK = {
+    "gated_delta_rule": ("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule"),
+    "kimi_delta": ("transformers.models.kimi_linear.modeling_kimi_linear", "chunk_kimi_delta_attention"),
 }
 Operator = Callable[[dict[str, Tensor]], Tensor]
 
@@ -87,6 +91,7 @@ def bench_kernels(
     rows = with_bytes(rows)
     result = {"machine": device.about(commit), "rows": rows} | ({} if tuned is None else {"tuned": tuned})
     device.write(result, json=json, plot=plot, title="chunked operators")
+    device.refuse_failed(rows, OUR_BACKENDS)
     return result
 
 
@@ -155,9 +160,8 @@ def ours(operator: str, backend: str | None = None) -> Operator:
 
 def fla(operator: str) -> Operator | None:
     module, name, keywords = FLA[operator]
-    if find_spec("fla") is None:
-        return None
-    return partial(_call, getattr(importlib.import_module(module), name), GATES[operator], keywords)
+    function = device.peer(module, name)
+    return function and partial(_call, function, GATES[operator], keywords)
 
 
 def _call(function: Callable[..., Any], gates: Sequence[str], keywords: dict[str, Any], x: dict[str, Tensor]) -> Tensor:
@@ -165,13 +169,11 @@ def _call(function: Callable[..., Any], gates: Sequence[str], keywords: dict[str
 
 
 def transformers_fallback(operator: str) -> Operator | None:
-    """transformers has one for the gated delta rule with one decay per head alone."""
-    if operator != "gated_delta_rule":
+    """transformers has them for the gated delta rules alone, the one with a decay per channel since Kimi Linear."""
+    if operator not in STOCK:
         return None
-    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
-
-    stock = theirs.torch_chunk_gated_delta_rule
-    return lambda x: stock(x["q"], x["k"], x["v"], x["g"], x["beta"], **NORMALIZED)[0]
+    stock = device.peer(*STOCK[operator])
+    return stock and (lambda x: stock(x["q"], x["k"], x["v"], x["g"], x["beta"], **NORMALIZED)[0])
 
 
 def softmax(operator: str) -> Operator:

@@ -1,4 +1,4 @@
-"""`hf-fwp bench kernels --tune`: other rows for the table of launches of hf_fwp.kernels.linear_class, timed here.
+"""`hf-fwp bench kernels --tune`: other rows for the tables of launches of hf_fwp.kernels, timed here.
 
 One kernel after another, with the best so far for the others: they run one after another, so their times add up.
 Nothing is changed on disk; the row that is printed is for a person to put into the table.
@@ -17,6 +17,8 @@ from ..telling import tell
 from . import device
 from .device import Row, Run
 
+# operator: the kernels whose table its launches are in
+TABLES = {"gated_delta_rule": "linear_class", "kimi_delta": "channel_decay"}
 # every candidate is compiled, which takes seconds
 COLUMNS = (16, 32, 64)
 WARPS = (1, 4, 8)
@@ -28,22 +30,20 @@ def best_launches(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[
     from .kernels import backward, inputs, ours
 
     try:
-        kernels = importlib.import_module("hf_fwp.kernels.linear_class")
+        tables = {operator: importlib.import_module(f"hf_fwp.kernels.{name}") for operator, name in TABLES.items()}
     except ModuleNotFoundError as missing:
         raise ValueError(f"--tune has no kernels to tune: {missing}; leave --tune out") from missing
-    problems = {}
-    for dtype, shape in itertools.product(dtypes, shapes):
-        problems.setdefault((device.DTYPES[dtype].itemsize, max(64, kernels.padded(shape[3]))), (dtype, shape))
-    found = []
-    for key, (dtype, shape) in problems.items():
-        tensors = inputs(shape, dtype, "cuda")
-        run = backward(ours("gated_delta_rule", "triton"), "gated_delta_rule", tensors)
-        row, ms, before_ms = descend(kernels.TABLE, key, run, timed)
-        found.append(
-            {"device": torch.cuda.get_device_name(), "key": list(key), "shape": list(shape), "dtype": dtype}
-            | {"row": repr(row), "ms": ms, "ms_before": before_ms}
-        )
-        tell(f"{key}: {row!r},  # {ms:.4g} ms, {before_ms:.4g} before; {torch.cuda.get_device_name()}, {shape}")
+    found, here = [], torch.cuda.get_device_name()
+    for operator, kernels in tables.items():
+        problems = {}
+        for dtype, shape in itertools.product(dtypes, shapes):
+            problems.setdefault((device.DTYPES[dtype].itemsize, max(64, kernels.padded(shape[3]))), (dtype, shape))
+        for key, (dtype, shape) in problems.items():
+            run = backward(ours(operator, "triton"), operator, inputs(shape, dtype, "cuda", operator))
+            row, ms, before_ms = descend(kernels.TABLE, key, run, timed)
+            place = {"device": here, "table": TABLES[operator], "key": list(key), "shape": list(shape), "dtype": dtype}
+            found.append(place | {"row": repr(row), "ms": ms, "ms_before": before_ms})
+            tell(f"{TABLES[operator]} {key}: {row!r},  # {ms:.4g} ms, {before_ms:.4g} before; {here}, {shape}")
     return found
 
 
@@ -80,10 +80,9 @@ def candidates(launch: Any) -> Iterator[Any]:
 
 def timed(run: Run) -> float | None:
     """Median ms, or None where the compiler or the device has no room for it."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     try:
         return device.median_ms(run)
-    except (OutOfResources, CompilationError):
+    except TritonError:
         return None

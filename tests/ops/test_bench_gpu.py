@@ -274,3 +274,53 @@ def test_tuning_finds_the_fastest_row_and_leaves_the_table_alone():
 def test_a_row_that_does_not_run_is_not_tuned():
     with pytest.raises(ValueError, match="does not run on this device"):
         tune.descend({"key": Launches(Launch(1, 1, 1), Launch(1, 1, 1))}, "key", lambda: None, lambda run: None)
+
+
+def fails(*given, **named):
+    raise ValueError("Hopper\nand this Triton")
+
+
+def test_a_peer_that_fails_leaves_a_note_and_the_other_rows(on_cpu, monkeypatch, tmp_path):
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(device, "quartiles_ms", lambda run: [1.0, 2.0, 3.0])
+    monkeypatch.setattr(device, "launches", lambda run: 3)
+    monkeypatch.setattr(device, "require_gpu", lambda: None)
+    monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
+    monkeypatch.setattr(kernels, "counted_bytes", lambda calls: [1] * len(calls))
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "flash-linear-attention", lambda operator: fails)
+    rows = kernels.bench_kernels(json=tmp_path / "x.json", shapes=[(1, 8, 1, 16)])["rows"]
+    theirs = [row for row in rows if row["implementation"] == "flash-linear-attention"]
+    assert {row["note"] for row in theirs} == {"ValueError: Hopper and this Triton"}
+    assert {row["ms"] for row in rows if row not in theirs} == {2.0}
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "hf_fwp", lambda operator: fails)
+    with pytest.raises(RuntimeError, match=r"8 of our rows .* delta_rule \[1, 8, 1, 16\] forward: ValueError: Hopper"):
+        kernels.bench_kernels(json=tmp_path / "y.json", shapes=[(1, 8, 1, 16)])
+    assert len(json.loads((tmp_path / "y.json").read_text())["rows"]) == len(rows)
+
+
+def test_a_peer_that_is_broken_or_has_no_version_is_left_out(monkeypatch, tmp_path, capsys):
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text("raise OSError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
+    assert kernels.fla("delta_rule") is None
+    assert decode.fla("delta_rule") is None
+    assert "chunk_delta_rule is left out: OSError: no driver" in capsys.readouterr().err
+    assert device.version("no-such-package") == "unknown"
+    assert device.about(None)["triton"]
+
+
+def test_a_table_of_each_family_of_kernels_is_tuned(monkeypatch, capsys):
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H")
+    monkeypatch.setattr(kernels, "inputs", lambda *given: inputs(*given[:2], "cpu", *given[3:]))
+    monkeypatch.setattr(tune, "timed", lambda run: 1.0)
+    found = tune.best_launches([(1, 8, 1, 16)], ["bfloat16"])
+    assert [row["table"] for row in found] == ["linear_class", "channel_decay"]
+    assert "channel_decay (2, 64): Launches(" in capsys.readouterr().out
+
+
+inputs = kernels.inputs
