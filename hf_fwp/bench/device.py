@@ -29,6 +29,10 @@ from .plots import bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP_MS, REPEAT_MS = 25, 100  # of every row
+FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
 Row = dict[str, Any]
 Run = Callable[[], Any]
 
@@ -116,13 +120,19 @@ def measure(run: Run) -> Row:
         torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
         return {"ms": None, "note": "out of memory"}
-    except Exception as fault:  # a peer's may be of any kind
+    except faults() as fault:
         return {"ms": None, "note": told(fault)}
     first_ms = 1e3 * (time.perf_counter() - start)
     peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
     lower, ms, upper = quartiles_ms(run)
     times = {"ms": ms, "ms_quartiles": [lower, upper], "first_ms": first_ms}
     return {**times, "launches": launches(run), "peak_mib": peak_mib}
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """What a call or an import of somebody else may raise: what Python has for it, and Triton."""
+    triton = sys.modules.get("triton.errors")
+    return (*FAULTS, triton.TritonError) if triton else FAULTS
 
 
 def told(fault: Exception) -> str:
@@ -136,7 +146,7 @@ def peer(module: str, name: str) -> Callable[..., Any] | None:
         return None
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as fault:  # an import runs what it likes
+    except faults() as fault:
         say(f"{module}.{name} is left out: {told(fault)}")
         return None
 
