@@ -1,9 +1,11 @@
 """One token of the linear class in one launch: what generate() runs on a GPU.
 
-    S̃ = exp(g) S;   r = β (v - S̃ᵀ e);   S ← S̃ + k ⊗ r;   o = scale · Sᵀ q         e = k (delta rules) or 0 (sum rule)
+    S̃ = Diag(exp(g)) S;   r = β (v - S̃ᵀ e);   S ← S̃ + k ⊗ r;   o = scale · Sᵀ q
 
-The letters are those of rules/linear_class.py. A program holds some columns of one state, [K, BLOCK_V]: a column is
-corrected and read without the others, so the state is read once and written once, in float32.
+e = k (delta rules), 0 (sum rule), a vector of its own, or a gate on k. g is a number per head, or per key channel.
+The letters are those of rules/linear_class.py and rules/general.py.
+A program holds some columns of one state, [K, BLOCK_V]: a column is corrected and read without the others, so the state
+is read once and written once, in float32.
 Nothing is read on the host and the launch depends on shapes alone: a step can be captured in a CUDA graph.
 """
 
@@ -39,6 +41,7 @@ def _decode_kernel(
     v,
     beta,
     g,
+    along,
     mask,
     before,
     after,
@@ -54,12 +57,14 @@ def _decode_kernel(
     BLOCK_V: tl.constexpr,
     ERASE: tl.constexpr,
     L2NORM: tl.constexpr,
+    ALONG: tl.constexpr,
     HAS_BETA: tl.constexpr,
-    HAS_G: tl.constexpr,
+    GK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):
-    """Program (n · HV + head, tile of V). `before` and `after` may be the same memory."""
+    """Program (n · HV + head, tile of V). `before` and `after` may be the same memory. g has GK channels, 0: there is
+    none; with ALONG = 1, e is given, with 2 a gate on k."""
     pair = tl.program_id(0).to(tl.int64)
     n, head = pair // VALUE_HEADS, pair % VALUE_HEADS
     rows = tl.arange(0, BLOCK_K)
@@ -75,10 +80,17 @@ def _decode_kernel(
     here = (rows < K)[:, None] & (columns < V)[None, :]
     state = tl.load(before + at, mask=here & HAS_STATE, other=0.0)
     decayed = state
-    if HAS_G:
+    if GK == 1:
         decayed = state * tl.exp(tl.load(g + pair, mask=valid, other=0.0).to(tl.float32))
+    elif GK > 1:
+        decayed = state * tl.exp(_load_row(g, pair, rows, K, valid, False))[:, None]
     if ERASE:
-        write = write - tl.sum(key[:, None] * decayed, 0)
+        erase = key
+        if ALONG > 0:
+            erase = _load_row(along, pair, rows, K, valid, False)
+        if ALONG == 2:
+            erase = erase * key
+        write = write - tl.sum(erase[:, None] * decayed, 0)
     if HAS_BETA:
         write = write * tl.load(beta + pair, mask=valid, other=0.0).to(tl.float32)
     new = decayed + key[:, None] * write[None, :]
@@ -108,13 +120,16 @@ def decode_step(
     erase: bool,
     l2norm: bool,
     in_place: bool,
+    along: Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row: q [B,1,HQ,K], k [B,1,H,K], v [B,1,HV,V]; beta, g [B,1,HV]; mask [B,1]; state [B,HV,K,V].
+    """One token per row: q [B,1,HQ,K], k [B,1,H,K], v [B,1,HV,V]; beta [B,1,HV]; g [B,1,HV] or [B,1,HV,K]; mask [B,1];
+    state [B,HV,K,V]. What is erased lies along k, or `along` [B,1,HV,K], or with `gated` their product.
 
     Returns out [B, 1, HV or HQ, V] and the state in float32, which is the given one, overwritten,
     with `in_place`. No gradients.
     """
-    arguments = (q, k, v, beta, g, mask, scale, erase, l2norm)
+    arguments = (q, k, v, beta, g, along, mask, scale, erase, gated, l2norm)
     if in_place and state is not None and state.is_contiguous():
         return decode_in_place(state, *arguments), state
     out, new = decode_anew(state, *arguments)
@@ -135,19 +150,21 @@ def decode_in_place(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    along: Tensor | None,
     mask: Tensor | None,
     scale: float,
     erase: bool,
+    gated: bool,
     l2norm: bool,
 ) -> Tensor:
     """The reads; `state` is overwritten."""
     out = new_out(q, v)
-    _launch(state, state, out, q, k, v, beta, g, mask, scale, erase, l2norm)
+    _launch(state, state, out, q, k, v, beta, g, along, mask, scale, erase, gated, l2norm)
     return out
 
 
 @decode_in_place.register_fake
-def _(state, q, k, v, beta, g, mask, scale, erase, l2norm):
+def _(state, q, k, v, beta, g, along, mask, scale, erase, gated, l2norm):
     return new_out(q, v)
 
 
@@ -159,20 +176,22 @@ def decode_anew(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    along: Tensor | None,
     mask: Tensor | None,
     scale: float,
     erase: bool,
+    gated: bool,
     l2norm: bool,
 ) -> tuple[Tensor, Tensor]:
     """The reads and a new state; without a state it starts from zero."""
     out, after = new_out(q, v), _new_state(k, v)
     before = state if state is None else state.contiguous()
-    _launch(before, after, out, q, k, v, beta, g, mask, scale, erase, l2norm)
+    _launch(before, after, out, q, k, v, beta, g, along, mask, scale, erase, gated, l2norm)
     return out, after
 
 
 @decode_anew.register_fake
-def _(state, q, k, v, beta, g, mask, scale, erase, l2norm):
+def _(state, q, k, v, beta, g, along, mask, scale, erase, gated, l2norm):
     return new_out(q, v), _new_state(k, v)
 
 
@@ -189,15 +208,17 @@ def _launch(
     v: Tensor,
     beta: Tensor | None,
     g: Tensor | None,
+    along: Tensor | None,
     mask: Tensor | None,
     scale: float,
     erase: bool,
+    gated: bool,
     l2norm: bool,
 ) -> None:
     batch, _, heads, K = k.shape
     value_heads, V = v.shape[2:]
     block_k, block_v = blocks(K, V)
-    given = [x if x is None else x.contiguous() for x in (q, k, v, beta, g, mask)]
+    given = [x if x is None else x.contiguous() for x in (q, k, v, beta, g, along, mask)]
     with torch.accelerator.device_index(v.device.index):
         launch: Any = _decode_kernel[(batch * value_heads, -(-V // block_v))]
         launch(
@@ -215,9 +236,10 @@ def _launch(
             BLOCK_K=block_k,
             BLOCK_V=block_v,
             ERASE=erase,
+            ALONG=0 if along is None else 1 + gated,
             L2NORM=l2norm,
             HAS_BETA=beta is not None,
-            HAS_G=g is not None,
+            GK=0 if g is None else 1 if g.ndim == 3 else g.shape[3],
             HAS_MASK=mask is not None,
             HAS_STATE=before is not None,
             num_warps=WARPS,

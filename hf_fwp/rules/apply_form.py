@@ -11,8 +11,8 @@ from torch import Tensor
 from .base import BACKENDS, Rule, States, keep_valid, recurrence
 from .checks import check_arguments, sequence_bounds
 from .gating import Gate, tensors_of, value_of
-from .general import Form, run_form, run_kernels, run_token
-from .linear_class import LinearClassCall, choose_backend, computing_dtype, l2_normalize, split_queries
+from .general import Form, run_decode, run_form, run_kernels, run_token
+from .linear_class import LinearClassCall, choose_backend, computing_dtype, decodes, l2_normalize, split_queries
 
 MakeForm = Callable[..., Form]
 Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]
@@ -58,13 +58,18 @@ def apply_form(
     if ran is not None:
         ran.append(backend)
     factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    if renames and backend == "triton":
+    in_place = in_place and backend == "step" and not torch.is_grad_enabled()
+    kernel = backend == "triton" or (backend == "step" and decodes(*tensors))
+    given = {name: value_of(x) for name, x in gates.items()} if backend != "triton" or not renames else {}
+    if renames and kernel:
         assert make_form is not None
-        form = make_form(q=q, k=k, v=v, **gates, **chosen)
-        call = {"mask": mask, "cu_seqlens": cu_seqlens, "scale": factor, "l2norm": qk_l2norm}
-        out, state = run_kernels(form, states.get("state"), word, **call)
+        form = make_form(q=q, k=k, v=v, **(given or gates), **chosen)
+        call: dict[str, Any] = {"mask": mask, "scale": factor, "l2norm": qk_l2norm}
+        if backend == "step":
+            out, state = run_decode(form, states.get("state"), in_place=in_place, **call)
+        else:
+            out, state = run_kernels(form, states.get("state"), word, cu_seqlens=cu_seqlens, **call)
         return out.to(out_dtype), {"state": state}
-    given = {name: value_of(x) for name, x in gates.items()}
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
     tokens["q"] = tokens["q"] * factor
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -81,7 +86,7 @@ def apply_form(
         form = make_form(**part, **chosen)
         if backend == "step":
             state = before["state"].clone()
-            out = run_token(form, state)
+            out = run_token(form, state, kernel=kernel)
         elif backend == "triton":
             out, state = run_kernels(form, before["state"], word, cu_seqlens=None if one_by_one else cu_seqlens)
             out = out.unflatten(2, part["q"].shape[2:4])
@@ -91,7 +96,7 @@ def apply_form(
 
     with torch.autocast(v.device.type, enabled=False):
         out, after = each_sequence(tokens, carried, cu_seqlens if one_by_one else None, mask, run)
-    if in_place and backend == "step" and not torch.is_grad_enabled():
+    if in_place:
         after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
     out = out.flatten(2, 3).to(out_dtype)
     return out if mask is None else keep_valid(out, mask), after

@@ -121,6 +121,27 @@ def run_kernels(
     return chunked(*tensors, **rates, **call)
 
 
+def run_decode(
+    form: Form,
+    state_BHKV: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    l2norm: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token, [B, 1, HQ, V], and the state after it, by one launch of Triton; tensors as in `run_kernels`. Not for a
+    transposed form."""
+    q = form.q.flatten(2, 3) if form.q.ndim == 5 else form.q
+    u = form.u if form.write is None else form.write * form.u
+    gated = form.erase is not None and form.e is form.w
+    along = form.erase if gated else None if form.e is form.w else form.e
+    call = {"along": along, "gated": gated, "state": state_BHKV, "mask": mask, "scale": scale, "l2norm": l2norm}
+    from ..kernels.decode import decode_step
+
+    return decode_step(q, form.w, u, beta=form.rate, g=form.g, erase=True, in_place=in_place, **call)
+
+
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = exp(g_t) h_{t-1} + x_t for every token, and the last one; 64 tokens at once."""
     batch, length = x_BTHD.shape[:2]
@@ -169,8 +190,10 @@ def gamma(total: Tensor) -> Tensor:
     return (total - total.mT).masked_fill(above, -torch.inf).exp()
 
 
-def run_token(form: Form, state_BHKV: Tensor) -> Tensor:
-    """One token: reads [B, 1, HV, R, V]; the state is changed in place."""
+def run_token(form: Form, state_BHKV: Tensor, *, kernel: bool) -> Tensor:
+    """One token: reads [B, 1, HV, R, V]; the state is changed in place, by a kernel where there is one."""
+    if kernel and not form.transposed:
+        return run_decode(form, state_BHKV, in_place=True)[0].unflatten(2, form.q.shape[2:4])
     state = state_BHKV.mT if form.transposed else state_BHKV
     w, e, u = (x[:, 0].unsqueeze(2) for x in (form.w, *form.rated()))
     if form.g is not None:

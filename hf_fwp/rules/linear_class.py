@@ -107,6 +107,16 @@ def has_decode_kernel(device_type: str) -> bool:
     return HAS_TRITON and device_type in DEVICES
 
 
+def decodes(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel can take these tensors' token: it computes in float32, and no gradients."""
+    tensors = (first, *others)
+    return (
+        has_decode_kernel(first.device.type)
+        and computing_dtype(*tensors) == torch.float32
+        and not needs_gradient(*tensors)
+    )
+
+
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32 for every input but float64: the state drifts in bf16."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
@@ -250,7 +260,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """One token per row, [B, 1, heads, size]. Few calls: generate() waits for every one of them."""
     compute = computing_dtype(q, k, v)
-    if has_decode_kernel(v.device.type) and compute == torch.float32 and not needs_gradient(q, k, v, beta, g, state):
+    if decodes(v, q, k, beta, g, state):
         from ..kernels.decode import decode_step
 
         settings = {"scale": float(scale), "erase": call.erase, "l2norm": call.qk_l2norm}

@@ -6,6 +6,7 @@ bf16 is left out: the interpreter computes it wrongly without saying so.
 import importlib.util
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import operators as problems
@@ -18,7 +19,7 @@ from hf_fwp.kernels import decode
 from hf_fwp.rules import RULES, linear_class
 
 CHOICES = problems.CHOICES | {
-    "rule": problems.SERVED,
+    "rule": (*problems.SERVED, *problems.SERVED_BY_CHANNEL),
     "option": (0, 1),
     "dtype": (torch.float32, torch.float16),
     "length": (1,),
@@ -31,11 +32,11 @@ triton_interpreter.patch()
 
 # What the kernel does, and what a broken kernel would do instead.
 MUTATIONS = {
-    "decay forgotten": ("decayed = state * tl.exp(", "decayed = state + 0 * tl.exp("),
+    "decay forgotten": ("decayed = state * tl.exp(tl.load(g", "decayed = state + 0 * tl.exp(tl.load(g"),
     "decay not exponentiated": ("tl.exp(tl.load(g + pair", "(1 + tl.load(g + pair"),
     "beta forgotten": ("write = write * tl.load(beta", "write = write + 0 * tl.load(beta"),
-    "nothing erased": ("write = write - tl.sum(key[:, None] * decayed, 0)", "write = write"),
-    "erased before the decay": ("tl.sum(key[:, None] * decayed, 0)", "tl.sum(key[:, None] * state, 0)"),
+    "nothing erased": ("write = write - tl.sum(erase[:, None] * decayed, 0)", "write = write"),
+    "erased before the decay": ("tl.sum(erase[:, None] * decayed, 0)", "tl.sum(erase[:, None] * state, 0)"),
     "read before the write": ("tl.sum(query[:, None] * new, 0)", "tl.sum(query[:, None] * decayed, 0)"),
     "scale forgotten": ("L2NORM) * scale", "L2NORM)"),
     "state not stored": ("tl.store(after + at, new, mask=here)", "pass"),
@@ -49,6 +50,16 @@ MUTATIONS = {
 STRICT = Problem(
     "gated_delta_net", torch.float32, 1, layout="padded", sizes=(24, 40), heads=(2, 4, 8), qk_l2norm=True, seed=2
 )
+GATES, VECTOR = (replace(STRICT, rule=rule) for rule in ("gated_delta_net_2", "comba"))
+# the same of what only rules with a decay per channel, or a direction of their own to erase along, do
+MUTATIONS_OF = {
+    "decay of a channel forgotten": (GATES, "state * tl.exp(_load_row(g", "state + 0 * tl.exp(_load_row(g"),
+    "decay of another channel": (GATES, "_load_row(g, pair, rows", "_load_row(g, pair, 0 * rows"),
+    "gate of another head": (GATES, "_load_row(along, pair, rows", "_load_row(along, pair // 2, rows"),
+    "gate taken for a vector": (GATES, "ALONG == 2", "ALONG == 3"),
+    "vector taken for a gate": (VECTOR, "ALONG == 2", "ALONG > 0"),
+    "erased along the key": (VECTOR, "ALONG > 0:", "ALONG > 2:"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -137,29 +148,39 @@ def test_compiles_without_graph_breaks(rule, option):
     assert not torch.equal(traced["state"], given.states["state"])
 
 
+@pytest.mark.parametrize("rule", problems.SERVED_BY_CHANNEL)
+def test_a_rule_takes_the_kernel(rule, monkeypatch):
+    launched = []
+    launch = decode._launch
+    monkeypatch.setattr(decode, "_launch", lambda *given: (launched.append(given), launch(*given)))
+    decoded(Problem(rule, torch.float32, 1), in_place=True)
+    assert len(launched) == (0 if rule in ("oja", "gated_oja") else 1)  # those are read across their states
+
+
 @pytest.mark.parametrize(("has_state", "has_gates"), list(itertools.product([False, True], repeat=2)))
 def test_opcheck(has_state, has_gates, monkeypatch):
     monkeypatch.undo()  # opcheck compares runs, and NaN is not equal to NaN
     q, k, v = torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8), torch.randn(2, 1, 4, 16)
     beta, g = (torch.rand(2, 1, 4), -torch.rand(2, 1, 4)) if has_gates else (None, None)
     state = torch.randn(2, 4, 8, 16) if has_state else None
-    arguments = (state, q, k, v, beta, g, None, 0.5, True, True)
+    arguments = (state, q, k, v, beta, g, None, None, 0.5, True, False, True)
     torch.library.opcheck(decode.decode_anew, arguments)
     if has_state:
         torch.library.opcheck(decode.decode_in_place, arguments)
 
 
 def test_the_strict_problem_has_something_of_everything():
-    decoded(STRICT, in_place=True)
+    for problem in (STRICT, GATES, VECTOR):
+        decoded(problem, in_place=True)
     assert 0 < problems.tensors(STRICT).keywords["mask"].sum() < 2
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [*MUTATIONS, *MUTATIONS_OF])
 def test_a_broken_kernel_is_rejected(name, tmp_path, monkeypatch):
-    right, wrong = MUTATIONS[name]
+    problem, right, wrong = MUTATIONS_OF[name] if name in MUTATIONS_OF else (STRICT, *MUTATIONS[name])
     assert SOURCE.count(right) == 1, f"{right!r} is no longer in the kernel"
     file = tmp_path / "mutant.py"
-    operator = f"mutant{list(MUTATIONS).index(name)}::"
+    operator = f"mutant{[*MUTATIONS, *MUTATIONS_OF].index(name)}::"
     file.write_text(SOURCE.replace(right, wrong).replace("hf_fwp::", operator))
     spec = importlib.util.spec_from_file_location("hf_fwp.kernels.mutant", file)
     mutant = importlib.util.module_from_spec(spec)
@@ -167,4 +188,4 @@ def test_a_broken_kernel_is_rejected(name, tmp_path, monkeypatch):
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(decode, "decode_step", mutant.decode_step)
     with pytest.raises(AssertionError, match="relative error"):
-        decoded(STRICT, in_place=True)
+        decoded(problem, in_place=True)

@@ -15,6 +15,7 @@ SHAPES = {
     "odd sizes": {"K": 96, "V": 80, "dtype": "fp16", "gates": True},
     "sum rule": {"K": 16, "V": 256, "dtype": "fp32", "gates": False},
     "large": {"K": 256, "V": 256, "dtype": "bf16", "gates": True},
+    "channels": {"K": 128, "V": 128, "dtype": "bf16", "gates": True, "GK": 128, "ALONG": 2},
 }
 
 
@@ -42,10 +43,11 @@ def test_compiles_for_hopper(name):
     K, V, gates = shape["K"], shape["V"], shape["gates"]
     block_k, block_v = blocks(K, V)
     numbers = {"HEADS": 2, "VALUE_HEADS": 4, "QUERIES": 2, "K": K, "V": V, "BLOCK_K": block_k, "BLOCK_V": block_v}
-    flags = dict.fromkeys(("ERASE", "L2NORM", "HAS_BETA", "HAS_G", "HAS_MASK"), gates)
+    flags = dict.fromkeys(("ERASE", "L2NORM", "HAS_BETA", "HAS_MASK"), gates)
+    numbers |= {"GK": shape.get("GK", int(gates)), "ALONG": shape.get("ALONG", 0)}
     constants = numbers | flags | {"SHARE": not gates, "HAS_STATE": gates}
     pointers = dict.fromkeys(("q", "k", "v", "out"), f"*{shape['dtype']}")
-    pointers |= dict.fromkeys(("beta", "g", "before", "after"), "*fp32") | {"mask": "*i1", "scale": "fp32"}
+    pointers |= dict.fromkeys(("beta", "g", "along", "before", "after"), "*fp32") | {"mask": "*i1", "scale": "fp32"}
     signature = {x: pointers.get(x, "constexpr") for x in _decode_kernel.arg_names}
     source = ASTSource(_decode_kernel, signature=signature, constexprs=constants)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
