@@ -62,7 +62,7 @@ gpu:
 	@$(MAKE) --no-print-directory -k $(GPU_PIECES:%=$(RESULTS)/%)
 	@$(PYTHON) -c "$$FAILED_TESTS" $(RESULTS)/tests-*.xml
 
-GPU_PIECES := machine.json tests-operators.xml tests-models.xml tests-every_rule.xml kernels.json decode.json sequential.json
+GPU_PIECES := machine.json tests-guards.xml tests-operators.xml tests-models.xml tests-every_rule.xml kernels.json decode.json sequential.json
 
 $(RESULTS)/machine.json:
 	mkdir -p $(RESULTS)

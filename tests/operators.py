@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "qk_l2norm": (False, True),
     "option": (0, 1, 2),
 }
+HALF = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ["reference", "torch"]
 SERVED = ("linear_attention", "delta_net", "gated_delta_net")  # the rules that have Triton kernels
 SERVED_BY_CHANNEL = ("kimi_delta", "gated_delta_net_2", "comba", "precond_delta", "oja", "gated_oja")
@@ -236,6 +237,27 @@ def on_device(given: Tensors, device: str) -> Tensors:
     if given.weights:
         moved[2]["weights"] = {n: x.to(device) for n, x in given.weights.items()}
     return Tensors(*moved)
+
+
+def check_inverse(linear_class: Any, channel_decay: Any, *, seed: int, size: int, place: str) -> None:
+    """Assert that the inverses of chunks are right to 1e-6, by the kernels of both families. Keys have cosine 0.9 to
+    each other, β = 1.9: where a Neumann series has no correct digit. Keys and β are multiples of 1/64, so that the
+    triangle itself is exact in float32: rounding it alone costs 2e-6 of the inverse."""
+    torch.manual_seed(seed)
+    common, own = torch.randn(1, 1, 1, size), torch.randn(1, 100, 1, size)
+    k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
+    k, rate = ((64 * k).round() / 64).to(place), 122 / 64
+    beta, g = torch.full((1, 100, 1), rate, device=place), torch.zeros(1, 100, 1, size, device=place)
+    form = channel_decay.Form(1.0, 0.0, 0.0, 0.0, 0.0, False, False, False)
+    found = linear_class.linear_class_forward(k, k, k, beta, *[None] * 6, 1.0, 0.0, True, False, True)[2]
+    by_channel = channel_decay.channel_decay_forward(k, k, k, None, None, beta, g, *[None] * 5, *form, True)[2]
+    for solve in (found, by_channel):
+        length = solve.shape[-1]
+        for chunk, keys in zip(solve[:, 0], k[0, :, 0].double().split(length), strict=True):
+            count = keys.shape[0]
+            exact = torch.linalg.inv(torch.eye(count, device=place).double() + (rate * keys @ keys.mT).tril(-1))
+            assert (chunk[:count, :count] - exact).norm() <= 1e-6 * exact.norm()
+            assert torch.equal(chunk, chunk.tril())
 
 
 def truth(given: Tensors, rule: Rule) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def invert_chunks(
     k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
     rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
     a *= (rate * k_norm)[:, None] * k_norm[None, :]
-    store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, tl.arange(0, C), C, C, inverse(a, LEVELS, PRECISION))
+    store_matrix(solve, slot.to(tl.int64) * HV + hv, rows, tl.arange(0, C), C, C, inverse(a, LEVELS, DOT, PRECISION))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -265,11 +265,14 @@ def inverse_lengths(x, at, head, heads, rows, valid, K: tl.constexpr, KB: tl.con
 
 
 @triton.jit
-def inverse(a, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)⁻¹ of a strictly lower A, by halves: [[X1, 0], [-X2 A21 X1, X2]], for all blocks of a level at once."""
+def inverse(a, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)⁻¹ of a strictly lower A, by halves: [[X1, 0], [-X2 A21 X1, X2]], for all blocks of a level at once.
+
+    What float32 inputs need is all of float32: where keys are correlated, three products in tf32 lose a bit."""
+    how: tl.constexpr = "ieee" if tl.float32 == DOT else PRECISION  # pyright: ignore[reportAssignmentType] Triton makes it one
     i, j = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
     x = tl.where(i == j, 1.0, tl.where(meets(0, a.shape[0]), -a, 0.0))
     for level in range(1, LEVELS):
         part = tl.where(meets(level, a.shape[0]), a, 0.0)
-        x -= tl.dot(x, tl.dot(part, x, input_precision=PRECISION), input_precision=PRECISION)
+        x -= tl.dot(x, tl.dot(part, x, input_precision=how), input_precision=how)
     return x

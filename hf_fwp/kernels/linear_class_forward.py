@@ -62,8 +62,16 @@ def _sum_after(coarse, fine, step):
 
 
 @triton.jit
-def _minus(a, b, PRECISION: tl.constexpr):
-    return -tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+def _product(a, b, sum, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """sum + a b. What float32 inputs need is all of float32: where keys are correlated, three products in tf32 lose a
+    bit."""
+    how: tl.constexpr = "ieee" if tl.float32 == DOT else PRECISION  # pyright: ignore[reportAssignmentType] Triton makes it one
+    return sum + tl.dot(a, b, input_precision=how, out_dtype=tl.float32)
+
+
+@triton.jit
+def _minus(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    return -_product(a, b, 0.0, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -156,15 +164,15 @@ def invert_chunks(
     x00, x22 = tl.split(even)
     x11, x33 = tl.split(odd)
     # row by row of blocks: X_ij = -X_ii Σ_l A_il X_lj
-    x10 = _minus(x11, tl.dot(a10, x00, input_precision=PRECISION), PRECISION)
-    x21 = _minus(x22, tl.dot(a21, x11, input_precision=PRECISION), PRECISION)
-    x32 = _minus(x33, tl.dot(a32, x22, input_precision=PRECISION), PRECISION)
-    sum20 = tl.dot(a21, x10, tl.dot(a20, x00, input_precision=PRECISION), input_precision=PRECISION)
-    x20 = _minus(x22, sum20, PRECISION)
-    sum31 = tl.dot(a32, x21, tl.dot(a31, x11, input_precision=PRECISION), input_precision=PRECISION)
-    x31 = _minus(x33, sum31, PRECISION)
-    sum30 = tl.dot(a31, x10, tl.dot(a30, x00, input_precision=PRECISION), input_precision=PRECISION)
-    x30 = _minus(x33, tl.dot(a32, x20, sum30, input_precision=PRECISION), PRECISION)
+    x10 = _minus(x11, _product(a10, x00, 0.0, DOT, PRECISION), DOT, PRECISION)
+    x21 = _minus(x22, _product(a21, x11, 0.0, DOT, PRECISION), DOT, PRECISION)
+    x32 = _minus(x33, _product(a32, x22, 0.0, DOT, PRECISION), DOT, PRECISION)
+    sum20 = _product(a21, x10, _product(a20, x00, 0.0, DOT, PRECISION), DOT, PRECISION)
+    x20 = _minus(x22, sum20, DOT, PRECISION)
+    sum31 = _product(a32, x21, _product(a31, x11, 0.0, DOT, PRECISION), DOT, PRECISION)
+    x31 = _minus(x33, sum31, DOT, PRECISION)
+    sum30 = _product(a31, x10, _product(a30, x00, 0.0, DOT, PRECISION), DOT, PRECISION)
+    x30 = _minus(x33, _product(a32, x20, sum30, DOT, PRECISION), DOT, PRECISION)
 
     at = solve + (slot.to(tl.int64) * HV + hv) * 4096 + lines[:, None] * 64 + columns[None, :]
     _store_row(at, x00, tl.zeros_like(x00), tl.zeros_like(x00), tl.zeros_like(x00))

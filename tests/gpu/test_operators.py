@@ -4,7 +4,6 @@ What a kernel is compiled for (rule, dtype, sizes, heads, layout, ...) is a set 
 member of it runs with every length, with and without an initial state.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -141,7 +140,7 @@ def test_a_long_sequence_is_cut_by_itself(rule, dtype, bounds):
     problems.assert_agrees(outcome(given.copy(dtype), problem, None), expected, problems.TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("rule", problems.SERVED)
+@pytest.mark.parametrize("rule", [*problems.SERVED, "kimi_delta"])
 def test_4096_decode_steps_do_not_drift(rule):
     given = long_problem(rule, 4096, sizes=(128, 128)).copy(torch.float32)
     apply = RULES[rule].apply
@@ -158,91 +157,6 @@ def test_4096_decode_steps_do_not_drift(rule):
     expected = {"out": truth, "state": truth_states["state"]}
     problems.assert_agrees(decoded, expected, 1e-5)
     problems.assert_agrees({"out": prefill, "state": prefill_states["state"]}, expected, 1e-5)
-
-
-@pytest.mark.parametrize("segment", [0, 2])
-@pytest.mark.parametrize("layout", ["plain", "packed"])
-@pytest.mark.parametrize("rule", SERVED)
-def test_the_same_call_twice_gives_the_same_bits(rule, layout, segment, monkeypatch):
-    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
-    problem = Problem(rule, torch.bfloat16, 400, layout=layout, sizes=(128, 128), heads=(2, 4, 4), option=1)
-    given = on_device(problems.tensors(problem))
-    first, second = (outcome(given.copy(problem.dtype), problem, None) for _ in range(2))
-    for name, x in first.items():
-        assert torch.equal(x, second[name]), name
-
-
-class Guarded:
-    """Allocates every new tensor full of NaN, between two strips of NaN that nothing may write to."""
-
-    STRIP = 1024
-
-    def __init__(self, monkeypatch):
-        self.buffers: list[tuple[torch.Tensor, int]] = []
-        self.full = torch.full
-        monkeypatch.setattr(torch, "empty", self._empty)
-        monkeypatch.setattr(torch, "empty_like", lambda x, **kw: self._new_empty(x, x.shape, **kw))
-        monkeypatch.setattr(torch.Tensor, "new_empty", self._method())
-
-    def _method(self):
-        return lambda x, *size, **kw: self._new_empty(x, size[0] if isinstance(size[0], (tuple, list)) else size, **kw)
-
-    def _empty(self, *size, dtype=None, device=None, **_):
-        shape = size[0] if isinstance(size[0], (tuple, list)) else size
-        dtype = dtype or torch.get_default_dtype()
-        poison = math.nan if dtype.is_floating_point else 77
-        count = math.prod(shape)
-        buffer = self.full((count + 2 * self.STRIP,), poison, dtype=dtype, device=device)
-        self.buffers.append((buffer, count))
-        return buffer[self.STRIP : self.STRIP + count].view(shape)
-
-    def _new_empty(self, x, shape, dtype=None, device=None, **_):
-        return self._empty(tuple(shape), dtype=dtype or x.dtype, device=device or x.device)
-
-    def place(self, x: torch.Tensor) -> torch.Tensor:
-        return self._new_empty(x, x.shape).copy_(x)
-
-    def check(self) -> None:
-        for buffer, count in self.buffers:
-            for strip in (buffer[: self.STRIP], buffer[self.STRIP + count :]):
-                # as this type has it: of booleans 77 is True
-                untouched = strip.isnan() if buffer.dtype.is_floating_point else strip == strip.new_tensor(77)
-                assert untouched.all(), "something was written outside a tensor"
-
-
-@pytest.mark.parametrize("segment", [0, 1])
-@pytest.mark.parametrize("length", [1, 65, 130])
-@pytest.mark.parametrize("layout", ["plain", "padded", "packed"])
-@pytest.mark.parametrize("rule", SERVED)
-def test_every_output_is_written_and_nothing_else(rule, layout, length, segment, monkeypatch):
-    monkeypatch.setattr(linear_class_launches, "segment_chunks", lambda *_: segment)
-    problem = Problem(rule, torch.float32, length, layout=layout, sizes=(24, 40), heads=(2, 4, 4), option=1)
-    given = on_device(problems.tensors(problem))
-    expected = outcome(given.copy(torch.float64), problem, "reference")
-    guard = Guarded(monkeypatch)
-    tensors = given.copy(problem.dtype)
-    tensors.leaves = {name: guard.place(x.detach()).requires_grad_() for name, x in tensors.leaves.items()}
-    tensors.states = {name: guard.place(x.detach()).requires_grad_() for name, x in tensors.states.items()}
-    result = outcome(tensors, problem, None)
-    guard.check()
-    problems.assert_agrees(result, expected, 1e-5)
-    if length == 1 and layout != "packed":
-        with torch.no_grad():
-            out, states = RULES[rule].apply(
-                **tensors.leaves, states=dict(tensors.states), backend="step", in_place=True, **tensors.keywords
-            )
-        guard.check()
-        stepped = {"out": out} | {f"final {name}": x.detach() for name, x in states.items()}
-        problems.assert_agrees(stepped, {name: expected[name] for name in stepped}, 1e-5)
-
-
-def test_the_guard_notices_a_write_outside(monkeypatch):
-    guard = Guarded(monkeypatch)
-    x = torch.empty(8, device=problems.GPU)
-    guard.check()
-    x.as_strided((9,), (1,)).fill_(0)
-    with pytest.raises(AssertionError, match="outside a tensor"):
-        guard.check()
 
 
 @KERNELS

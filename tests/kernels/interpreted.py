@@ -15,6 +15,7 @@ import triton_interpreter
 from operators import Problem
 
 from hf_fwp import ops
+from hf_fwp.kernels import channel_decay
 from hf_fwp.kernels import linear_class as kernels
 from hf_fwp.kernels import linear_class_launches as table
 from hf_fwp.layer import FastWeightLayer
@@ -133,20 +134,7 @@ def test_many_short_sequences_find_their_chunks(way, monkeypatch):
 
 
 def test_the_inverse_keeps_its_digits_with_correlated_keys():
-    """Keys with cosine 0.9 to each other, β = 1.9: where a Neumann series has no correct digit. Keys and β are
-    multiples of 1/64, so that the triangle itself is exact in float32: rounding it alone costs 2e-6 of the inverse."""
-    unit = torch.nn.functional.normalize
-    common, own = torch.randn(1, 1, 1, 32), torch.randn(1, 100, 1, 32)
-    k = unit(0.9**0.5 * unit(common, dim=-1) + 0.1**0.5 * unit(own, dim=-1), dim=-1)
-    k, rate = (64 * k).round() / 64, 122 / 64
-    beta = torch.full((1, 100, 1), rate)
-    settings = (1.0, 0.0, True, False, True)
-    _, _, solve, *_ = kernels.linear_class_forward(k, k, k, beta, *[None] * 6, *settings)
-    for chunk, keys in zip(solve[:, 0], k[0, :, 0].double().split(64), strict=True):
-        size = keys.shape[0]
-        exact = torch.linalg.inv(torch.eye(size).double() + (rate * keys @ keys.mT).tril(-1))
-        assert (chunk[:size, :size] - exact).norm() <= 1e-6 * exact.norm()
-        assert torch.equal(chunk, chunk.tril())
+    problems.check_inverse(kernels, channel_decay, seed=0, size=32, place="cpu")
 
 
 @pytest.mark.parametrize("rule", ["delta_net", "gated_delta_net"])
