@@ -30,6 +30,7 @@ from .dropout import NEVER, WindowDropout, leave_out
 from .memory import freed_memory_kept, recompute_activations
 from .processes import meet, processes
 from .scores import without_dropout
+from .seeds import seeded
 
 LOGGED = 50  # entries of the history, about
 
@@ -56,6 +57,7 @@ def distil(
     peft_config: Any = None,
     lora: Mapping[str, Any] | None = None,
     window_dropout: Sequence[float] = NEVER,
+    dropout: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def distil(
     Trainer saves a checkpoint every `save_every` steps, from which `resume` continues with the same result as if it had
     never stopped. `bf16`: matrix products in bf16, weights in float32; None: where the device is made for it. Several
     processes share the `batch_size` sequences of a step. `window_dropout`: how often windows are left out, in the first
-    and in the last step (dropout.py).
+    and in the last step; `dropout`: with that of the family's config, which is off otherwise (dropout.py).
     """
     from .trainer import DistilTrainer  # 90 MB that a closed-form conversion can do without
 
@@ -98,7 +100,8 @@ def distil(
             seed=seed,
             progress=progress,
         )
-        model = learning(student, parameters, peft_config, lr=lr, lr_rest=lr_rest)
+        with seeded(seed):  # an adapter is drawn before the Trainer seeds
+            model = learning(student, parameters, peft_config, lr=lr, lr_rest=lr_rest)
         trainer = DistilTrainer(
             model,
             args,
@@ -108,6 +111,7 @@ def distil(
             teacher=teacher,
             lr_mixers=lr,
             losses=losses,
+            dropout=dropout,
         )
         trainer.remove_callback(PrinterCallback)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

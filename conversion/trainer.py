@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,11 +19,12 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from hf_fwp.cross_entropy import causal_loss
+from hf_fwp.cross_entropy import summed_loss
 from hf_fwp.layer import FastWeightLayer
 from hf_fwp.options import refuse_unknown
 
-from .kl import kl_of_heads
+from .dropout import without_own_dropout
+from .kl import kl_of_heads, readout_of
 from .tokens import IGNORED
 
 LOSSES = ("kl", "cross_entropy")
@@ -34,7 +36,7 @@ class DistilTrainer(Trainer):
     `losses`: the weight of "kl" and of "cross_entropy". For the KL alone those tokens count that neither attention_mask
     (0) nor labels (-100) exclude; with cross-entropy those whose next token is such a one. The teacher (None without
     KL) stands beside the model, is never trained or saved, and has to share the student's vocabulary. Mixers learn at
-    `lr_mixers` where that is given, all the rest at args.learning_rate.
+    `lr_mixers` where that is given, all the rest at args.learning_rate. `dropout`: with that of the family's config.
     """
 
     loss_is_scaled_for_ga = True  # by num_items_in_batch
@@ -45,6 +47,7 @@ class DistilTrainer(Trainer):
         teacher: PreTrainedModel | None,
         lr_mixers: float | None = None,
         losses: Mapping[str, float] = MappingProxyType({"kl": 1.0}),
+        dropout: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -56,14 +59,16 @@ class DistilTrainer(Trainer):
             raise ValueError(f"{self.args.n_gpu} GPUs in one process; start one process each: accelerate launch")
         self.model_accepts_loss_kwargs = True
         self.lr_mixers = lr_mixers
+        self.dropout = dropout
         self.seconds = 0.0
         self.student_head = output_head(bare(self.model))
+        self.student_readout = readout_of(bare(self.model).config)
         if "cross_entropy" in self.losses and self.student_head.bias is not None:
             raise ValueError("the output head has a bias, which the cross-entropy does not read; use the loss 'kl'")
         self.teacher: Any = None
         if teacher is None or "kl" not in self.losses:
             return
-        self.teacher_head = output_head(teacher.eval())
+        self.teacher_head, self.teacher_readout = output_head(teacher.eval()), readout_of(teacher.config)
         if len(self.student_head.weight) != len(self.teacher_head.weight):
             sizes = len(self.student_head.weight), len(self.teacher_head.weight)
             raise ValueError(f"the student has {sizes[0]} tokens, the teacher {sizes[1]}; they must share a vocabulary")
@@ -102,18 +107,28 @@ class DistilTrainer(Trainer):
             if teacher_BTD is not None:
                 teacher_ND = teacher_BTD[counted_BT.to(teacher_BTD.device)]
                 with gathered(self.teacher_head):
-                    kl = kl_of_heads(student_ND, teacher_ND, self.student_head, self.teacher_head)
+                    kl = kl_of_heads(
+                        student_ND,
+                        teacher_ND,
+                        self.student_head,
+                        self.teacher_head,
+                        student_readout=self.student_readout,
+                        teacher_readout=self.teacher_readout,
+                    )
                 loss = loss + self.losses["kl"] * kl
             if "cross_entropy" in self.losses:
                 next_N = nn.functional.pad(inputs["input_ids"], (0, 1))[:, 1:][counted_BT]
-                entropy = causal_loss(student_ND, self.student_head, next_N, shift_labels=next_N, num_items_in_batch=1)
+                labels_N = next_N.to(student_ND.device)
+                entropy = summed_loss(student_ND, self.student_head, labels_N, readout=self.student_readout)
                 loss = loss + self.losses["cross_entropy"] * entropy
             return loss.view(1, 1, 1)
 
         with self.accelerator.autocast():  # accelerate puts it around the student alone
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_BTD = last_hidden_state(self.teacher, kept)
+                    # the whole model is called: one that is spread over processes gathers its weights only then
+                    teacher = partial(self.teacher, **kept, use_cache=False)
+                    teacher_BTD = output_of(self.teacher_head, lambda h_BTD: h_BTD, teacher)
             loss = output_of(self.student_head, total, lambda: model(**kept, use_cache=False)).sum()
         if num_items_in_batch is None:
             loss = loss / counted_BT.sum().clamp_min(1)
@@ -140,6 +155,11 @@ class DistilTrainer(Trainer):
             counts: Any = self.accelerator.gather(count)
             count = counts.sum()
         return count.clamp_min(1)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, without the family's own dropout unless that is asked for."""
+        with nullcontext() if self.dropout else without_own_dropout(bare(self.model)):
+            return super().train(*args, **kwargs)
 
     def finish(self, checkpoint: str | None) -> None:
         """Train from a checkpoint, or from the start, to args.max_steps."""
@@ -169,20 +189,6 @@ def valid_positions(inputs: dict[str, Any]) -> Tensor:
     if inputs.get("attention_mask") is not None:
         valid_BT &= inputs["attention_mask"] > 0
     return valid_BT if inputs.get("labels") is None else valid_BT & (inputs["labels"] != IGNORED)
-
-
-def last_hidden_state(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """What the output head would read. The whole model is called: one that is spread over processes gathers its weights
-    only then."""
-    seen: list[Tensor] = []
-    inside = model.module if hasattr(model, "zero_optimization_stage") else model
-    hook = bare(inside).base_model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state))
-    try:
-        nothing = torch.zeros(0, dtype=torch.long, device=inputs["input_ids"].device)
-        model(**inputs, use_cache=False, logits_to_keep=nothing)  # logits of no position
-    finally:
-        hook.remove()
-    return seen[-1]
 
 
 def output_of(module: nn.Module, function: Callable[[Tensor], Tensor], run: Callable[[], Any]) -> Tensor:

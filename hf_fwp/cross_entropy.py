@@ -1,7 +1,8 @@
 """Cross entropy from hidden states, a few tokens at a time, so that no [tokens, vocabulary] tensor exists.
 
-    loss = -sum_i log softmax(W h_i)[y_i]           dloss / d(W h_i) = softmax(W h_i) - onehot(y_i)
+    loss = -sum_i log softmax(z_i)[y_i]             dloss / dz_i = softmax(z_i) - onehot(y_i)
 
+with the logits z_i = W h_i; of a pretrained family they may be more than that (Readout).
 The gradient on the logits is at hand together with the loss, so that the forward computes those of h and W too: a
 backward would need the logits a second time. Why no library: liger-kernel and cut-cross-entropy are kernels for GPUs,
 and the chunked `linear_cross_entropy` of torch 2.13 leaves the graph of torch.compile.
@@ -10,6 +11,7 @@ and the chunked `linear_cross_entropy` of torch 2.13 leaves the graph of torch.c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,31 @@ from torch import Tensor, nn
 
 LOGITS = 1 << 24  # logits that exist at once: 64 MiB in float32
 ADDED = 1024  # rows of the weight's gradient that are added at once
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Logits z of what the head computes, x = W h + b:
+
+    z = cap tanh(scale x / cap), without a cap scale x          dz/dx = scale (1 - (z / cap)²)
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, x_NV: Tensor) -> Tensor:
+        """z; x stays as it is."""
+        scaled_NV = x_NV if self.scale == 1 else x_NV * self.scale
+        return scaled_NV if self.cap is None else (scaled_NV / self.cap).tanh_().mul_(self.cap)
+
+    def gradient(self, error_NV: Tensor, z_NV: Tensor) -> Tensor:
+        """From the gradient on z, which is written to, to that on x."""
+        if self.cap is not None:
+            error_NV.mul_((z_NV / self.cap).square_().neg_().add_(1))
+        return error_NV if self.scale == 1 else error_NV.mul_(self.scale)
+
+
+PLAIN = Readout()
 
 
 def causal_loss(
@@ -34,12 +61,19 @@ def causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     labels_N = shift_labels.reshape(-1).to(hidden_BTD.device)
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    narrow = autocast_dtype(hidden_ND) or head.weight.dtype
-    learning = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head.weight)]
-    total, *_ = cross_entropy_of_head(hidden_ND, head.weight, labels_N, ignore_index, narrow, learning)
+    total = summed_loss(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head, labels_N, ignore_index=ignore_index)
     count = (labels_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def summed_loss(
+    hidden_ND: Tensor, head: nn.Linear, labels_N: Tensor, *, readout: Readout = PLAIN, ignore_index: int = -100
+) -> Tensor:
+    """The sum of the losses of all labels but `ignore_index`. `head` has no bias."""
+    narrow = autocast_dtype(hidden_ND) or head.weight.dtype
+    learning = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head.weight)]
+    how = (narrow, learning, readout.scale, readout.cap)
+    return cross_entropy_of_head(hidden_ND, head.weight, labels_N, ignore_index, *how)[0]
 
 
 @torch.library.custom_op("hf_fwp::cross_entropy_of_head", mutates_args=())
@@ -50,13 +84,15 @@ def cross_entropy_of_head(
     ignore_index: int,
     narrow: torch.dtype,
     learning: Sequence[bool],
+    scale: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of the losses, its gradients on hidden states and weight where `learning` says so, else empty tensors).
 
     Products are taken in `narrow`, sums in float32 (float64 for a float64 weight).
     """
     total, d_hidden, d_weight = _new_results(hidden_ND, weight_VD, learning)
-    wide = total.dtype
+    wide, readout = total.dtype, Readout(scale, cap)
     grads = [d if wanted else None for d, wanted in zip((d_hidden, d_weight), learning, strict=True)]
     weight = weight_VD.to(narrow)
     at_once = min(len(hidden_ND), max(1, LOGITS // len(weight)))
@@ -68,9 +104,11 @@ def cross_entropy_of_head(
             tokens = slice(start, start + at_once)
             h_ND, y_N = hidden_ND[tokens].to(narrow), labels_N[tokens]
             logits_NV = logits(h_ND, weight, None, buffer_NV[: len(h_ND)])
-            loss, error_NV = losses(logits_NV.to(wide), y_N, ignore_index)
+            z_NV = readout.logits(logits_NV.to(wide))
+            loss, error_NV = losses(z_NV, y_N, ignore_index)
             total += loss
             if any(learning):
+                error_NV = readout.gradient(error_NV, z_NV)
                 add_gradients([*grads, None], tokens, logits_NV.copy_(error_NV), h_ND, weight, of_chunk_VD)
     return total, d_hidden, d_weight
 
@@ -93,12 +131,12 @@ def _new_results(hidden_ND: Tensor, weight_VD: Tensor, learning: Sequence[bool])
 
 
 @cross_entropy_of_head.register_fake
-def _(hidden_ND, weight_VD, labels_N, ignore_index, narrow, learning):
+def _(hidden_ND, weight_VD, labels_N, ignore_index, narrow, learning, scale=1.0, cap=None):
     return _new_results(hidden_ND, weight_VD, learning)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, *_, ctx.learning = inputs
+    hidden, weight, _, _, _, ctx.learning, *_ = inputs
     ctx.dtypes = (hidden.dtype, weight.dtype)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
@@ -106,7 +144,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, outer: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     kept = zip(ctx.saved_tensors, ctx.dtypes, ctx.learning, strict=True)
-    return (*((grad * outer).to(dtype) if wanted else None for grad, dtype, wanted in kept), *[None] * 4)
+    return (*((grad * outer).to(dtype) if wanted else None for grad, dtype, wanted in kept), *[None] * 6)
 
 
 cross_entropy_of_head.register_autograd(_backward, setup_context=_keep)

@@ -11,6 +11,7 @@ from hf_fwp.conversion.distil import distil
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.kl import kl_of_heads
 from hf_fwp.conversion.trainer import DistilTrainer, parameter_groups
+from hf_fwp.cross_entropy import Readout
 
 FWP = {"rule": "gated_delta_net", "qk_norm": "l2", "time_scales": 2, "value_skip": 1, "beta_bias": True}
 SETTINGS = {"batch_size": 2, "lr": 5e-3, "lr_rest": 1e-3, "progress": False}
@@ -49,15 +50,24 @@ def trainer_of(student, teacher, folder, **args):
     return DistilTrainer(student, TrainingArguments(**{**defaults, **args}), teacher=teacher)
 
 
+READOUTS = {
+    "plain": (Readout(), lambda x: x),
+    "scaled": (Readout(scale=0.3), lambda x: 0.3 * x),
+    "capped": (Readout(scale=2.0, cap=1.5), lambda x: 1.5 * torch.tanh(2 * x / 1.5)),
+}
+
+
+@pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("logits", [1, 300, 1 << 24])
-def test_the_loss_and_its_gradients_are_those_of_full_logits(bias, logits, monkeypatch):
+def test_the_loss_and_its_gradients_are_those_of_full_logits(bias, logits, readout, monkeypatch):
     monkeypatch.setattr(kl, "LOGITS", logits)
     hidden = [(3 * torch.randn(21, 8, dtype=torch.float64)).requires_grad_(index == 0) for index in range(2)]
     heads = [nn.Linear(8, 50, bias=bias, dtype=torch.float64) for _ in range(2)]
     leaves = [hidden[0], *heads[0].parameters()]
-    loss = 0.7 * kl_of_heads(*hidden, *heads)
-    expected = 0.7 * plain_kl(heads[0](hidden[0]), heads[1](hidden[1])).sum()
+    (ours, of_ours), (theirs, of_theirs) = READOUTS[readout], READOUTS["scaled" if readout == "capped" else readout]
+    loss = 0.7 * kl_of_heads(*hidden, *heads, student_readout=ours, teacher_readout=theirs)
+    expected = 0.7 * plain_kl(of_ours(heads[0](hidden[0])), of_theirs(heads[1](hidden[1]))).sum()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     wanted = torch.autograd.grad(expected, leaves)
     for given, gradient in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):

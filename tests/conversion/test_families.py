@@ -1,4 +1,4 @@
-"""Every family from the teacher to a tuned model: convert, save, load, generate, LoRA, merge."""
+"""Every family from the teacher to a tuned model: solve, align, distil, extend, save, load, generate, LoRA, merge."""
 
 import importlib
 import math
@@ -11,10 +11,12 @@ from tiny import ALPHABET, TEXTS, byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_fwp.conversion.convert import convert
-from hf_fwp.conversion.recipes import RECIPES, Recipe
+from hf_fwp.conversion.recipes import RECIPES, TRAINING, Recipe
 from hf_fwp.hosts import HOSTS, converted_layers
 
-SMALL = Recipe("closed-form", "small", sequence_length=16, solve_tokens=112)
+TOKENS = {"sequence_length": 16, "solve_tokens": 112, "align_tokens": 64, "distil_tokens": 64, "extend_tokens": 64}
+STEPS = {stage: {"batch_size": 2, "bf16": False} for stage in TRAINING}
+SMALL = Recipe("closed-form", "small", extend_length=16, **TOKENS, **STEPS)
 
 
 verb = importlib.import_module("hf_fwp.conversion.convert")
@@ -38,6 +40,10 @@ def test_a_family_goes_all_the_way(name, tmp_path):
     assert all(torch.equal(before[key], tensor) for key, tensor in teacher.state_dict().items())
     assert converted_layers(made.config) == tuple(layer for layer in range(LAYERS) if layer != 1)
     assert all(math.isfinite(residual) for residual in made.conversion_report["residuals"].values())
+    for stage, measure in {"align": "residual", "distil": "kl", "extend": "cross_entropy"}.items():
+        log = made.conversion_report["stages"][stage]
+        assert log["steps"] == 2
+        assert all(math.isfinite(entry[measure]) for entry in log["history"])
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
     tokens = torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -78,6 +78,22 @@ def test_in_bf16_it_is_no_further_from_float64_than_the_loss_from_logits(autocas
         assert (a - exact).norm() <= 1.2 * (b - exact).norm() + 1e-3 * exact.norm()
 
 
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_logits_that_a_family_scales_and_caps(scale, cap):
+    h = torch.randn(33, 8, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(8, VOCAB, bias=False, dtype=torch.float64)
+    y, readout = labels().flatten(), cross_entropy.Readout(scale, cap)
+    z = scale * head(h) if cap is None else cap * torch.tanh(scale * head(h) / cap)
+    both = [
+        cross_entropy.summed_loss(h, head, y, readout=readout),
+        torch.nn.functional.cross_entropy(z, y, reduction="sum"),
+    ]
+    for a, b in zip(*([loss, *torch.autograd.grad(loss, [h, head.weight])] for loss in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_a_frozen_head_gets_no_gradient(monkeypatch):
     model = tiny_model()
     model.lm_head.requires_grad_(False)
