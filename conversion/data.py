@@ -17,7 +17,9 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email import message_from_string
 from itertools import chain
@@ -26,7 +28,7 @@ from typing import Any
 
 from hf_fwp.files import write_whole
 
-from .tokens import Document
+from .tokens import Document, has_text
 from .tokens import labelled_blocks as labelled_blocks
 from .tokens import token_blocks as token_blocks
 
@@ -36,6 +38,14 @@ NPM_TIMEOUT_S = 180
 ALLOWED = "a text, a pathlib.Path, a list of texts or rows, or a datasets object"
 TEXT_FILES = (".txt", ".jsonl", ".gz")
 TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # and the loader in `datasets` that reads them
+# files of rows, or of other files, that would be read as one long text
+REFUSED = (
+    *(".json", ".ndjson", ".tsv", ".xls", ".xlsx", ".ods", ".orc", ".avro", ".feather", ".h5", ".hdf5"),
+    *(".pkl", ".pickle", ".pt", ".npy", ".npz", ".safetensors", ".db", ".sqlite", ".zip", ".tar", ".tgz"),
+    *(".bz2", ".xz", ".zst", ".7z", ".pdf", ".docx", ".epub"),
+)
+# what is raised for a file that is damaged, in another encoding, or not what its name says
+DAMAGE = (OSError, ValueError, EOFError, zlib.error)
 ON_DISK = ("dataset_dict.json", "state.json")  # one of them is in what save_to_disk writes
 FIELDS = 'a "text", "messages", or "prompt" and "completion"'
 
@@ -113,17 +123,26 @@ def _printed(text: str) -> str:
 def read_data(data: Any, *, split: str = "train") -> Iterable[Document]:
     """The documents in `data`: a text, a Path, a list of texts or rows, or a `datasets` object.
 
-    A Path is a file (.txt, .jsonl, either with .gz; .parquet, .csv, .arrow) or a folder that `datasets` can load. A row
-    of a list, a .jsonl file or a `datasets` object holds a "text", or a conversation: "messages" with their "role" and
-    "content", or a "prompt" and its "completion", both texts or both messages. Of several splits `split` is read, or
-    "train" where there is no such split. A `datasets` object stays lazy: a streamed one is read only as far as it is
-    used.
+    A Path is a file (.jsonl, .csv or text of any name, each with .gz or without; .parquet, .arrow) or a folder that
+    `datasets` can load. A row of a list, a .jsonl file or a `datasets` object holds a "text", or a conversation:
+    "messages" with their "role" and "content", or a "prompt" and its "completion", both texts or both messages. Of
+    several splits, in a dict or a folder, `split` is read, or "train" where there is no such split. A `datasets` object
+    stays lazy: a streamed one is read only as far as it is used.
     """
-    found = opened(data)
-    if isinstance(found, dict) and "train" in found:  # a DatasetDict
-        found = found.get(split, found["train"])
-    texts = _documents(found)
-    if not any(_written(document) for document in texts):
+    return _read(data, opened(data), split)
+
+
+def _read(data: Any, found: Any, split: str) -> Iterable[Document]:
+    """The documents in what was opened of `data`."""
+    if isinstance(found, dict):  # a DatasetDict, or one of files
+        name = next((name for name in (split, "train") if name in found), None)
+        if name is None:
+            needed = " or ".join(map(repr, dict.fromkeys((split, "train"))))
+            raise ValueError(f"data has the splits {', '.join(map(str, found))}; it needs {needed}")
+        part = found[name]
+        return _read(data if isinstance(data, Path) else part, opened(part), split)
+    texts = _documents(found, data if isinstance(data, Path) else None)
+    if not any(has_text(document) for document in texts):
         raise ValueError(f"data holds no text: {_shown(data)}; give {ALLOWED}")
     return texts
 
@@ -134,13 +153,13 @@ def read_splits(data: Any) -> tuple[str, Iterable[Document], Iterable[Document] 
         return demo_corpus()
     found = opened(data)
     if not isinstance(found, dict):
-        return described(data, found), read_data(found), None
+        return described(data, found), _read(data, found, "train"), None
     if "train" not in found:
         raise ValueError(f"data has the splits {', '.join(map(str, found))}; it needs 'train' (and, if any, 'test')")
     told = described(data, found["train"])
     if "test" not in found:
-        return told, read_data(found), None
-    return f"{told}; reported on its split test", read_data(found), read_data(found, split="test")
+        return told, _read(data, found, "train"), None
+    return f"{told}; reported on its split test", _read(data, found, "train"), _read(data, found, "test")
 
 
 def find_data(name: str) -> Any:
@@ -148,7 +167,7 @@ def find_data(name: str) -> Any:
 
     Raises ValueError where there is nothing of that name.
     """
-    if Path(name).exists() or Path(name).suffix in {*TEXT_FILES, *TABLES}:
+    if Path(name).exists() or Path(name).suffix.lower() in {*TEXT_FILES, *TABLES, *REFUSED}:
         return Path(name)
     from datasets import load_dataset  # a second: only for those who ask for it
 
@@ -164,20 +183,39 @@ def find_data(name: str) -> Any:
 
 def opened(data: Any) -> Any:
     """A folder or a table as the `datasets` object in it, streamed where that is possible; all else as it is."""
-    if not isinstance(data, Path) or not (data.is_dir() or (data.is_file() and data.suffix in TABLES)):
+    if not isinstance(data, Path) or not (data.is_dir() or (data.is_file() and kind_of(data) in TABLES)):
         return data
     from datasets import load_dataset, load_from_disk  # a second: only for those who ask for it
 
-    if data.is_file():
-        return load_dataset(TABLES[data.suffix], data_files=str(data), split="train", streaming=True)
-    if any((data / file).is_file() for file in ON_DISK):
-        return load_from_disk(str(data))
+    with _naming(data):
+        if data.is_file():
+            return load_dataset(TABLES[kind_of(data)], data_files=str(data), split="train", streaming=True)
+        if any((data / file).is_file() for file in ON_DISK):
+            return load_from_disk(str(data))
     # a file of text is a document; left to itself, `datasets` takes every line for one
     whole: Any = {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
     try:
         return load_dataset(str(data), streaming=True, **whole)
     except (OSError, ValueError) as fault:
         raise ValueError(f"the folder {data} holds no dataset: {fault}; give a file, or a folder of them") from fault
+
+
+def kind_of(file: Path) -> str:
+    """How its name ends, but for a .gz, in lower case."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
+
+
+@contextmanager
+def _naming(source: Path | None) -> Iterator[None]:
+    """Where a file cannot be read, say which."""
+    try:
+        yield
+    except DAMAGE as fault:
+        if source is None:
+            raise
+        told = f"cannot read {source}: {str(fault).strip()}"
+        raise ValueError(f"{told}; give a whole file of the kind that its name says, text in UTF-8") from fault
 
 
 def described(data: Any, found: Any) -> str:
@@ -189,17 +227,6 @@ def described(data: Any, found: Any) -> str:
     name = data if isinstance(data, Path) else getattr(getattr(found, "info", None), "dataset_name", None)
     split = getattr(found, "split", None)
     return f"{type(found).__name__}{f' {name}' if name else ''}{f', split {split}' if split else ''}"
-
-
-def _written(document: Document) -> bool:
-    """Whether there is anything but space in it."""
-    if isinstance(document, str):
-        return bool(document.strip())
-    parts: Any = document
-    if isinstance(document, tuple):
-        return any(map(_written, parts))
-    said = (message["content"] for message in parts)
-    return any(part.strip() if isinstance(part, str) else part for part in said)
 
 
 def _document(row: Mapping[str, Any]) -> Document:
@@ -227,22 +254,28 @@ class _Rows:
 
     rows: Any
     where: str
+    source: Path | None = None
 
     def __iter__(self) -> Iterator[Document]:
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(_legible(self.rows, self.source)):
             try:
-                yield _document(row) if isinstance(row, Mapping) else row
+                yield _document(row if isinstance(row, Mapping) else {"text": row})
             except (KeyError, TypeError) as fault:
                 raise ValueError(f"row {number} of the {self.where} has to hold {FIELDS}; {fault}") from fault
 
 
-def _documents(data: Any) -> Iterable[Document]:
+def _legible(rows: Iterable[Any], source: Path | None) -> Iterator[Any]:
+    with _naming(source):
+        yield from rows
+
+
+def _documents(data: Any, source: Path | None = None) -> Iterable[Document]:
     if isinstance(data, str):
         return [data]
     if isinstance(data, Path):
         return _read_file(data)
     if hasattr(data, "column_names") or hasattr(data, "features"):
-        return _text_column(data)
+        return _text_column(data, source)
     if isinstance(data, (list, tuple)) and all(
         isinstance(each, str | Mapping) or _is_conversation(each) for each in data
     ):
@@ -250,12 +283,12 @@ def _documents(data: Any) -> Iterable[Document]:
     raise ValueError(f"cannot read data of type {type(data).__name__}; give {ALLOWED}")
 
 
-def _text_column(dataset: Any) -> Iterable[Document]:
-    columns = dataset.column_names
+def _text_column(dataset: Any, source: Path | None) -> Iterable[Document]:
+    columns, where = dataset.column_names, f"dataset {source}" if source else "dataset"
     if columns is not None and "text" in columns:
-        return dataset["text"]
+        return _Rows(dataset["text"], where, source)
     if columns is None or "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return _Rows(dataset, "dataset")
+        return _Rows(dataset, where, source)
     raise ValueError(
         f'the dataset has the columns {", ".join(columns)}; rename the one with the text to "text", '
         f"a conversation's to {FIELDS.partition(', ')[2]}"
@@ -267,12 +300,18 @@ def _read_file(path: Path) -> list[Document]:
         raise ValueError(
             f"data file {path} does not exist; for a dataset of the Hub give datasets.load_dataset({str(path)!r})"
         )
-    names = path.suffixes
-    opener: Callable[..., Any] = gzip.open if names[-1:] == [".gz"] else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" in names[-2:]:
-            return list(_jsonl_texts(file, path))
-        return [file.read()]
+    kind = kind_of(path)
+    if kind in REFUSED:
+        raise ValueError(
+            f"{path} is a {kind} file, whose rows are not found by themselves; give text (.txt or any other name), "
+            f".jsonl, {', '.join(TABLES)}, or what datasets.load_dataset makes of it"
+        )
+    opener: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as file:  # without the mark that some editors begin a file with
+        if kind == ".jsonl":
+            return list(_jsonl_texts(_legible(file, path), path))
+        with _naming(path):
+            return [file.read()]
 
 
 def _jsonl_texts(lines: Iterable[str], path: Path) -> Iterator[Document]:

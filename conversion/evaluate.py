@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.dtypes import parse_dtype
 from hf_fwp.estimates import duration, peak_memory, seconds_per_token, size
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
@@ -29,6 +30,7 @@ from hf_fwp.weights import check_weights
 from .baselines import parts_off
 from .composite import text_config_of
 from .hooks import hooked
+from .positions import check_positions, positions_of
 from .recall import LENGTHS, recall
 from .scores import compare, evaluating, forward_of, heldout_blocks, tokens_shown
 from .teacher import empty_teacher, find_config, load_teacher
@@ -51,7 +53,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
     sequence_length: int = 512,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     parts: bool = False,
     needles: int = 4,
     progress: bool = True,
@@ -66,7 +68,9 @@ def evaluate(
     without a tokenizer). dry_run: print what it takes, and return nothing.
     """
     if dry_run:
-        _show_plan(model, against, data, tokens=tokens, recalled=needles * sum(LENGTHS), dtype=dtype)
+        models = [without_weights(each, dtype) for each in (model, against) if each is not None]
+        _check_lengths(models, data, sequence_length)
+        _show_plan(models, data, tokens=tokens, recalled=needles * sum(LENGTHS))
         return {}
     model, words = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
     opened = {"model": model}
@@ -74,6 +78,7 @@ def evaluate(
         opened["teacher"], teachers = open_model(against, tokenizer=tokenizer, device=device, dtype=dtype)
         words = words or teachers
         _check_vocabularies(model, opened["teacher"])
+    _check_lengths(opened.values(), data, sequence_length)
     ids_NT = heldout_blocks(data, words, tokens=tokens, sequence_length=sequence_length)
     models = {"model": forward_of(model), **(parts_off(model) if parts else {})}
     teacher = forward_of(opened["teacher"]) if against is not None else None
@@ -83,13 +88,9 @@ def evaluate(
     return {**found.pop("model"), **found}
 
 
-def _show_plan(
-    model: Model, against: Model | None, data: Any, *, tokens: int, recalled: int, dtype: torch.dtype
-) -> None:
+def _show_plan(models: Sequence[PreTrainedModel], data: Any, *, tokens: int, recalled: int) -> None:
     """What would be measured; neither weights nor text are read."""
-    models = [without_weights(each, dtype) for each in (model, against) if each is not None]
-    if against is not None:
-        _check_vocabularies(*models)
+    _check_vocabularies(models[0], models[-1])
     if isinstance(data, Path) and not data.exists():
         raise ValueError(f"there is no data at {data}; give a file, or a folder with a dataset")
     count = data.numel() if isinstance(data, Tensor) else tokens
@@ -99,13 +100,13 @@ def _show_plan(
     say(f"evaluate {named} on {count} tokens: {takes} on this processor, {held}")
 
 
-def without_weights(model: Model, dtype: torch.dtype) -> PreTrainedModel:
+def without_weights(model: Model, dtype: torch.dtype | str) -> PreTrainedModel:
     """What tells how large a model is, as fast as its config is read."""
     if isinstance(model, nn.Module):
         return model
     if str(model).endswith(".gguf"):
         return load_teacher(model, dtype=dtype, weights=False)[0]
-    return empty_teacher(os.fspath(model), dtype=dtype)
+    return empty_teacher(os.fspath(model), dtype=parse_dtype(dtype))
 
 
 def open_model(
@@ -113,7 +114,7 @@ def open_model(
     *,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Any model, converted or not, and its tokenizer if it has one. A model object is returned as it is."""
     if isinstance(model, nn.Module):
@@ -127,7 +128,7 @@ def open_model(
         check_weights(folder)
     else:
         folder = Path(snapshot_download(os.fspath(model), ignore_patterns=["*.bin", "*.gguf", "*.onnx", "*.h5"]))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=parse_dtype(dtype))
     return loaded.to(device).eval(), _open_tokenizer(tokenizer, folder)
 
 
@@ -149,6 +150,14 @@ def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> Non
             f"the model has a vocabulary of {ours} tokens and the one to compare with of {theirs}; "
             "give the teacher that the model was made from"
         )
+
+
+def _check_lengths(models: Iterable[PreTrainedModel], data: Any, sequence_length: int) -> None:
+    """Refuse sequences that a model has no positions for; token ids have their own length."""
+    given = isinstance(data, Tensor)
+    for model in models:
+        length = data.shape[-1] if given else sequence_length
+        check_positions(model, length, what="the length of the token ids" if given else "sequence_length")
 
 
 def residuals(
@@ -183,7 +192,12 @@ def decode_speed(
     progress: bool = True,
     description: str = "decode speed",
 ) -> list[dict[str, Any]]:
-    """For each length of context: seconds to read it, tokens per second after it, bytes the cache holds then."""
+    """For each length of context: seconds to read it, tokens per second after it, bytes the cache holds then.
+
+    Contexts after which the model has no positions for the new tokens are left out.
+    """
+    positions = positions_of(model)
+    lengths = [length for length in lengths if positions is None or length + new_tokens + 1 <= positions]
     generator = torch.Generator().manual_seed(0)
     rows = []
     with progress_bar(total=sum(lengths), desc=description, unit="tok", unit_scale=True, progress=progress) as bar:
@@ -250,10 +264,11 @@ def samples(
 
 def answer(model: PreTrainedModel, prompt: str, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int = 40) -> str:
     """What the model says to `prompt`, greedily; through the chat template where the tokenizer has one."""
-    if tokenizer.chat_template:
+    templated = bool(tokenizer.chat_template)  # whose words have a beginning of their own
+    if templated:
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not templated).to(model.device)
     generate: Any = model.generate
     with evaluating(model):
         out_BT = generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)

@@ -16,6 +16,7 @@ twice as long; a list of layers; or "uniform:0.25", evenly spaced.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral, Real
 from statistics import geometric_mean
 from typing import Any, TypeGuard
 
@@ -40,8 +41,19 @@ ALLOWED = 'a fraction (0.25), a count (7), "recall:0.25", a list of layers ([0, 
 FOR_RECALL = "recall:"
 
 
+def plain_keep(keep: Keep) -> Keep:
+    """The same in Python's own numbers, where numpy's were given; what is no `keep` as it is."""
+    if isinstance(keep, bool | str):
+        return keep
+    if isinstance(keep, Sequence):
+        return [int(i) if isinstance(i, Integral) and not isinstance(i, bool) else i for i in keep]
+    given: Any = keep
+    return int(given) if isinstance(given, Integral) else float(given) if isinstance(given, Real) else keep
+
+
 def kept_count(keep: Keep, num_layers: int) -> int | None:
     """How many layers are to be kept by rank; None where `keep` names them itself. A wrong `keep` is refused."""
+    keep = plain_keep(keep)
     if for_recall(keep):
         return _named_share(keep, num_layers)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
@@ -61,6 +73,7 @@ def for_recall(keep: Keep) -> TypeGuard[str]:
 
 def kept_layers(keep: Keep, num_layers: int) -> list[int]:
     """The layers that a list or "uniform:..." names."""
+    keep = plain_keep(keep)
     if isinstance(keep, str):
         count = _named_share(keep, num_layers)
         if not keep.startswith("uniform:"):

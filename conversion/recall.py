@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.telling import progress_bar
 
+from .positions import positions_said
 from .scores import evaluating
 
 LENGTHS = (512, 2048)  # tokens of a text with a needle in it
@@ -96,8 +97,7 @@ def _tasks(
     seed: int,
 ) -> list[tuple[str, int, list[Probe]]]:
     """Kind, size and texts of all that every model has room for."""
-    positions = [getattr(model.config, "max_position_embeddings", None) for model in models.values()]
-    room = min((number for number in positions if number), default=None)
+    room = min((number for number in map(positions_said, models.values()) if number is not None), default=None)
     generator = torch.Generator().manual_seed(seed)
     tasks = []
     for length in lengths:

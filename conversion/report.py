@@ -85,10 +85,11 @@ def measure(
     if residual_tokens:
         found["residuals"] = residuals(student, teacher, _first(ids_NT, residual_tokens), progress=progress)
     if lengths:
-        found["decode"] = {
+        speeds = {
             "student": decode_speed(student, lengths, progress=progress, description="speed of the student"),
             "teacher": decode_speed(teacher, lengths, progress=progress, description="speed of the teacher"),
         }
+        found |= {"decode": speeds} if speeds["student"] else {}  # none of a model with few positions
     if needles and tokenizer is not None:
         pair = {"student": student, "teacher": teacher}
         found["recall"] = recall(pair, tokenizer, needles=needles, progress=progress)

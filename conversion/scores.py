@@ -38,11 +38,14 @@ def heldout_blocks(
     """Token ids [N, sequence_length] to measure on, from text as in `convert`, of splits the one named "test"; ids are
     taken as they are."""
     if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point():
+        if data.ndim != 2 or data.is_floating_point() or not len(data) or data.shape[1] < 2:
             raise ValueError(
-                f"token ids have the shape {tuple(data.shape)} and dtype {data.dtype}; give [N, T] of ints"
+                f"token ids have the shape {tuple(data.shape)} and dtype {data.dtype}; give [N, T] of ints, T at least "
+                "2: the first token of a sequence is not foretold"
             )
         return data
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}; give at least one to measure on")
     if tokenizer is None:
         raise ValueError("the model comes without a tokenizer; give tokenizer=, or its folder in place of the model")
     texts = demo_corpus()[2] if data is None else read_data(data, split="test")

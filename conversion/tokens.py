@@ -35,10 +35,25 @@ SLOW_S = 2  # from here on reading shows a bar
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # where a template marks what the assistant says
 
 
+class TooShort(ValueError):
+    """A text `has` fewer tokens than are `needed`."""
+
+    def __init__(self, has: int, needed: int, sequence_length: int) -> None:
+        super().__init__(has, needed, sequence_length)  # what it is made of again in another process
+        self.has, self.needed, self.sequence_length = has, needed, sequence_length
+
+    def __str__(self) -> str:
+        return (
+            f"the data has {self.has} tokens, but {self.needed} are needed (blocks of {self.sequence_length}); give "
+            "more text; if a file or a folder was meant, a pathlib.Path, if a dataset, datasets.load_dataset(...)"
+        )
+
+
 def token_blocks(
     texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, tokens: int | None = None
 ) -> Tensor:
     """`[N, sequence_length]` token ids: the documents in a row, an end-of-text token after each, cut into blocks.
+    Documents without text are left out.
 
     Reads no further than `tokens` needs (rounded up to whole blocks); without `tokens` every whole block there is.
     Conversations are put in the words of the tokenizer's chat template.
@@ -58,15 +73,16 @@ def labelled_blocks(
     """The blocks of `token_blocks`, and their labels: the token where it counts, else -100; None where all count, as
     all do unless `labelled`. A text that is too short for `tokens` will do if it has `at_least` so many.
 
-    Raises ValueError for conversations in which nobody answers, and for a chat template that rewrites earlier turns
-    when a later one follows without marking the answers (`{% generation %}`).
+    Raises TooShort, a ValueError, for a text that has too few; ValueError for conversations in which nobody answers,
+    and for a chat template that rewrites earlier turns when a later one follows without marking the answers
+    (`{% generation %}`).
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length is {sequence_length}; it must be at least 2")
     needed, least = (None if n is None else -(-n // sequence_length) * sequence_length for n in (tokens, at_least))
     ids, labels = array("q"), array("q")  # lists of ints would take four times the memory
     with progress_bar(total=needed, desc="tokenise", unit="tok", unit_scale=True, delay=SLOW_S) as bar:
-        for text in texts:
+        for text in filter(has_text, texts):
             more, their_labels = _document_ids(text, tokenizer, labelled=labelled)
             ids.extend(more)
             labels.extend(their_labels)
@@ -75,10 +91,7 @@ def labelled_blocks(
                 break
     wanted = next((n for n in (least, needed) if n is not None), sequence_length)
     if len(ids) < wanted:
-        raise ValueError(
-            f"the data has {len(ids)} tokens, but {wanted} are needed (blocks of {sequence_length}); "
-            "give more text; if a file or a folder was meant, a pathlib.Path, if a dataset, datasets.load_dataset(...)"
-        )
+        raise TooShort(len(ids), wanted, sequence_length)
     blocks = (len(ids) if needed is None else min(len(ids), needed)) // sequence_length
     ids_NT, labels_NT = (
         torch.tensor(memoryview(each)[: blocks * sequence_length]).view(blocks, sequence_length)
@@ -150,6 +163,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
+def has_text(document: Document) -> bool:
+    """Whether there is anything but space in it."""
+    if isinstance(document, str):
+        return bool(document.strip())
+    parts: Any = document
+    if isinstance(document, tuple):
+        return any(map(has_text, parts))
+    said = (message["content"] for message in parts)
+    return any(part.strip() if isinstance(part, str) else part for part in said)
+
+
 def _document_ids(
     document: Document, tokenizer: PreTrainedTokenizerBase, *, labelled: bool
 ) -> tuple[list[int], list[int]]:
@@ -206,10 +230,7 @@ def chat_labels(
 
 
 def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    given: Any = [dict(message) for message in messages]
-    found: Any = tokenizer.apply_chat_template(
-        given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    found = _in_template(messages, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids: list[int] = list(found["input_ids"])
     counted = zip(ids, found["assistant_masks"], strict=True)
     return ids, [token if says else IGNORED for token, says in counted]
@@ -218,8 +239,22 @@ def _marked(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 def chat_ids(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False) -> list[int]:
     """Token ids of a conversation; with `prompt` also the words that ask the assistant to go on."""
     check_template(tokenizer)
+    return ids_of(str(_in_template(messages, tokenizer, tokenize=False, add_generation_prompt=prompt)), tokenizer)
+
+
+def _in_template(messages: Messages, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Any:
+    """What the chat template makes of a conversation; ValueError where it refuses it, as some do a system's words."""
+    from jinja2 import TemplateError  # of the package that the template itself needs
+
     given: Any = [dict(message) for message in messages]
-    return ids_of(str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt)), tokenizer)
+    try:
+        return tokenizer.apply_chat_template(given, **settings)
+    except (TemplateError, TypeError) as fault:
+        told = ", ".join(f"{message['role']}: {str(message['content'])[:60]!r}" for message in given[:3])
+        raise ValueError(
+            f"the chat template refuses the conversation of {len(given)} messages that begins with {told or 'none'}: "
+            f"{fault}; leave it out, or change its roles or the template"
+        ) from fault
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

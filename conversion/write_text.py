@@ -27,10 +27,12 @@ from .checkpoint import check_settings, told_when_full
 from .data import demo_corpus, read_data
 from .evaluate import Model, open_model, without_weights
 from .plan import token_count
+from .positions import check_positions
 from .scores import evaluating
-from .tokens import token_blocks
+from .tokens import labelled_blocks
 
 SETTINGS, TEXTS = "settings.json", "texts.jsonl"
+PROMPTED = 2**20  # tokens of the given text, at least, from anywhere in which a prompt is taken
 SAMPLING: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0}  # from all of the distribution
 
 
@@ -47,7 +49,7 @@ def write_text(
     temperature: float = 1.0,
     seed: int = 0,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     resume: bool = False,
     progress: bool = True,
     dry_run: bool = False,
@@ -55,22 +57,27 @@ def write_text(
     """Write `tokens` tokens (200000, "200k", "40M") of the model's own text to `output`, a .jsonl file for `data=`.
 
     Texts have at most `length` tokens, the first `prompt_tokens` of which come from `data` (as in `convert`; without it
-    the demo's corpus). A line is {"text", "tokens"}. Until it is whole, the file is in OUTPUT.partial; `resume` goes on
-    there. dry_run: say what would be written. Raises ValueError for an output that is there already or is no .jsonl,
-    a model without a tokenizer, and prompts that leave no room for text.
+    the demo's corpus), of which as many tokens are read as are to be written, or 2^20 if that is more. A line is
+    {"text", "tokens"}. Until it is whole, the file is in OUTPUT.partial; `resume` goes on there. dry_run: say what
+    would be written. Raises ValueError for an output that is there already or is no .jsonl, a model without a tokenizer
+    or with fewer positions than `length`, and prompts that leave no room for text.
     """
     output = Path(output)
     work = output.with_name(f"{output.name}.partial")
     count = token_count(tokens, what="tokens")
     _check(output, work, length=length, prompt_tokens=prompt_tokens, resume=resume)
     if dry_run:
-        _show_plan(without_weights(model, dtype), output, count, length=length, batch_size=batch_size)
+        empty = without_weights(model, dtype)
+        check_positions(empty, length, what="length")
+        _show_plan(empty, output, count, length=length, batch_size=batch_size)
         return output
     writer, words = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    check_positions(writer, length, what="length")
     if words is None:
         raise ValueError("the model comes without a tokenizer; give tokenizer=, or its folder in place of the model")
     texts = demo_corpus()[1] if data is None else read_data(data)
-    prompts_NP = token_blocks(texts, words, sequence_length=prompt_tokens)
+    prompts = {"sequence_length": prompt_tokens, "tokens": max(count, PROMPTED), "at_least": prompt_tokens}
+    prompts_NP, _ = labelled_blocks(texts, words, **prompts, labelled=False)
     settings = {
         "model": str(writer.name_or_path),
         "tokens": count,
@@ -139,10 +146,12 @@ def _whole_batches(file: Path, batch_size: int) -> list[int]:
     """The tokens of each text that is there; what a kill has left of a batch is cut off."""
     if not file.is_file():
         return []
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    # bytes: a kill may halve a character, and str.splitlines ends a line at ten of them, U+2028 among them
+    lines = file.read_bytes().split(b"\n")[:-1]
     lines = lines[: len(lines) // batch_size * batch_size]
-    write_whole(file, "".join(lines))
-    return [json.loads(line)["tokens"] for line in lines]
+    tokens = [json.loads(line)["tokens"] for line in lines]
+    os.truncate(file, sum(len(line) + 1 for line in lines))
+    return tokens
 
 
 def _continued(

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Column, Table
 
+from .dtypes import parse_dtype as parse_dtype
 from .telling import manner, tell
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Errors and what --json prints only; the exit code tells.")]
+# the rules that have a student in conversion/recipes.py, which takes a second to import
+STUDENTS = ("linear_attention", "delta_net", "gated_delta_net")
+StudentRule = Annotated[str, typer.Option("--rule", help=f"Update rule: {', '.join(STUDENTS)}.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and what it takes, and stop.")]
 COMMON = {"context": typer.Context, "quiet": Quiet}
 
@@ -87,14 +90,6 @@ def parse_layers(text: str) -> list[int]:
         return [int(layer) for layer in text.split(",") if layer.strip()]
     except ValueError as fault:
         raise ValueError(f"cannot read --layers {text!r}; give indices of layers: 0,3,5") from fault
-
-
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """The torch dtype called `name`."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in dtypes:
-        raise ValueError(f"unknown dtype {name!r}; the dtypes are {', '.join(dtypes)}")
-    return None if name is None else dtypes[name]
 
 
 def show(result: dict[str, Any], *, as_json: bool, title: str | None = None) -> None:

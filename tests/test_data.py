@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import tarfile
@@ -332,6 +333,13 @@ def test_blocks_are_the_documents_in_a_row(tokenizer):
     assert blocks.dtype == torch.long
     assert blocks.tolist() == [ids[:4], ids[4:8]]
     assert torch.equal(data.token_blocks(["abcd", "efg"], tokenizer, sequence_length=4, tokens=3), blocks[:1])
+
+
+def test_another_process_can_tell_how_much_text_there_is(tokenizer):
+    with pytest.raises(tokens.TooShort, match="has 6 tokens, but 8 are needed") as raised:
+        tokens.token_blocks(["fast "], tokenizer, sequence_length=4, tokens=7)
+    told = pickle.loads(pickle.dumps(raised.value))  # as bench convert is given it
+    assert (str(told), told.has, told.needed) == (str(raised.value), 6, 8)
 
 
 def test_a_shorter_text_will_do_where_less_is_enough(tokenizer):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from teachers import tiny_teacher
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -23,8 +24,10 @@ from hf_fwp.conversion.baselines import (
 from hf_fwp.conversion.calibrate import attention_heads
 from hf_fwp.conversion.evaluate import (
     PROMPTS,
+    answer,
     decode_speed,
     evaluate,
+    open_model,
     residuals,
     samples,
 )
@@ -33,6 +36,7 @@ from hf_fwp.conversion.recipes import STUDENTS
 from hf_fwp.conversion.scores import compare, forward_of
 from hf_fwp.conversion.softmax import Softmax
 from hf_fwp.conversion.stream import Walk
+from hf_fwp.conversion.teacher import load_teacher
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
 
@@ -136,6 +140,10 @@ def test_what_cannot_be_measured_is_said(teacher, ids_NT, tmp_path):
         evaluate(teacher, against=tiny_llama(), data=ids_NT)
     with pytest.raises(ValueError, match=r"give \[N, T\] of ints"):
         evaluate(teacher, data=ids_NT[0])
+    with pytest.raises(ValueError, match="T at least 2: the first token of a sequence is not foretold"):
+        evaluate(teacher, data=ids_NT[:, :1])
+    with pytest.raises(ValueError, match="tokens is 0; give at least one to measure on"):
+        evaluate(tiny_llama(), data=TEXTS, tokens=0, tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="tokens, but 4096 are needed"):
         evaluate(tiny_llama(), data="too short", tokens=4096, tokenizer=byte_tokenizer())
     copy_teacher(teacher, layers=[0]).save_pretrained(tmp_path)
@@ -312,3 +320,35 @@ def test_samples_stand_side_by_side(tmp_path):
     inputs = tokenizer(f"<{PROMPTS[0]}>", return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert found[0]["teacher"] == tokenizer.decode(out[0, -3:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("template", [None, "<end>{% for message in messages %}<{{ message.content }}>{% endfor %}"])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(template, monkeypatch):
+    """Where there is no template; the words of a template have a beginning of their own."""
+    tokenizer, seen = byte_tokenizer(), []
+    begins = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.chat_template = template
+    model = tiny_llama()
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: seen.append(given["input_ids"]) or generate(**given))
+    answer(model, "ab", tokenizer, new_tokens=1)
+    assert tokenizer.decode(seen[0][0]) == ("<end>ab" if template is None else "<end><ab>")
+
+
+def test_a_dtype_may_be_named(tmp_path):
+    folder = teacher_folder(tmp_path)
+    assert open_model(folder, dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load_teacher(tiny_llama(), dtype="bfloat16")[0].dtype == torch.bfloat16
+    model = tiny_llama()
+    assert load_teacher(model, dtype="float32")[0] is model
+    copy_teacher(model, layers=[0]).save_pretrained(tmp_path / "student")
+    assert open_model(tmp_path / "student", dtype="float16")[0].dtype == torch.float16
+    evaluate(folder, dtype="bfloat16", dry_run=True)
+    for given in ("float23", "torch.float32", 32):
+        for opens in (
+            lambda given: load_teacher(tiny_llama(), dtype=given),
+            lambda given: open_model(folder, dtype=given),
+        ):
+            with pytest.raises(ValueError, match=f"unknown dtype {given!r}; the dtypes are float32"):
+                opens(given)

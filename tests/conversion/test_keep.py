@@ -1,15 +1,26 @@
 """Which layers stay softmax: every way to say it, and the ranking against swapping layers in whole models."""
 
+import json
 from itertools import pairwise
 from statistics import geometric_mean
 
+import numpy as np
 import pytest
 import torch
 from teachers import LAYERS, tiny_teacher
 from torch.nn import functional as F
 
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.keep import EVERY, keep_softmax, kept_count, kept_layers, most_needed, rank_layers, recall_probe
+from hf_fwp.conversion.keep import (
+    EVERY,
+    keep_softmax,
+    kept_count,
+    kept_layers,
+    most_needed,
+    plain_keep,
+    rank_layers,
+    recall_probe,
+)
 from hf_fwp.conversion.recipes import student_options
 from hf_fwp.conversion.stream import Walk
 from hf_fwp.hosts import converted_layers
@@ -42,6 +53,34 @@ def ids_NT():
 )
 def test_a_fraction_or_a_count(keep, count):
     assert kept_count(keep, 30) == count
+
+
+@pytest.mark.parametrize(
+    ("keep", "plain"),
+    [
+        (np.int64(7), 7),
+        (np.float32(0.25), 0.25),
+        (np.float64(1), 1.0),
+        ([np.int64(5), 0], [5, 0]),
+        (list(np.arange(3)), [0, 1, 2]),
+        (range(3), [0, 1, 2]),
+    ],
+    ids=repr,
+)
+def test_numbers_may_be_those_of_numpy(keep, plain):
+    found = plain_keep(keep)
+    assert json.dumps(found) == json.dumps(plain)
+    assert kept_count(keep, 30) == kept_count(plain, 30)
+    if isinstance(plain, list):
+        assert kept_layers(keep, 30) == kept_layers(plain, 30)
+
+
+@pytest.mark.parametrize(
+    "keep", [np.bool_(True), [np.bool_(True)], [True], np.int64(31), [np.int64(30)], {0}], ids=repr
+)
+def test_what_is_no_number_of_layers_is_still_refused(keep):
+    with pytest.raises(ValueError, match="keep is"):
+        kept_count(keep, 30)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import importlib
 import json
 
+import datasets
 import pytest
 import torch
+from teachers import tiny_teacher
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from typer.testing import CliRunner
 
@@ -20,7 +22,7 @@ FEW = {"tokens": 300, "length": 24, "prompt_tokens": 4, "batch_size": 3, "progre
 
 def written(file, **changes):
     given = {**FEW, "data": TEXTS, "tokenizer": byte_tokenizer(), **changes}
-    return [json.loads(line) for line in write_text(tiny_llama(), file, **given).read_text().splitlines()]
+    return [json.loads(line) for line in write_text(tiny_llama(), file, **given).read_bytes().split(b"\n")[:-1]]
 
 
 def test_as_much_is_written_as_was_asked_for_and_begins_with_the_given_text(tmp_path):
@@ -90,6 +92,37 @@ def test_a_run_that_goes_on_writes_the_same(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.jsonl", "parts.jsonl", "whole.jsonl"]
 
 
+@pytest.mark.parametrize("between", ["", "\u2028", "\u0085", "\x0c"], ids=ascii)
+def test_whole_batches_are_those_that_were_written(between, tmp_path):
+    """Characters at which str.splitlines ends a line are written as they are, and a kill may halve one."""
+    file = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"a{between}b", "tokens": number}, ensure_ascii=False) + "\n" for number in range(5)]
+    file.write_bytes("".join(lines).encode() + '{"text": "é'.encode()[:-1])
+    assert module._whole_batches(file, 2) == [0, 1, 2, 3]
+    assert file.read_bytes() == "".join(lines[:4]).encode()
+    file.write_bytes(damaged := b'{"text": "a"\n' * 3)
+    with pytest.raises(json.JSONDecodeError):
+        module._whole_batches(file, 1)
+    assert file.read_bytes() == damaged
+
+
+def test_of_a_stream_as_much_is_read_as_prompts_may_be_taken_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PROMPTED", 64)
+    read = []
+
+    def stream():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"document {number}"}
+
+    for tokens in (30, 300):
+        streamed = datasets.IterableDataset.from_generator(stream)
+        read.clear()
+        assert written(tmp_path / f"{tokens}.jsonl", data=streamed, tokens=tokens)
+        assert max(read) <= max(tokens, 64) / len("document 0")
+    assert written(tmp_path / "short.jsonl", data="less than that", tokens=30)
+
+
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "there.jsonl").touch()
     for name, changes, message in [
@@ -102,6 +135,9 @@ def test_what_cannot_be_written_is_said(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             written(tmp_path / name, **changes)
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match="length is 24, but GPT2LMHeadModel has 16 positions; give at most 16"):
+            write_text(tiny_teacher("gpt2", max_position_embeddings=16), tmp_path / "own.jsonl", **FEW, dry_run=dry_run)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
 
@@ -114,6 +150,5 @@ def test_from_the_command_line_to_a_conversion(tmp_path):
     done = CliRunner().invoke(cli.app, words)
     assert (done.exit_code, done.stdout.strip()) == (0, str(file)), done.output
     assert len(list(read_data(file))) == len(file.read_text().splitlines())
-    plan = {"recipe": "closed-form", "data": file, "dry_run": True}
     with pytest.raises(ValueError, match="needed"):  # 9000 tokens are too few for it, but read they were
-        convert(str(folder), **plan)
+        convert(str(folder), recipe="closed-form", data=file)
