@@ -31,16 +31,18 @@ from hf_fwp.telling import say
 
 from .choices import AS_IT_IS, CHOICES, SWEEPS, SWEPT, Choice
 from .convert import convert
+from .fingerprints import text_fingerprint, weights_fingerprint
 from .keep import Keep, kept_count, kept_layers
 from .plan import Plan, estimate, within
 from .recall import COLUMNS, EXPLAINED, cells
 from .recipes import TRAINING, Recipe, find_recipe
 from .report import plain
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, checked_tokenizer, load_teacher
 
 SAME = 0.02  # the share by which the KL of a choice may differ and still count as the same
 HEADER = ("recipe", "choice", "expected", "came out", "of the teacher's", "KL", "agreement", "minutes", "runs")
 WITHOUT = "KL without windows"
+FINGERPRINTS = ("weights", "text")  # of the teacher, and of the data
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ def ablate(
     if dry_run:
         _show_plan(runs, place, model)
         return []
-    told = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
+    tokenizer = checked_tokenizer(model, tokenizer, empty=False)
+    told: dict[str, Any] = {"teacher": str(model.name_or_path), "data": type(data).__name__, "tokens": tokens}
+    told |= {"weights": weights_fingerprint(model), "text": text_fingerprint(data, tokenizer, tokens=tokens)}
     told |= {"needles": needles} if needles else {}
     results: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -229,6 +233,7 @@ def _is_there(file: Path, run: Run, told: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     before, asked = json.loads(file.read_text())["run"], said(run, told)
+    before = {name: asked[name] for name in FINGERPRINTS} | before  # older results have none
     changed = [name for name in asked if name != "expected" and before.get(name) != asked[name]]
     if changed:
         raise ValueError(f"{file} is the result of a run with another {', '.join(changed)}; give another output")

@@ -51,7 +51,7 @@ def baselines(
         "naive_copy": forward_of(naive_copy(teacher, layers=layers, rule=rule)),
         "sliding_window": sliding_window(teacher, layers=layers),
     }
-    if student is not None:
+    if student is not None and layers:
         models |= parts_off(student)
     return compare(models, forward_of(teacher), ids_NT, progress=progress, description="baselines")
 
@@ -87,11 +87,7 @@ def sliding_window(
     """The teacher whose `layers` see only the last `window` tokens (the current one included) and the first `sinks`."""
     forward = forward_of(teacher)
     attentions = [attention_modules(teacher)[layer] for layer in layers]
-    if teacher.config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            f"the teacher's attention is {teacher.config._attn_implementation!r}, which takes no mask of its own; "
-            "load it with attn_implementation='sdpa'"
-        )
+    check_masks(teacher)
 
     def windowed(ids_BT: Tensor) -> Tensor:
         seen_TT = window_mask(ids_BT.shape[1], window=window, sinks=sinks)
@@ -105,6 +101,15 @@ def sliding_window(
             return forward(ids_BT)
 
     return windowed
+
+
+def check_masks(teacher: PreTrainedModel) -> None:
+    """Refuse a teacher whose attention cannot be told what to look at."""
+    if teacher.config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the teacher's attention is {teacher.config._attn_implementation!r}, which takes no mask of its own; "
+            "load it with attn_implementation='sdpa'"
+        )
 
 
 def window_mask(length: int, *, window: int = WINDOW, sinks: int = SINKS) -> Tensor:

@@ -31,20 +31,23 @@ from hf_fwp.telling import say
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
+from .checks import check_ids, check_plan
 from .data import read_splits
 from .distil import distil
 from .extend import LOSSES, extend
 from .families import copy_teacher
-from .keep import Keep, for_recall, keep_softmax, kept_count, most_needed, rank_layers
+from .fingerprints import blocks_fingerprint, weights_fingerprint
+from .keep import Keep, for_recall, keep_softmax, kept_count, most_needed, plain_keep, rank_layers
 from .offload import LAYERS, RANKED, finish_offloaded
-from .plan import Plan, describe, offloads, within
+from .plan import Plan, describe, offloads, too_large, too_short, within
+from .positions import check_recipe
 from .processes import copy_first, first_says, is_first, meet, processes, wait
 from .recipes import TRAINING, Recipe, find_recipe
 from .report import environment, measure, peak_memory
-from .run import Run, as_begun, begin, begun, check_output, fingerprint
+from .run import Run, as_begun, begin, begun, check_output
 from .solve import solve
-from .teacher import Teacher, load_teacher
-from .tokens import IGNORED, kept_blocks
+from .teacher import Teacher, checked_tokenizer, load_teacher
+from .tokens import IGNORED, TooShort, kept_blocks
 
 REPORT_TOKENS = 4096
 # folders of the unfinished work: token blocks, a file for each split, and large streams while solving
@@ -65,7 +68,7 @@ def convert(
     resume: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_memory: int | str | None = None,
     dry_run: bool = False,
 ) -> PreTrainedModel:
@@ -84,21 +87,22 @@ def convert(
     """
     meet(device)
     options = _shared(find_recipe(recipe).with_mixer(mixer))
-    output = None if output is None else Path(output)
+    output = None if output is None else Path(output).absolute()
     if for_recall(keep):
         options = replace(options, rank={"recall": 1.0, **options.rank})
     options.options(rule)
     check_output(output, resume=resume)
     given = isinstance(teacher, PreTrainedModel)
     model, tokenizer = load_teacher(teacher, tokenizer=tokenizer, device=device, dtype=dtype, weights=False)
-    tokenizer = _checked(model, tokenizer, empty=dry_run or not given)
+    tokenizer = checked_tokenizer(model, tokenizer, empty=dry_run or not given)
+    check_recipe(model, options)
     num_layers = model.config.num_hidden_layers
     kept = kept_count(keep, num_layers)
     told, train, heldout = read_splits(data)
     plan = Plan(
         teacher=str(model.name_or_path) if given else str(teacher),
         rule=rule,
-        keep=keep,
+        keep=plain_keep(keep),
         recipe=options,
         seed=seed,
         num_layers=num_layers,
@@ -106,8 +110,13 @@ def convert(
         data=told,
         budget=budget,
     )
+    check_plan(plan, model, {**_MEASURES, "tokens": REPORT_TOKENS, **options.report}, split=heldout is not None)
     work = None if output is None else output.with_name(output.name + ".partial")
-    offload = _offloads(plan, model, max_memory, work=work, device=device, given=given)
+    # where align keeps what it learns in files
+    on_disk = work is not None and torch.device(device or model.device).type in ("cpu", "meta")
+    offload, lacking = _offloads(plan, model, max_memory, work=work, device=device, given=given)
+    if lacking and not dry_run:
+        raise ValueError(lacking)
     if offload and work is None and not dry_run:
         raise ValueError("this teacher is converted layer by layer, to files; give output=")
     if not (given or offload or dry_run):
@@ -116,14 +125,14 @@ def convert(
     plan = first_says(plan)  # a budget of time is measured
     if work is not None and not dry_run:
         _make_way(work, resume=resume)
-    blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
-    plan = _with_text(plan, blocks)
+    plan, blocks, missing = _read(plan, train, heldout, tokenizer, work, dry_run=dry_run)
+    check_ids(model, blocks)
     if is_first():
-        say(describe(plan, model, offload=offload))
+        say(describe(plan, model, offload=offload, on_disk=on_disk, notes=(lacking, missing)))
     if dry_run:
         return model
     if work is not None:
-        begin(work, plan, resume=resume)
+        begin(work, replace(plan, weights=weights_fingerprint(model)), resume=resume)
     run = Run(plan, model, tokenizer, blocks, work, not given, _first_report(plan, model), progress=is_first())
     with nullcontext() if work is None else told_when_full(work):
         student: Any = finish_offloaded(run, output) if offload and output is not None else _finish(run, output)
@@ -140,35 +149,20 @@ def _shared(recipe: Recipe) -> Recipe:
     return shared
 
 
-def _checked(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, empty: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer. Refuses a teacher without one, in a narrow dtype or, unless it may be `empty`, without weights."""
-    if tokenizer is None:
-        raise ValueError("the teacher comes without a tokenizer; give one as tokenizer=, a folder or a Hub id")
-    if model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the teacher is {model.dtype}; least squares and training need float32 weights: give dtype=torch.float32"
-        )
-    if not empty and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError('the teacher has weights on the device "meta", which hold nothing: plan it with dry_run=True')
-    return tokenizer
-
-
 def _offloads(
     plan: Plan, model: PreTrainedModel, limit: int | str | None, *, work: Path | None, device: Any, given: bool
-) -> bool:
-    """Whether to go layer by layer; a run goes on as it was begun."""
+) -> tuple[bool, str]:
+    """Whether to go layer by layer, as a run does that was begun so, and why there is too little memory, or ""."""
     if given or torch.device(device or "cpu").type != "cpu":
         if limit is not None:
             raise ValueError("max_memory is for a teacher given as a folder or Hub id, on the CPU; leave it out")
-        return False
+        return False, ""
     if work is not None and any((work / name).is_dir() for name in (LAYERS, RANKED)):
-        return True
-    layer_by_layer = first_says(offloads(plan, model, limit))
-    if layer_by_layer and processes() > 1:
+        return True, ""
+    found = first_says((offloads(plan, model, limit), too_large(plan, model, limit, on_disk=work is not None)))
+    if found[0] and processes() > 1:
         raise ValueError(f"a teacher is converted layer by layer in one process, not in {processes()}; launch one")
-    return layer_by_layer
+    return found
 
 
 def _make_way(work: Path, *, resume: bool) -> None:
@@ -176,6 +170,19 @@ def _make_way(work: Path, *, resume: bool) -> None:
     if not begun(work, resume=resume) and is_first():
         shutil.rmtree(work / TOKENS, ignore_errors=True)
     wait()  # until all have looked
+
+
+def _read(
+    plan: Plan, train: Any, heldout: Any, tokenizer: Any, work: Path | None, *, dry_run: bool
+) -> tuple[Plan, dict[str, Tensor], str]:
+    """The plan for this text, the blocks of each stage, and, in a dry run, why there are none."""
+    try:
+        blocks = _blocks(plan, train, heldout, tokenizer, None if dry_run else work)
+    except TooShort as short:
+        if not dry_run:
+            raise
+        return plan, {}, too_short(plan, has=short.has, needed=short.needed)
+    return _with_text(plan, blocks), blocks, ""
 
 
 def _blocks(
@@ -237,7 +244,7 @@ def _with_text(plan: Plan, blocks: dict[str, Tensor]) -> Plan:
     if read < planned:
         say(f"the text has {read} tokens for solve, which would read {planned} of a longer one")
         plan = replace(plan, recipe=replace(plan.recipe, solve_tokens=read, solve_more=1.0))
-    return replace(plan, text=fingerprint(blocks))
+    return replace(plan, text=blocks_fingerprint(blocks))
 
 
 def _imitates(recipe: Recipe, stage: str) -> bool:
@@ -248,11 +255,11 @@ def _imitates(recipe: Recipe, stage: str) -> bool:
 
 def _finish(run: Run, output: Path | None) -> PreTrainedModel:
     student = run.stage("solve", None, lambda: _solved(run))
-    recipe = run.plan.recipe
-    if recipe.align_tokens and converted_layers(student.config):
+    recipe, converted = run.plan.recipe, converted_layers(student.config)
+    if recipe.align_tokens and converted:
         student = run.stage("align", student, lambda: _aligned(run, student))
     for name, train in {"distil": partial(distil, teacher=run.teacher), "extend": extend}.items():
-        if getattr(recipe, f"{name}_tokens"):
+        if getattr(recipe, f"{name}_tokens") and converted:  # else it is the teacher
             student = run.stage(name, student, partial(_trained, run, student, name, train))
     run.report |= {
         "kept_layers": [i for i in range(run.plan.num_layers) if i not in converted_layers(student.config)],
@@ -293,7 +300,7 @@ def _solved(run: Run) -> PreTrainedModel:
     plan, teacher, recipe = run.plan, run.teacher, run.plan.recipe
     named = plan.named()
     layers = [layer for layer in range(plan.num_layers) if layer not in named]
-    student = copy_teacher(teacher, layers=layers, fwp=recipe.options(plan.rule), share=run.share)
+    student = copy_teacher(teacher, layers=layers, fwp=recipe.options(plan.rule), share=run.share, seed=plan.seed)
     found: dict[int, dict[str, Any]] = {}
     if plan.ranked:
         assert plan.kept is not None

@@ -32,7 +32,7 @@ from hf_fwp.layer import layers_of
 from hf_fwp.weights import INDEX, check_finite, weights_files
 
 from .checkpoint import latest, load, save
-from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_neutral
+from .families import empty_student, fill, in_attention, in_part, materialise_rest, put, start_mixer
 from .keep import most_needed, options_of, rank_layers
 from .memory import give_back_freed_memory
 from .run import Run
@@ -85,7 +85,7 @@ class Offload:
 
     folder: of the student's files. judged_NT: token blocks [N, T] that no stage has read, on which both are compared.
     solved: the folder of another student whose mixers this one is given. writes: which of its weights the student's
-    files get: "all", those of "mixers", or "none".
+    files get: "all", those of "mixers", or "none". seed: of what mixers need and the teacher does not have.
     """
 
     teacher: PreTrainedModel
@@ -95,6 +95,7 @@ class Offload:
     judged_NT: Tensor | None = None
     solved: Path | None = None
     writes: str = "all"
+    seed: int = 0
     judges: list[Walk] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -185,7 +186,7 @@ class Offload:
         fill(self.student, self.teacher, share=True, part=part)
         ours.apply(self.student._init_weights)
         if layer in converted_layers(self.student.config):
-            start_neutral(layers_of(self.student)[layer])
+            start_mixer(self.student, layer, seed=self.seed)
             if self.solved is not None:
                 layers_of(self.student)[layer].load_state_dict(self._mixer(self.solved / self._file(layer + 1).name))
         return part
@@ -252,7 +253,7 @@ def _pair(
     run: Run, stored: StoredWeights, layers: Iterable[int], fwp: Mapping[str, Any], folder: Path, **settings: Any
 ) -> Offload:
     student = empty_student(run.teacher, layers=layers, fwp=fwp).eval()
-    return Offload(run.teacher, student, stored, folder, **settings)
+    return Offload(run.teacher, student, stored, folder, seed=run.plan.seed, **settings)
 
 
 def _ranked(

@@ -7,6 +7,7 @@ time of one such pass on this machine. Neither time nor memory needs the teacher
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -52,6 +53,7 @@ class Plan:
     data: str
     budget: int | str | None = None
     text: str = ""  # fingerprint of the token blocks
+    weights: str = ""  # and of the teacher
 
     @property
     def ranked(self) -> bool:
@@ -92,8 +94,10 @@ class Stage:
     bytes: float  # that the process holds meanwhile
 
 
-def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> str:
-    """The plan in words, with estimates of time and memory for every stage."""
+def describe(
+    plan: Plan, model: PreTrainedModel, *, offload: bool = False, on_disk: bool = False, notes: Sequence[str] = ()
+) -> str:
+    """The plan in words, with estimates of time and memory for every stage; notes: what keeps it from being run."""
     if plan.kept is None or not plan.ranked:
         kept = f"{len(plan.named())} of {plan.num_layers} layers stay softmax"
     else:
@@ -102,20 +106,22 @@ def describe(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> st
     lines = [f"convert {plan.teacher} to {plan.rule}, recipe {plan.recipe.name}: {kept}"]
     lines += [f"  text: {plan.data}"] if plan.data else []
     lines += ["  layer by layer: the teacher is never in memory as a whole"] if offload else []
-    for stage in stages(plan, model, offload=offload):
+    for stage in stages(plan, model, offload=offload, on_disk=on_disk):
         lines.append(f"  {stage.name} {stage.tokens} tokens: {duration(stage.seconds)}, {size(stage.bytes)}")
+    lines += [f"  note: a run would be refused: {note}" for note in notes if note]
     return "\n".join(lines)
 
 
-def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> list[Stage]:
+def stages(plan: Plan, model: PreTrainedModel, *, offload: bool = False, on_disk: bool = False) -> list[Stage]:
     """What the stages take, in order; the weights of `model` may be on the device "meta".
 
-    offload: the closed form is solved layer by layer, from files.
+    offload: the closed form is solved layer by layer, from files. on_disk: what align learns lies in files, as it does
+    on a processor with an output folder.
     """
     recipe, second = plan.recipe, _seconds_per_token(model)
     need = _needs(plan, model)
     solving = need.offloaded() if offload else need.solving()
-    held = {"rank": solving, "solve": solving, "align": need.aligning(), "distil": need.distilling()}
+    held = {"rank": solving, "solve": solving, "align": need.aligning(on_disk=on_disk), "distil": need.distilling()}
     held["extend"] = need.extending()
     tokens = {
         "rank": recipe.rank_solve_tokens + recipe.rank_tokens if plan.ranked else 0,
@@ -137,10 +143,10 @@ def _closed_form(plan: Plan) -> dict[str, float]:
     return {"rank": search + rank, "solve": solve if plan.ranked else solve + converted * search}
 
 
-def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False) -> float:
+def memory(plan: Plan, model: PreTrainedModel, *, offload: bool = False, on_disk: bool = False) -> float:
     """Bytes that the process will hold at most."""
     least = _needs(plan, model).weights  # where no stage runs
-    return max((stage.bytes for stage in stages(plan, model, offload=offload)), default=least)
+    return max((stage.bytes for stage in stages(plan, model, offload=offload, on_disk=on_disk)), default=least)
 
 
 def estimate(plan: Plan, model: PreTrainedModel) -> float:
@@ -171,9 +177,10 @@ class Needs:
         block = (self.weights - self.outside) / self.num_layers
         return self.process + self.outside + 2 * block + self.mixer + self.streams + self.equations
 
-    def aligning(self) -> float:
-        # all mixers before and afterwards; on the way one, with Adam's two moments and its gradient
-        return self.process + self.weights + max(self.mixers, 4 * self.mixer + self.layer)
+    def aligning(self, *, on_disk: bool) -> float:
+        # with Adam's two moments, and the gradient of one; in files all mixers lie but before and afterwards
+        learned = self.mixer if on_disk else self.mixers
+        return self.process + self.weights + max(self.mixers, 3 * learned + self.mixer + self.layer)
 
     def distilling(self) -> float:
         return self.process + self.weights + 4 * (self.weights + self.mixers) + self.steps
@@ -215,32 +222,55 @@ def _needs(plan: Plan, model: PreTrainedModel) -> Needs:
 
 
 def offloads(plan: Plan, model: PreTrainedModel, limit: int | str | None) -> bool:
-    """Whether the closed form has to be solved layer by layer to stay within `limit`, by default the free memory.
+    """Whether the closed form has to be solved layer by layer to stay within `limit`, by default the free memory."""
+    return not plan.recipe.trained() and memory(plan, model) > _free(limit)
 
-    Raises ValueError where that would not help, and says what would. Without a limit, only a teacher whose weights
-    alone do not fit keeps a stage of gradient steps from being tried.
+
+def too_large(plan: Plan, model: PreTrainedModel, limit: int | str | None, *, on_disk: bool) -> str:
+    """Why `limit`, by default the free memory, is too little, and what would help; "" where it is enough.
+
+    Without a limit, only a teacher whose weights alone do not fit keeps a stage of gradient steps from being tried.
     """
-    free = get_max_memory()["cpu"] if limit is None else parsed(limit)
-    needed = memory(plan, model)
-    if needed <= free or (limit is None and plan.recipe.trained() and _needs(plan, model).weights <= free):
-        return False
+    free, needed, trained = _free(limit), memory(plan, model, on_disk=on_disk), plan.recipe.trained()
+    if needed <= free or (limit is None and trained and _needs(plan, model).weights <= free):
+        return ""
     told = f"converting {plan.teacher} takes {size(needed)} of memory, and {size(free)} are there"
-    if plan.recipe.trained():
-        raise ValueError(
+    if trained:
+        return (
             f"{told}; recipe {plan.recipe.name!r} takes gradient steps on the whole student. Give "
             "recipe='closed-form', which works layer by layer, or more memory"
         )
     least = memory(plan, model, offload=True)
-    if least > free:
-        raise ValueError(f"{told}; layer by layer it takes {size(least)}, which is more too: it needs another machine")
-    return True
+    if least <= free:
+        return ""
+    return f"{told}; layer by layer it takes {size(least)}, which is more too: it needs another machine"
+
+
+def _free(limit: int | str | None) -> int:
+    return parsed(get_max_memory()["cpu"] if limit is None else limit)
+
+
+def too_short(plan: Plan, *, has: int, needed: int) -> str:
+    """How many tokens a text that `has` fewer than are `needed` lacks, and what would help."""
+    recipe = plan.recipe
+    told = (
+        f"{needed - has} tokens are missing: the data has {has}, and {needed} are needed; give more text, as "
+        "hf-fwp write-text lets the teacher write it, or other data"
+    )
+    # every stage reads whole sequences
+    rounded = 3 * recipe.sequence_length + (recipe.extend_length if recipe.extend_tokens else 0)
+    budget = has - (needed - recipe.trained()) - rounded
+    trains = needed >= recipe.tokens(ranked=plan.ranked)  # held-out text is for the report alone
+    if not trains or budget < 1 or _starved(recipe, recipe.with_trained(budget)):
+        return told
+    return f"{told}, or a smaller budget, --budget {budget} at most"
 
 
 def parsed(limit: int | str) -> int:
     """Bytes of 4000000000, '4GB' or '4GiB'."""
     try:
         return convert_file_size_to_int(limit)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"max_memory is {limit!r}; give a number of bytes, or a size like '4GiB' or '500MB'"
         ) from error
@@ -251,7 +281,7 @@ def token_count(said: int | str, *, what: str = "budget") -> int:
     sizes, text = {"k": 1e3, "M": 1e6, "G": 1e9}, str(said)
     try:
         count = round(float(text[:-1]) * sizes[text[-1]]) if text[-1:] in sizes else int(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{what} is {said!r}; give a number of tokens (200000, '200k', '0.2M')") from error
     if count < 1:
         raise ValueError(f"{what} is {said!r}; give at least one token")
@@ -274,7 +304,7 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
         else:
             tokens = token_count(budget)
             tokens -= replace(plan, recipe=plan.recipe.with_trained(0)).tokens if in_all else 0
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(
             f"budget is {budget!r}; give a number of tokens (200000, '200k', '0.2M') or a time ('90s', '20m', '2h')"
         ) from error
@@ -283,12 +313,16 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
             f"recipe {plan.recipe.name!r} takes no gradient steps: it has no use for a budget; leave it out"
         )
     scaled = plan.recipe.with_trained(tokens)
-    step = {stage: plan.recipe.batch(stage) * plan.recipe.sequence_length for stage in ("align", "distil")}
-    for stage, least in {**step, "extend": plan.recipe.extend_length}.items():
-        wanted, left = (getattr(recipe, f"{stage}_tokens") for recipe in (plan.recipe, scaled))
-        if wanted and left < least:
-            raise ValueError(
-                f"a budget of {budget!r} leaves {max(0, left)} tokens to {stage} on, and {least} are the least; "
-                "give more, or 'closed-form'"
-            )
+    if starved := _starved(plan.recipe, scaled):
+        raise ValueError(f"a budget of {budget!r} leaves {starved}; give more, or 'closed-form'")
     return replace(plan, recipe=scaled)
+
+
+def _starved(recipe: Recipe, scaled: Recipe) -> str:
+    """Which stage of a scaled recipe has no tokens for a step; "" where none has too few."""
+    step = {stage: recipe.batch(stage) * recipe.sequence_length for stage in ("align", "distil")}
+    for stage, least in {**step, "extend": recipe.extend_length}.items():
+        wanted, left = (getattr(each, f"{stage}_tokens") for each in (recipe, scaled))
+        if wanted and left < least:
+            return f"{max(0, left)} tokens to {stage} on, and {least} are the least"
+    return ""

@@ -78,6 +78,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         refuse_unknown("stream", [self.stream], STREAMS)
+        for name in self.fwp:
+            if name in ELSEWHERE:
+                raise ValueError(f"{name!r} is no option of the mixers of a recipe; give {ELSEWHERE[name]}")
 
     def options(self, rule: str) -> dict[str, Any]:
         """The mixer options of a student with this update rule, as `fwp` of its config."""
@@ -141,6 +144,12 @@ class Recipe:
         return replace(self, **{stage: _scaled(settings, factor) for stage, settings in stages.items()})
 
 
+# Fields of the `fwp` of a config that are arguments of convert.
+ELSEWHERE = {
+    "rule": "rule=",
+    "layers": "keep=, a list of the layers that stay softmax",
+    "per_layer": "options that hold for all of them; keep= names the layers that stay softmax",
+}
 # Whose residual stream the mixers are solved on.
 STREAMS = ("student", "teacher")
 BATCH = 4  # sequences a step, where the recipe does not say

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -19,6 +18,7 @@ from hf_fwp.files import write_whole
 from .plan import Plan
 from .processes import first_says, is_first, wait
 from .report import write_report
+from .seeds import seeded
 
 PLAN = "plan.json"  # in the folder of unfinished work
 
@@ -51,7 +51,8 @@ class Run:
             return loaded.to(self.teacher.device)
         del student
         started = time.perf_counter()
-        result = do()
+        with seeded(self.plan.seed):
+            result = do()
         self.report["stages"].setdefault(name, {})["seconds"] = time.perf_counter() - started
         if saved is not None and is_first():
             _save_whole(saved, result, {"stage.json": json.dumps(self.report, default=str)})
@@ -97,14 +98,6 @@ def as_begun(work: Path, plan: Plan) -> Plan | None:
     return replace(plan, recipe=replace(plan.recipe, **tokens))
 
 
-def fingerprint(blocks: dict[str, Tensor]) -> str:
-    """The same for the same tokens in the same stages."""
-    digest = hashlib.sha256()
-    for name, ids_NT in blocks.items():
-        digest.update(name.encode() + ids_NT.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def begun(work: Path, *, resume: bool) -> bool:
     """Whether there is a run to continue; without `resume` there must be none."""
     found = (work / PLAN).is_file()
@@ -118,7 +111,7 @@ def begin(work: Path, plan: Plan, *, resume: bool) -> None:
     file = work / PLAN
     if begun(work, resume=resume):
         saved, given = json.loads(file.read_text()), plan.as_json()
-        changed = [name for name in given if saved.get(name) != given[name]]
+        changed = [name for name in given if saved.get(name, given[name]) != given[name]]  # an older plan says less
         if changed:
             told = ", ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in changed)
             raise ValueError(

@@ -19,10 +19,10 @@ import typer
 from hf_fwp.bench.commands import bench
 from hf_fwp.catalogue import STATE, preset_table, rule_table
 from hf_fwp.hosts import HOSTS
-from hf_fwp.rules import RULES
 from hf_fwp.telling import tell
 from hf_fwp.terminal import (
     DryRun,
+    StudentRule,
     conversion,
     flat,
     parse_data,
@@ -59,7 +59,7 @@ def convert(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the teacher's.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    rule: StudentRule = "gated_delta_net",
     keep: Annotated[
         str,
         typer.Option(help="Softmax layers: a fraction (0.25), a count (7), recall:0.25, a list (0,3,5), uniform:0.25."),
@@ -114,7 +114,7 @@ def ablate(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the tokenizer, if not the teacher's.")
     ] = None,
-    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    rule: StudentRule = "gated_delta_net",
     keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0",
     recipe: Annotated[str, typer.Option(help="One recipe, or several with commas between.")] = "closed-form",
     budget: Annotated[str | None, typer.Option(help="Tokens (200k) that every run reads.")] = None,
@@ -288,7 +288,7 @@ def installed_versions() -> dict[str, str]:
 @well_mannered
 def demo(
     teacher: Annotated[str | None, typer.Argument(help="Default: SmolLM2-135M-Instruct from its package.")] = None,
-    rule: Annotated[str, typer.Option(help=f"Update rule: {', '.join(RULES)}.")] = "gated_delta_net",
+    rule: StudentRule = "gated_delta_net",
     keep: Annotated[str, typer.Option(help="Layers that stay softmax, as in convert.")] = "0.5",
     recipe: Annotated[
         str, typer.Option(help="Stages and their settings; hf-fwp info lists the recipes.")

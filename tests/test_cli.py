@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_fwp import cli, telling
 from hf_fwp.conversion.families import copy_teacher
-from hf_fwp.conversion.recipes import RECIPES
+from hf_fwp.conversion.recipes import RECIPES, STUDENTS
 from hf_fwp.hosts import HOSTS
 from hf_fwp.presets import PRESETS
 from hf_fwp.rules import RULES
@@ -102,6 +102,12 @@ def test_help_is_readable(words):
         assert name in shown.output
     if words:
         assert inspect.getdoc(command(words).callback).splitlines()[0] in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("words", ["convert", "ablate", "demo"])
+def test_the_rules_of_a_conversion_are_those_that_have_a_student(words):
+    (rule,) = [parameter for parameter in command(words).params if parameter.name == "rule"]
+    assert rule.help == f"Update rule: {', '.join(STUDENTS)}."
 
 
 @pytest.mark.parametrize(

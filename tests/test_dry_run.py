@@ -52,6 +52,8 @@ def planned(words: str, places: dict[str, Path], folder: Path) -> str:
     ("words", "told"),
     [
         ("demo TEACHER --output OUT", "solve 1024 tokens: about"),
+        ("convert TEACHER --output OUT --recipe standard --data CORPUS", "distil 28000000 tokens: about"),
+        ("convert TEACHER --output OUT --recipe standard --data CORPUS", "tokens are missing: the data has"),
         ("ablate TEACHER --output OUT --choices no --data CORPUS", "runs, about"),
         ("evaluate OWN --against TEACHER --data CORPUS --tokens 512", "on 512 tokens: about"),
         ("write-text TEACHER OUT.jsonl --data CORPUS --tokens 2k", "write 2000 tokens of"),
@@ -60,7 +62,7 @@ def planned(words: str, places: dict[str, Path], folder: Path) -> str:
         ("export OWN OUT --format onnx", "would write FwpForCausalLM"),
         ("bench serve OWN --against TEACHER --contexts 8,16 --json OUT", "after 8, 16 tokens: 0.1 MiB of weights"),
         ("bench convert TEACHER --data CORPUS --json OUT", "solve 1024 tokens: about"),
-        ("bench kernels --json OUT", "chunked operators: 78 rows, at least 10 s"),
+        ("bench kernels --json OUT", "chunked operators: 84 rows, at least 10 s"),
         ("bench decode --json OUT", "decode step: 52 rows, at least 6 s"),
         ("bench sequential --json OUT", "sequential rules: 72 rows, at least 9 s"),
     ],

@@ -15,6 +15,7 @@ from hf_fwp.hosts import Host, blocks_of, converted_layers, find_host, mixer_opt
 from hf_fwp.hosts.graft import FLOAT32, host_classes
 from hf_fwp.layer import FastWeightLayer, layers_of
 
+from ..seeds import seeded
 from . import cohere, conv1d, gemma3, gpt_oss, olmo, opt, phi3, query_key_value, separate
 from .moves import Place, moved, places_of
 
@@ -90,17 +91,19 @@ def copy_teacher(
     layers: Iterable[int],
     fwp: Mapping[str, Any] | None = None,
     share: bool = False,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """The student: the teacher with fast weights in `layers`, started from the teacher's own projections.
 
     The teacher is not modified. With `share`, weights that are reused stay in the teacher's memory, so that training
-    them would change the teacher: use it only where nothing but mixers is written to.
+    them would change the teacher: use it only where nothing but mixers is written to. seed: of what is drawn where
+    some options of the mixers ask for weights that the teacher does not have.
     """
     student = empty_student(teacher, layers=layers, fwp=fwp)
     fill(student, teacher, share=share)
     materialise_rest(student, device=teacher.device)
-    for layer in layers_of(student).values():
-        start_neutral(layer)
+    for layer in layers_of(student):
+        start_mixer(student, layer, seed=seed)
     return student.train(teacher.training)
 
 
@@ -167,6 +170,14 @@ def materialise_rest(model: PreTrainedModel, *, device: torch.device) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     model.tie_weights()
     model.initialize_weights()
+
+
+def start_mixer(student: PreTrainedModel, layer: int, *, seed: int) -> None:
+    """What the teacher has no weights for: neutral where it can be, else drawn, whatever else has been drawn before."""
+    mixer = layers_of(student)[layer]
+    with seeded(seed + layer):  # a student that is made layer by layer draws the same
+        mixer.apply(student._init_weights)
+    start_neutral(mixer)
 
 
 def start_neutral(layer: FastWeightLayer) -> None:
@@ -241,5 +252,5 @@ __all__ = [
     "materialise_rest",
     "output_projection_name",
     "put",
-    "start_neutral",
+    "start_mixer",
 ]

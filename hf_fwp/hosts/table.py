@@ -213,6 +213,8 @@ HOSTS: dict[str, Host] = {
         ),
     )
 }
+# what a config calls the layers of its language model that read what is encoded elsewhere, a text or an image
+CROSS_ATTENTION = ("add_cross_attention", "cross_attention_layers", "cross_layer_interval")
 OF_THE_PACKAGE = tuple(HOSTS)  # register_family adds others
 
 
@@ -230,17 +232,23 @@ def register_family(host: Host) -> None:
     register_host(host)
 
 
+def has_cross_attention(config: Any) -> bool:
+    """Whether layers of this language model read what is encoded elsewhere."""
+    return any(getattr(config, name, None) for name in CROSS_ATTENTION)
+
+
 def find_host(config: Any) -> Host:
     """The row for a teacher's (or a converted model's) config, or an error that says why there is none."""
     name = config.model_type
     row = HOSTS.get(name) or HOSTS.get(name.removeprefix(PREFIX))
-    if row is not None and not getattr(config, "add_cross_attention", False):
+    if row is not None and not has_cross_attention(config):
         return row
     families = ", ".join(HOSTS)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "a model with cross-attention"
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if encodes or has_cross_attention(config.get_text_config()):
+        kind = "an encoder-decoder" if encodes else "a model with cross-attention"
         raise ValueError(
-            f"{name!r} is {kind}: its cross-attention reads the encoder's output, which a causal fast "
+            f"{name!r} is {kind}: its cross-attention reads an encoder's output, which a causal fast "
             f"weight cannot replace; give a decoder-only model of one of the families {families}"
         )
     if getattr(config, "kv_lora_rank", None) is not None:

@@ -1,5 +1,6 @@
 """The table of choices: each is a change of a recipe, runs once, and is compared with the recipe as it is."""
 
+import copy
 import importlib
 import json
 from dataclasses import replace
@@ -180,6 +181,37 @@ def test_recall_stands_in_the_table_of_runs_that_measured_it(teacher, tmp_path):
     assert "needle: numbers" in lines[-1]
     with pytest.raises(ValueError, match="a run with another needles; give another output"):
         ablated(teacher, tmp_path, keep=1, needles=2, choices=["kept at"])
+
+
+SPLITS = {"train": TEXTS, "test": TEXTS[:40]}
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"data": {**SPLITS, "train": [TEXTS[1], *TEXTS]}}, "another text"),
+        ({"data": {**SPLITS, "test": TEXTS[1:41]}}, "another text"),
+        ({"teacher": tiny_llama(layers=LAYERS, seed=5)}, "another weights"),
+    ],
+    ids=["text to train on", "held-out text", "teacher"],
+)
+def test_results_of_another_text_or_teacher_are_not_taken_for_ones_own(other, told, teacher, tmp_path):
+    said = {"teacher": teacher, "output": tmp_path, "data": SPLITS, "choices": AS_IT_IS}
+    rows = ablated(**said)
+    with pytest.raises(ValueError, match=f"is the result of a run with {told}; give another output"):
+        ablated(**{**said, **other})
+    same = {"train": tuple(TEXTS), "test": tuple(TEXTS[:40])}
+    assert ablated(**{**said, "data": same, "teacher": copy.deepcopy(teacher)}) == rows
+
+
+def test_results_that_do_not_say_what_they_are_of_are_taken(teacher, tmp_path):
+    rows = ablated(teacher, tmp_path, choices=AS_IT_IS)
+    (file,) = (tmp_path / "runs").iterdir()
+    result = json.loads(file.read_text())
+    for name in command.FINGERPRINTS:
+        del result["run"][name]
+    file.write_text(json.dumps(result))
+    assert [row["kl"] for row in ablated(teacher, tmp_path, choices=AS_IT_IS)] == [row["kl"] for row in rows]
 
 
 def test_a_student_with_windows_is_measured_without_them_too(teacher, tmp_path):

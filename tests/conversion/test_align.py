@@ -1,5 +1,6 @@
 """Alignment: the mixers approach the teacher's attention, nothing else changes, and a resumed run is the same run."""
 
+import importlib
 import platform
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from hf_fwp.conversion.align import Run, align, batch
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.hooks import hooked
 
+align_module = importlib.import_module("hf_fwp.conversion.align")
 FWP = {"rule": "gated_delta_net", "qk_norm": "l2", "time_scales": 2, "value_skip": 1, "beta_bias": True}
 SETTINGS = {"batch_size": 2, "lr": 1e-2, "lr_projections": 1e-3, "progress": False}
 
@@ -180,6 +182,17 @@ def test_what_has_no_rate_stays_as_it_is(still, teacher, ids):
     assert changed <= projections if still == "lr" else not changed & projections
     with pytest.raises(ValueError, match="nothing to train"):
         align(student, teacher, ids, **{**SETTINGS, "lr": 0.0, "lr_projections": 0.0})
+
+
+def test_its_bar_counts_tokens_from_where_a_run_goes_on(teacher, ids, tmp_path, monkeypatch):
+    bars, bar = [], align_module.progress_bar
+    monkeypatch.setattr(align_module, "progress_bar", lambda **said: bars.append(bar(**said)) or bars[-1])
+    settings = {**SETTINGS, "steps": 3, "checkpoint": tmp_path, "save_every": 1, "progress": True}
+    interrupted(monkeypatch, 1, student_of(teacher), teacher, ids, **settings)
+    align(student_of(teacher), teacher, ids, **settings, resume=True)
+    step = SETTINGS["batch_size"] * ids.shape[1]
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, step, 3 * step), (step, 3 * step, 3 * step)]
+    assert "tok/s" in str(bars[1])
 
 
 def test_students_that_cannot_be_aligned_are_refused(teacher, ids):

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, T5Config
 
 from hf_fwp.conversion import tokens
 from hf_fwp.conversion.convert import convert
@@ -44,6 +44,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def ids():
     return torch.randint(1, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def with_token(word):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([word])
+    return tokenizer
 
 
 def weights_of(model):
@@ -123,6 +129,21 @@ def test_an_interrupted_run_continues_to_the_same_model(stage, folder, tmp_path,
     assert not (tmp_path / "made.partial").exists()
 
 
+def test_a_run_does_not_go_on_with_another_teacher(tmp_path, monkeypatch):
+    said = {"tokenizer": byte_tokenizer(), "keep": [1], "recipe": "quick", "data": TEXTS, "output": tmp_path / "made"}
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "align", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny_llama(layers=LAYERS), **said)
+    with pytest.raises(ValueError, match=r"holds a run with other arguments \(weights was '\w{16}', is '\w{16}'\)"):
+        convert(tiny_llama(layers=LAYERS, seed=5), **said, resume=True)
+    file = tmp_path / "made.partial" / "plan.json"
+    begun = json.loads(file.read_text())
+    del begun["weights"]  # by an older version
+    file.write_text(json.dumps(begun))
+    assert converted_layers(convert(tiny_llama(layers=LAYERS), **said, resume=True).config) == (0, 2)
+
+
 def test_a_run_with_a_budget_of_time_can_be_resumed(folder, tmp_path, monkeypatch):
     said = {"keep": [1], "recipe": "quick", "data": TEXTS, "budget": "20m", "output": tmp_path / "made"}
     plan = importlib.import_module("hf_fwp.conversion.plan")
@@ -147,6 +168,26 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys, 
     for stage in ("rank 96", "solve 112", "align 128", "distil 128"):
         assert re.search(rf"{stage} tokens: about \d+ s, \d+\.\d GiB", told)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_text_is_missing_and_what_helps(folder, tmp_path, capsys):
+    said = {"keep": [], "recipe": "quick", "data": "x" * 379, "output": tmp_path / "made"}
+    told = planned(capsys, folder, **said)
+    assert "distil 128 tokens: about" in told
+    assert "note: a run would be refused: 20 tokens are missing: the data has 380, and 400 are needed" in told
+    assert "hf-fwp write-text" in told
+    budget = int(re.search(r"--budget (\d+) at most", told)[1])
+    assert "note" not in planned(capsys, folder, **said, budget=budget)
+    with pytest.raises(ValueError, match="the data has 380 tokens, but 400 are needed"):
+        convert(folder, **said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_is_no_help_where_it_is_not_what_is_missing(folder, capsys):
+    for data in ({"train": TEXTS, "test": "x" * 9}, "x" * 9):
+        told = planned(capsys, folder, data=data)
+        assert "tokens are missing: the data has 10, and" in told
+        assert "budget" not in told
 
 
 def test_a_budget_is_tokens_or_a_time(folder, capsys, monkeypatch):
@@ -209,6 +250,26 @@ def test_layers_that_were_named_stay_softmax(keep, converted, folder):
     student = convert(folder, keep=keep, recipe="closed-form", data=TEXTS)
     assert converted_layers(student.config) == converted
     assert student.conversion_report["kept_layers"] == [i for i in range(LAYERS) if i not in converted]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.999, "uniform:1", [0, 1, 2]], ids=str)
+def test_where_all_layers_stay_softmax_the_student_is_the_teacher(keep, folder, tmp_path):
+    measured = {
+        "tokens": 2 * LENGTH,
+        "baseline_tokens": LENGTH,
+        "residual_tokens": LENGTH,
+        "lengths": (8,),
+        "needles": 1,
+    }
+    longer = {"extend_tokens": 4 * LENGTH, "extend_length": 2 * LENGTH}
+    recipe = replace(RECIPES["quick"], report=measured | {"prompts": ("Hi",), "new_tokens": 2}, **longer)
+    student = convert(folder, keep=keep, recipe=recipe, data=TEXTS, output=tmp_path / "made")
+    report = student.conversion_report
+    assert set(report["stages"]) == {"solve"}
+    assert set(report["baselines"]) == {"naive_copy", "sliding_window"}
+    assert report["evaluation"]["kl"] == pytest.approx(0, abs=1e-6)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "made").state_dict(), theirs)
 
 
 def test_a_long_text_is_solved_on_as_far_as_the_recipe_reads(folder, monkeypatch):
@@ -283,13 +344,68 @@ BAD = [
     ({"budget": 1000, "recipe": "closed-form"}, "takes no gradient steps"),
     ({"resume": True}, "resume needs the output folder"),
     ({"dtype": torch.bfloat16}, r"give dtype=torch\.float32"),
+    ({"seed": -1}, "seed is -1; give a whole number from 0 to 4294967295"),
+    ({"seed": 2**32}, "seed is 4294967296; give a whole number"),
+    ({"mixer": {"rule": "delta_net"}}, "'rule' is no option of the mixers of a recipe; give rule="),
+    ({"mixer": {"layers": [1]}}, "'layers' is no option of the mixers of a recipe; give keep="),
+    ({"mixer": {"per_layer": {}}}, "'per_layer' is no option of the mixers of a recipe"),
+    ({"mixer": {"window": LENGTH - 1, "sinks": 1}}, "window and sinks are 16 tokens, and recipe 'quick' reads"),
+    ({"teacher": tiny_llama().model}, "is a LlamaModel, which does not foretell the next token"),
+    ({"teacher": LlamaForSequenceClassification(tiny_llama().config)}, "is a LlamaForSequenceClassification, which"),
+    ({"tokenizer": with_token("rewrites.")}, "gives token 257, but the teacher has only 257"),
+]
+
+# changes of the recipe "quick", with keep=1
+BAD_RECIPES = [
+    ({"align": {"learning_rate": 1e-3}}, "unknown setting of align 'learning_rate'"),
+    ({"distil": {"seed": 1}}, "unknown setting of distil 'seed'"),
+    ({"extend": {"losses": {"kl": 1.0}}}, "unknown setting of extend 'losses'"),
+    ({"solve": {"lambda": 1.0}}, "unknown setting of solve 'lambda'; did you mean 'lambdas'"),
+    ({"rank": {"recal": 1.0}}, "unknown setting of rank 'recal'; did you mean 'recall'"),
+    ({"report": {"token": 10}}, "unknown setting of report 'token'; did you mean 'tokens'"),
+    ({"report": {"tokens": LENGTH - 1}}, "report is to be measured on 15 tokens, and 16 are the least"),
+    ({"align": {"window_dropout": 2}}, "window_dropout is .*2.*; give two probabilities"),
+    ({"distil": {"window_dropout": (0.5, 2)}}, "window_dropout is .*; give two probabilities"),
+    ({"distil": {"losses": {"ce": 1.0}}}, "unknown loss 'ce'; allowed: cross_entropy, kl"),
+    ({"align_tokens": 3 * LENGTH}, "align_tokens is 48, which is less than a step of 4 sequences"),
+    ({"distil_tokens": 3 * LENGTH}, "distil_tokens is 48, which is less than a step of 4 sequences"),
+    ({"align_tokens": -1}, "align_tokens is -1; give 0 to leave the stage out"),
+    ({"rank_tokens": 0}, "rank_tokens is 0, and 1 are the least to rank layers"),
+    ({"rank_solve_tokens": 0}, "rank_solve_tokens is 0, and 64 are the least to rank layers"),
+    ({"solve": {"heldout": 0}}, "heldout of solve is 0; at least 1 sequence has to judge"),
+    ({"solve_tokens": 5 * LENGTH}, "solve_tokens is 80, and 96 are the least to solve them"),
+    ({"sequence_length": 1}, "sequence_length is 1; it must be at least 2"),
 ]
 
 
+@pytest.fixture
+def _no_stage(monkeypatch):
+    for stage in ("copy_teacher", "solve", "rank_layers", "align", "distil", "extend", "measure"):
+        monkeypatch.setattr(verb, stage, lambda *_, stage=stage, **__: pytest.fail(f"{stage} was called"))
+
+
 @pytest.mark.parametrize(("said", "told"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.usefixtures("_no_stage")
 def test_bad_arguments_are_refused(said, told, folder):
+    given = {"teacher": folder, "tokenizer": byte_tokenizer(), "data": TEXTS, "recipe": "quick", "keep": [1]}
     with pytest.raises(ValueError, match=told):
-        convert(folder, **{"data": TEXTS, "recipe": "quick", "keep": [1], **said})
+        convert(**{**given, **said})
+
+
+@pytest.mark.parametrize(("change", "told"), BAD_RECIPES, ids=lambda value: str(value)[:40])
+@pytest.mark.usefixtures("_no_stage")
+def test_recipes_that_cannot_be_followed_are_refused(change, told, folder):
+    with pytest.raises(ValueError, match=told):
+        convert(folder, keep=1, recipe=replace(RECIPES["quick"], **change), data=TEXTS)
+
+
+@pytest.mark.usefixtures("_no_stage")
+def test_an_attention_without_masks_is_refused_where_one_is_needed():
+    teacher = tiny_llama(layers=LAYERS)
+    teacher.set_attn_implementation("flex_attention")
+    recipe = replace(RECIPES["quick"], report={"baseline_tokens": LENGTH})
+    with pytest.raises(ValueError, match="attention is 'flex_attention', which takes no mask of its own"):
+        convert(teacher, tokenizer=byte_tokenizer(), keep=[1], recipe=recipe, data=TEXTS)
 
 
 def test_a_missing_or_empty_file_is_refused(folder, tmp_path):

@@ -171,6 +171,7 @@ def _has(file, part):
 REFUSED = [
     ({"recipe": "quick"}, "recipe 'quick' takes gradient steps on the whole student. Give recipe='closed-form'"),
     ({}, "layer by layer it takes .* GiB, which is more too"),
+    ({"max_memory": 1.5}, "max_memory is 1.5; give a number of bytes"),
     ({"max_memory": "much"}, "max_memory is 'much'; give a number of bytes, or a size like '4GiB'"),
 ]
 
@@ -186,8 +187,9 @@ def test_what_does_not_fit_is_refused(said, told, tmp_path):
 
 
 def test_a_model_in_memory_has_no_use_for_a_limit():
+    said = {"tokenizer": byte_tokenizer(), "data": TEXTS, "keep": [], "recipe": "closed-form"}
     with pytest.raises(ValueError, match="max_memory is for a teacher given as a folder or Hub id"):
-        convert(tiny_llama(), tokenizer=byte_tokenizer(), data=TEXTS, keep=[], max_memory="1GiB")
+        convert(tiny_llama(), **said, max_memory="1GiB")
 
 
 def test_without_a_folder_for_the_files_it_is_refused(folder, monkeypatch):

@@ -1,5 +1,6 @@
 """The plan of a large model, from its shapes alone."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from hf_fwp.conversion import plan as planning
 from hf_fwp.conversion.convert import convert
+from hf_fwp.conversion.families import empty_student
 from hf_fwp.conversion.plan import Plan, describe, memory, offloads, stages
-from hf_fwp.conversion.recipes import RECIPES
+from hf_fwp.conversion.recipes import RECIPES, student_options
 
 GIB = 2**30
 LARGE = {
@@ -25,6 +27,7 @@ LARGE = {
         tie_word_embeddings=False,
     ),
 }
+OPTIONS = student_options("gated_delta_net")
 BILLIONS = {"Llama-2-7B": 6.7, "Qwen2.5-7B": 7.6}
 
 
@@ -48,8 +51,8 @@ def held():
 
 def test_a_large_model_is_planned_without_its_weights(large):
     before = held()
-    found = stages(plan_of(large, "quick", kept=8), large)
-    told = describe(plan_of(large, "quick", kept=8), large)
+    found = stages(plan_of(large, "quick", kept=8), large, on_disk=True)
+    told = describe(plan_of(large, "quick", kept=8), large, on_disk=True)
     assert held() - before < 0.2 * GIB
     assert [stage.name for stage in found] == ["rank", "solve", "align", "distil"]
     for stage in found:
@@ -88,6 +91,44 @@ def test_the_verb_plans_shapes_and_folders_without_weights(large, tmp_path, caps
         told = capsys.readouterr().err
         assert "solve 32768 tokens: about" in told
         assert ("layer by layer: the teacher is never in memory as a whole" in told) == ("max_memory" in more)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit", "shown", "note"),
+    [
+        ("quick", "40GiB", "distil 159744 tokens: about", "recipe 'quick' takes gradient steps on the whole student"),
+        ("closed-form", "4GiB", "layer by layer: the teacher is never", "GiB, which is more too"),
+    ],
+)
+def test_a_dry_run_shows_the_plan_of_what_does_not_fit(recipe, limit, shown, note, large, tmp_path, capsys):
+    large.config.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    said = {"keep": 0, "recipe": recipe, "data": TEXTS * 50, "max_memory": limit, "output": tmp_path / "made"}
+    convert(tmp_path, dry_run=True, **said)
+    plan, _, notes = capsys.readouterr().err.partition("  note: ")
+    assert shown in plan
+    assert "converting" in notes
+    assert note in notes
+    with pytest.raises(ValueError, match=note):
+        convert(tmp_path, **said)
+    assert not (tmp_path / "made.partial").exists()
+
+
+def planned_bytes(capsys, stage, *given, **said):
+    """Bytes of a stage in the plan that a dry run prints."""
+    convert(*given, keep=0, recipe="quick", data=TEXTS * 50, dry_run=True, **said)
+    return float(re.search(rf"{stage} .*, (\S+) GiB", capsys.readouterr().err)[1]) * GIB
+
+
+def test_what_align_learns_is_in_memory_but_for_a_folder_on_a_processor(large, tmp_path, capsys):
+    large.config.save_pretrained(tmp_path)
+    own = {"tokenizer": byte_tokenizer()}
+    on_disk = planned_bytes(capsys, "align", large, output=tmp_path / "made", **own)
+    for given, where in ((large, {}), (tmp_path, {"output": tmp_path / "made", "device": "cuda"})):
+        in_memory = planned_bytes(capsys, "align", given, **where, **own)
+        student = empty_student(large, layers=range(large.config.num_hidden_layers), fwp=OPTIONS)
+        mixers = 4 * sum(p.numel() for mixer in student.hf_fwp_layers.values() for p in mixer.parameters())
+        assert in_memory - on_disk == pytest.approx(2 * mixers, rel=0.2)  # Adam's two moments of all
 
 
 def test_weights_that_hold_nothing_are_not_converted(large):

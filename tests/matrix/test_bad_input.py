@@ -204,6 +204,8 @@ CONVERT = {  # told: arguments of convert; no output may be left
     "keep is 5 layers, but the model has 2": {"keep": 5},
     "budget is 'soon'; give a number of tokens": {"budget": "soon", "recipe": "quick"},
     "budget is '3x'; give": {"budget": "3x", "recipe": "quick"},
+    "budget is 'infm'; give": {"budget": "infm", "recipe": "quick"},
+    "budget is 'infM'; give": {"budget": "infM", "recipe": "quick"},
     "takes no gradient steps": {"budget": "9k"},
     "a budget of '10' leaves": {"budget": "10", "recipe": "quick"},
     "data holds no text": {"data": " "},
