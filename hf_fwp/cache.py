@@ -22,7 +22,10 @@ from transformers.cache_utils import (
 )
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
+from .packing import NEVER
+
 LAYER_TYPE = "fast_weight"
+EMPTY = {"time": NEVER}  # what a state holds before the first token, where that is not zero
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -205,8 +208,8 @@ class FastWeightCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._origin, self._recorded = {}, []
 
     def reset(self) -> None:
-        for state in self.states.values():
-            state.zero_()
+        for name, state in self.states.items():
+            state.fill_(EMPTY.get(name, 0))
         self._forget_past()
         self.has_previous_state[0] = False
         if isinstance(self.seen, Tensor):

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
-from .hosts.table import HEADS
+from .architecture import head_of
 from .loading import TAGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,10 +150,9 @@ def card_of(model: PreTrainedModel, *, name: str, address: str, with_code: bool 
 
 def auto_class(config: Any, architecture: str | None) -> str:
     """The Auto class whose model for this config is called `architecture`; ValueError where there is none."""
-    for auto in HEADS.values():
-        model_class = getattr(transformers, auto)._model_mapping.get(type(config), None)
-        if model_class is not None and model_class.__name__ == architecture:
-            return auto
+    auto = head_of(config, [] if architecture is None else [architecture])
+    if auto is not None:
+        return auto
     raise ValueError(
         f"config.json names the architecture {architecture!r} and the model type {config.model_type!r}, which are none "
         "of this package's; give a folder that save_pretrained of such a model wrote"

@@ -18,10 +18,12 @@ PASS = 1.6  # time of a forward pass over that of its products of matrices: Smol
 _timed: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
-def empty_model(config: Any, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def empty_model(
+    config: Any, *, auto: Any = AutoModelForCausalLM, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model of a config with every weight on the device "meta": it has shapes, and takes no memory."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = auto.from_config(config, dtype=dtype)
     return model.eval()
 
 

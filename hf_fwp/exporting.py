@@ -12,8 +12,9 @@ import importlib
 import shutil
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .architecture import config_of, refuse_other_heads
 from .estimates import empty_model, size
 from .options import refuse_unknown
 from .telling import say
@@ -38,15 +39,16 @@ def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: s
     much would be written, and write nothing; of a folder the weights are not read.
 
     Raises:
-        ValueError: an unknown format, an `output` that holds something, or a model that this format cannot hold; it
-            names the option, what it may be, and what to do.
+        ValueError: an unknown format, an `output` that holds something, a model that is no causal language model, or
+            one that this format cannot hold; it names the option, what it may be, and what to do.
     """
     refuse_unknown("export format", [format], FORMATS)
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; name a new one")
+    _refuse_other_heads(model)
     if dry_run:
-        planned = model if isinstance(model, PreTrainedModel) else empty_model(AutoConfig.from_pretrained(str(model)))
+        planned = model if isinstance(model, PreTrainedModel) else empty_model(config_of(model))
         importlib.import_module(FORMATS[format]).check(planned)
         held = size(planned.num_parameters() * planned.dtype.itemsize)
         say(f"would write {type(planned).__name__} to {output}, for {format}: {held} of weights")
@@ -60,3 +62,14 @@ def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: s
                 if file.is_file() and not (output / file.name).exists():
                     shutil.copyfile(file, output / file.name)
     return output
+
+
+def _refuse_other_heads(model: PreTrainedModel | str | Path) -> None:
+    """Raise ValueError for what is no causal language model; of a folder its config tells."""
+    if isinstance(model, PreTrainedModel):
+        names = [known.__name__ for known in type(model).__mro__]
+        refuse_other_heads(model.config, names, told=f"the model is a {type(model).__name__}")
+        return
+    config = config_of(model)
+    if config.architectures:  # a checkpoint of flash-linear-attention, read as ours, names none
+        refuse_other_heads(config, config.architectures, told=f"{model} holds {config.architectures}")

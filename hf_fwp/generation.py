@@ -17,15 +17,28 @@ else:
 class FastWeightGeneration(Generation):
     """`generate` for models with fast-weight layers; stands before transformers' classes among the bases."""
 
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         # before transformers, which would ask for a quantisation library first
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 "fast-weight layers cannot use a quantised cache: their state does not grow, so there is nothing to "
                 "gain; leave out cache_implementation='quantized'"
             )
+        # transformers would lower config.num_hidden_layers and fail before it is restored (no public issue found)
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={generation_config.assistant_early_exit} lets the first layers guess alone, "
+                "which those of a model with fast weights cannot; give assistant_model, or prompt_lookup_num_tokens"
+            )
+        if model_kwargs.get("times") is not None:
+            raise ValueError(
+                "generate cannot tell when the tokens that it writes are observed; leave out times, or call the model "
+                "itself token by token, with times and past_key_values"
+            )
         prepare: Any = super()
-        return prepare._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        return prepare._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def create_masks_for_generate(
         self, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any

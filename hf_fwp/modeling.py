@@ -19,11 +19,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -39,6 +35,7 @@ from .cache import LAYER_TYPE
 from .configuration import ATTENTION_LAYERS, FwpConfig
 from .cross_entropy import causal_loss
 from .generation import FastWeightGeneration
+from .heads import TimedQuestionAnswering, TimedTokenClassification
 from .inputs import check_ids, check_times, check_values, last_real, look_up
 from .layer import FastWeightLayer, backends_of, init_mixer_weights, layers_of
 from .loading import RenamedLoading
@@ -274,6 +271,7 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        times: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
@@ -283,6 +281,7 @@ class FwpForCausalLM(FastWeightGeneration, FwpPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            times=times,
             **kwargs,
         )
         loss, logits = None, None
@@ -323,6 +322,9 @@ class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrain
     where rows differ in length: transformers' head would read their last position (huggingface/transformers#16372).
     """
 
+    # the loss is the mean of the batch: Trainer has to divide it by the batches that it accumulates
+    accepts_loss_kwargs = False
+
     def __init__(self, config: FwpConfig) -> None:
         FwpPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels or 2
@@ -356,7 +358,7 @@ class FwpForSequenceClassification(GenericForSequenceClassification, FwpPreTrain
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **rest)
 
 
-class FwpForTokenClassification(GenericForTokenClassification, FwpPreTrainedModel):
+class FwpForTokenClassification(TimedTokenClassification, FwpPreTrainedModel):
     """A score for every token."""
 
     def __init__(self, config: FwpConfig) -> None:
@@ -368,7 +370,7 @@ class FwpForTokenClassification(GenericForTokenClassification, FwpPreTrainedMode
         self.post_init()
 
 
-class FwpForQuestionAnswering(GenericForQuestionAnswering, FwpPreTrainedModel):
+class FwpForQuestionAnswering(TimedQuestionAnswering, FwpPreTrainedModel):
     """Where the answer starts and ends."""
 
     def __init__(self, config: FwpConfig) -> None:

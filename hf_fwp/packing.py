@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .rules.checks import check_length
 
+NEVER = -torch.inf  # the time of the last real token where there was none
+
 
 def valid_tokens(attention_mask: Any, *, batch: int, length: int, past: int | Tensor = 0) -> Tensor | None:
     """mask_BT of the current `length` tokens (True = real), or None when all are known to be real.
@@ -179,14 +181,14 @@ class Window:
     def elapsed(self, times_BT: Tensor, last_B: Tensor | None, *, first: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """Time since the real token before, `first` where a sequence begins, and the time of the last real token.
 
-        `last_B` is that time from before, -inf where there was no token. The shape is that of `like` [B, T, S, 1], the
+        `last_B` is that time from before, NEVER where there was no token. The shape is that of `like` [B, T, S, 1], the
         dtype at least float32. A time that goes back is a ValueError."""
         if last_B is None:
-            last_B = times_BT.new_full(times_BT.shape[:1], -torch.inf)
+            last_B = times_BT.new_full(times_BT.shape[:1], NEVER)
         reached_BT = times_BT
         if self.mask_BT is not None:
             times_BT = torch.where(self.mask_BT, times_BT, 0)
-            reached_BT = torch.where(self.mask_BT, times_BT, -torch.inf).cummax(1).values
+            reached_BT = torch.where(self.mask_BT, times_BT, NEVER).cummax(1).values
             reached_BT = torch.maximum(reached_BT, last_B[:, None])
         past_BT = torch.cat([last_B[:, None], reached_BT[:, :-1]], dim=1)
         begins_BT = past_BT.isinf()
@@ -199,4 +201,5 @@ class Window:
         if dt_BT.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((dt_BT >= 0).all()):
             raise ValueError("times go back, or are NaN, within a sequence; sort its observations by their times")
         dt_BT11 = dt_BT[..., None, None].to(torch.promote_types(like.dtype, torch.float32))
-        return dt_BT11.expand_as(like), reached_BT[:, -1]
+        # a clone: every layer's cache writes to its own, and none to the caller's times
+        return dt_BT11.expand_as(like), reached_BT[:, -1].clone()

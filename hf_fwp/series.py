@@ -47,7 +47,8 @@ def pad_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """A batch of series of different lengths, as Trainer's `data_collator`.
 
     Each row has `inputs_embeds` [T, input_size] and may have `times` [T]; what else it has, `labels` for instance, is
-    stacked. The batch is padded on the right with zeros, and `attention_mask` says what is real.
+    stacked. The batch is padded on the right with zeros, and `attention_mask` says what is real; integer `labels` [T]
+    are padded with -100, which no loss counts.
     """
     series = {"inputs_embeds", "times"} & rows[0].keys()
     lengths = torch.tensor([len(row["inputs_embeds"]) for row in rows])
@@ -56,7 +57,16 @@ def pad_series(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for name in sorted(series)
     }
     batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    return batch | {name: torch.as_tensor([row[name] for row in rows]) for name in rows[0].keys() - series}
+    others = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0].keys() - series}
+    return batch | {name: _together(name, found, lengths.tolist()) for name, found in others.items()}
+
+
+def _together(name: str, found: list[Tensor], lengths: list[int]) -> Tensor:
+    """One entry of all rows: stacked, or padded where it is a label for each observation."""
+    integers = name == "labels" and all(x.ndim == 1 and not x.is_floating_point() for x in found)
+    if integers and [len(x) for x in found] == lengths:
+        return pad_sequence(found, batch_first=True, padding_value=-100)
+    return torch.stack(found)
 
 
 @dataclass(frozen=True)

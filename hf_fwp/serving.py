@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.import_utils import is_serve_available
 
-from .registration import SERVER, name_for_server
+from .architecture import model_class_of, refuse_other_heads
+from .registration import CAUSAL, SERVER, name_for_server
 
 
 def serve(
@@ -43,10 +43,7 @@ def name_class(model: str | os.PathLike[str]) -> None:
     """Let transformers' server, in this process, find the class of a model."""
     importlib.import_module(SERVER)
     config = AutoConfig.from_pretrained(model)
-    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if model_class is None or model_class.__name__ not in (config.architectures or ()):
-        raise ValueError(
-            f"{model} holds {config.architectures or 'no architecture'} ({config.model_type}); give a causal language "
-            "model, as save_pretrained writes it"
-        )
+    held = config.architectures or []
+    refuse_other_heads(config, held, told=f"{model} holds {held or 'no architecture'}")
+    model_class = model_class_of(CAUSAL, config)
     name_for_server(model_class.__name__, model_class)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
@@ -35,6 +36,8 @@ else:
 
 FLOAT32 = ("A_log", "dt_bias")  # half-lives of many tokens round to the same value in bf16
 PADDING = "fast_weight"  # key of the 2-D mask beside the host's own masks
+# heads whose loss is the mean of the batch: Trainer has to divide it by the batches that it accumulates
+MEAN_LOSS = ("ForSequenceClassification", "ForTokenClassification")
 
 
 class FastWeightAttention(FastWeightLayer):
@@ -140,6 +143,18 @@ class GraftedModel(Grafted):
             _, kwargs = _prepare(self.config, self, (), kwargs | {"input_ids": input_ids})
             return super().forward(**kwargs)
         return super().forward(input_ids=input_ids, **kwargs)
+
+
+def _with_arguments_of(base: Any) -> Callable[..., Any]:
+    """GraftedModel.forward with the signature of the family's own: families order their arguments differently."""
+    named = inspect.signature(base.forward).parameters.values()
+    names = [given.name for given in named if given.kind is given.POSITIONAL_OR_KEYWORD][1:]
+
+    @functools.wraps(base.forward)
+    def forward(self: GraftedModel, *args: Any, **kwargs: Any) -> Any:
+        return GraftedModel.forward(self, **dict(zip(names[: len(args)], args, strict=True)), **kwargs)
+
+    return forward
 
 
 def _prepare(
@@ -298,6 +313,10 @@ def host_classes(name: str) -> dict[str, type]:
             "family_class": base,
             "_keep_in_fp32_modules_strict": {*FLOAT32, *(base._keep_in_fp32_modules_strict or ())},
         }
+        if head == "Model":
+            body["forward"] = _with_arguments_of(base)
+        if head in MEAN_LOSS:
+            body["accepts_loss_kwargs"] = False
         classes[head] = type(f"Fwp{base.__name__}", (kind, base), body)
     return classes
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from ..architecture import config_of, head_of
 from ..estimates import duration, empty_model, seconds_per_token, size
 from ..files import write_whole
 from ..layer import FastWeightLayer, layers_of
+from ..registration import CAUSAL
 from ..telling import progress_bar, say
 from .lens import Lens, finding_lens
 from .measures import LayerView, measure
@@ -137,11 +140,21 @@ def _name(model: PreTrainedModel | str | Path) -> str:
 
 
 def _load(model: PreTrainedModel | str | Path, **how: Any) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(model, **how)
+    if isinstance(model, PreTrainedModel):
+        return model
+    return _named(config_of(model)).from_pretrained(model, **how)
+
+
+def _named(config: Any) -> Any:
+    """The Auto class of the model that a config names: another one would add an output head of random weights."""
+    return getattr(transformers, head_of(config, config.architectures or []) or CAUSAL)
 
 
 def _shape(model: PreTrainedModel | str | Path) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else empty_model(AutoConfig.from_pretrained(model))
+    if isinstance(model, PreTrainedModel):
+        return model
+    config = config_of(model)
+    return empty_model(config, auto=_named(config))
 
 
 def _takes(models: Sequence[PreTrainedModel], tokens: int) -> str:

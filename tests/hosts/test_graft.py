@@ -1,6 +1,7 @@
 """Families with fast weights in place of attention: loading, decoding, padding, packing, saving, training."""
 
 import importlib
+import inspect
 import pickle
 
 import pytest
@@ -190,6 +191,20 @@ def test_gradients_reach_every_weight_and_checkpointing_does_not_change_them(nam
     for key, gradient in gradients[0].items():
         assert gradient is not None, key
         torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
+@torch.no_grad()
+def test_a_base_model_takes_the_arguments_of_its_family_in_their_order(name, tokens):
+    base = student_of(name, [0, 2]).base_model
+    padded, mask = pad_left(tokens, 3)
+    taken = inspect.signature(tiny_teacher(name).base_model.forward)
+    assert inspect.signature(base.forward) == taken
+    named = {"input_ids": padded, "attention_mask": mask}
+    last = max(list(taken.parameters).index(argument) for argument in named)
+    ordered = [named.get(argument) for argument in list(taken.parameters)[: last + 1]]
+    assert torch.equal(base(*ordered)[0], base(**named)[0])
+    with pytest.raises(TypeError, match="multiple values"):
+        base(padded, input_ids=padded)
 
 
 def test_hidden_states_can_be_asked_for(name, tokens):

@@ -13,6 +13,7 @@ import torch
 from every_model import every_model
 from hub_stand_in import client_of, serving
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from teachers import tiny_config as host_config
 from tiny import byte_tokenizer
 from tiny_fwp import KINDS, tiny_config, tiny_model, tokens
@@ -27,7 +28,9 @@ from typer.testing import CliRunner
 import hf_fwp
 from hf_fwp import bundle, cli
 from hf_fwp.auto_map import ENTRY
+from hf_fwp.exporting import FORMATS
 from hf_fwp.hosts import HOSTS, Host, register_family, student_config
+from hf_fwp.modeling import MODELS
 
 FOREIGN = {"huggingface_hub", "safetensors", "torch", "transformers"}
 CONFIGS = {
@@ -241,6 +244,30 @@ def test_what_cannot_be_exported_is_told(told, tmp_path):
     with pytest.raises(ValueError, match=told):
         hf_fwp.export_code(tmp_path)
     assert not list(tmp_path.glob("*.py"))
+
+
+OTHER_HEADS = [model_class for auto, model_class in MODELS.items() if auto is not AutoModelForCausalLM]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("model_class", OTHER_HEADS)
+def test_only_a_causal_language_model_is_exported(model_class, format, dry_run, tmp_path):
+    """Another one would be written with a head of random weights, or without its own."""
+    model = tiny_model("delta_net", model_class=model_class, dtype=torch.float32, num_key_value_heads=4)
+    model.save_pretrained(tmp_path / "made")
+    for given in (model, tmp_path / "made"):
+        with pytest.raises(ValueError, match=rf"{model_class.__name__}.* give a causal language model"):
+            hf_fwp.export(given, tmp_path / "out", format=format, dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_what_its_base_model_is(tmp_path, capsys):
+    tiny_model("delta_net", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    hf_fwp.export(tmp_path / "adapter", tmp_path / "out", format="onnx", dry_run=True)
+    assert "would write FwpForCausalLM" in capsys.readouterr().err
 
 
 def test_a_family_from_outside_has_no_code_to_export(monkeypatch):

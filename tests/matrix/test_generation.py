@@ -220,6 +220,7 @@ REFUSED = {
         lambda model: generate(model, tokens(), cache_implementation="quantized"),
         "cache_implementation='quantized'",
     ),
+    "early exit": (lambda model: generate(model, tokens(1), assistant_early_exit=1), "prompt_lookup_num_tokens"),
     "continuous batching": (lambda model: model.generate_batch([[1, 2, 3]]), "continuous batching"),
     "its manager": (lambda model: model.init_continuous_batching(), "continuous batching"),
     "its context": (lambda model: enter(model.continuous_batching_context_manager()), "continuous batching"),

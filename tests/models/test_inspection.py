@@ -10,6 +10,7 @@ import pytest
 import torch
 from every_model import every_model
 from teachers import tiny_teacher
+from tiny import byte_tokenizer
 from tiny_fwp import KINDS, VOCAB, assert_close, tiny_model
 
 import hf_fwp
@@ -18,6 +19,7 @@ from hf_fwp.inspection.measures import first_order_shares, measure, value_weight
 from hf_fwp.inspection.page import LEVELS, packed
 from hf_fwp.inspection.recording import recording
 from hf_fwp.layer import layers_of
+from hf_fwp.modeling import MODELS, FwpForCausalLM
 
 # rules that read Σ_i a_ti v_i with numbers a_ti that no value changes
 LINEAR_IN_VALUES = {
@@ -207,6 +209,24 @@ def test_a_page_is_written_whole(tmp_path, monkeypatch):
     look(tiny_model(dtype=torch.float32), output=page)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     assert "http" not in re.sub(r"http://www.w3.org\S*", "", page.read_text())
+
+
+@pytest.mark.parametrize("model_class", [*MODELS.values()])
+def test_two_inspections_of_a_folder_are_the_same_page(model_class, tmp_path):
+    """Loaded as another model it would speak the words of a random head."""
+    tokenizer = byte_tokenizer()
+    model = tiny_model("hybrid", model_class=model_class, dtype=torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    pages = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found = inspect(tmp_path / "saved", "what is written", progress=False)
+        assert bool(found.reads) == (model_class is FwpForCausalLM)
+        pages.append(found.html())
+    assert pages[0] == pages[1]
+    dry = inspect(tmp_path / "saved", "what is written", dry_run=True)
+    assert dry.tokens == found.tokens
 
 
 def test_the_page_in_a_browser(tmp_path):

@@ -1,5 +1,6 @@
 """continuous_fwp on irregularly sampled series: splines, solvers, times, padding, the classification head."""
 
+import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -8,10 +9,24 @@ import pytest
 import torch
 from brute_force import continuous_fwp as brute_force
 from tiny_fwp import assert_close, tiny_config, tiny_model, tokens
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_fwp import FwpConfig, pad_series
-from hf_fwp.modeling import FwpForSequenceClassification, FwpModel
+from hf_fwp.modeling import (
+    MODELS,
+    FwpForCausalLM,
+    FwpForQuestionAnswering,
+    FwpForSequenceClassification,
+    FwpForTokenClassification,
+    FwpModel,
+)
 from hf_fwp.rules import RULES
 from hf_fwp.series import Spline, SplineLayer, solve
 
@@ -215,6 +230,37 @@ def test_a_series_in_two_parts_with_a_cache_is_the_whole(learning_rule):
         joined = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
         assert_close(joined[mask.bool()], whole[mask.bool()])
         assert {"state", "time"} == set(first.past_key_values.layers[0].states)
+    given = times.clone()
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, 16)):
+        for _ in range(2):
+            steps = [one_by_one(model, cache, t, values, times, mask) for t in range(10)]
+            assert_close(torch.cat(steps, dim=1)[mask.bool()], whole[mask.bool()])
+            assert torch.equal(times[mask.bool()], given[mask.bool()])
+            cache.reset()
+
+
+@torch.no_grad()
+def one_by_one(model, cache, t, values, times, mask):
+    one = slice(t, t + 1)
+    given = {"inputs_embeds": values[:, one], "times": times[:, one], "attention_mask": mask[:, : t + 1]}
+    return model(**given, past_key_values=cache).last_hidden_state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
+def test_a_cache_keeps_times_of_its_own(make):
+    """Without padding the last of the times is where the caller has it."""
+    values, times = series()
+    model = series_model(FwpModel, layers=2)
+    whole = model(inputs_embeds=values, times=times).last_hidden_state
+    cache = make(**{"config": model.config, **({"max_cache_len": 16} if make is StaticCache else {})})
+    given = times.clone()
+    for parts in ([1] * 10, [10], [4, 1, 5]):
+        cache.reset()
+        pairs = zip(values.split(parts, dim=1), times.split(parts, dim=1), strict=True)
+        steps = [model(inputs_embeds=v, times=t, past_key_values=cache).last_hidden_state for v, t in pairs]
+        assert_close(torch.cat(steps, dim=1), whole)
+        assert torch.equal(times, given)
 
 
 def test_observations_are_taken_back():
@@ -305,6 +351,8 @@ def test_what_a_spline_cannot_do_is_named():
         tiny_model("delta_net")(tokens(), times=torch.zeros(2, 13))
     with pytest.raises(ValueError, match="conv_size is 4, but continuous_fwp"):
         FwpModel(tiny_config("continuous_fwp", rule_options={"control": "cde"}, conv_size=4))
+    with pytest.raises(ValueError, match="generate cannot tell when"):
+        tiny_model("continuous_fwp").generate(tokens(), times=torch.zeros(2, 13), max_new_tokens=2)
     cache = tiny_model("continuous_fwp")(tokens(), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="a cache cannot be used"):
         series_model(FwpModel, solver="rk4")(inputs_embeds=torch.zeros(1, 2, 3).double(), past_key_values=cache)
@@ -332,6 +380,42 @@ def test_saved_and_loaded_is_equal(tmp_path):
         loaded(inputs_embeds=values, times=times).logits, model(inputs_embeds=values, times=times).logits
     )
     assert loaded.get_input_embeddings() is loaded.model.embed_values
+
+
+def test_labels_of_observations_are_padded_so_that_no_loss_counts_them():
+    values, _ = series(length=6)
+    rows = [
+        {"inputs_embeds": values[0, :4].tolist(), "labels": [1, 0, 2, 1]},
+        {"inputs_embeds": values[1].tolist(), "labels": [2, 2, 0, 0, 1, 0]},
+    ]
+    batch = pad_series(rows)
+    assert batch["labels"].tolist() == [[1, 0, 2, 1, -100, -100], [2, 2, 0, 0, 1, 0]]
+    model = series_model(FwpForTokenClassification).float()
+    alone = [model(**pad_series([row])).loss * len(row["labels"]) for row in rows]
+    assert_close(model(**batch).loss, sum(alone) / 10, 1e-5)
+    whole = [{"inputs_embeds": row["inputs_embeds"], "labels": label} for row, label in zip(rows, (2, 1), strict=True)]
+    assert pad_series(whole)["labels"].tolist() == [2, 1]
+    several = [{**row, "labels": [0.0, 1.0]} for row in rows]  # of a whole series
+    assert pad_series(several)["labels"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("model_class", MODELS.values())
+def test_trainer_hands_over_the_times(model_class, tmp_path):
+    assert "times" in inspect.signature(model_class.forward).parameters
+    labels = {
+        FwpForCausalLM: {"labels": [1] * 6},
+        FwpForSequenceClassification: {"labels": 1},
+        FwpForTokenClassification: {"labels": [1] * 6},
+        FwpForQuestionAnswering: {"start_positions": 1, "end_positions": 2},
+    }
+    if model_class not in labels:
+        return
+    model, given = tiny_model("continuous_fwp", model_class=model_class, dtype=torch.float32), []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["times"]), with_kwargs=True)
+    row = {"input_ids": [1] * 6, "times": [float(i * i) for i in range(6)], **labels[model_class]}
+    args = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True)
+    Trainer(model=model, args=args, train_dataset=[row, row], data_collator=default_data_collator).train()
+    assert torch.equal(given[0], torch.tensor([row["times"]] * 2))
 
 
 def trained_accuracy(folder, steps=60, **options):

@@ -4,11 +4,27 @@ import pydoc_data.topics
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_fwp import KINDS, assert_close, tiny_config, tokens
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from teachers import tiny_config as host_config
+from tiny_fwp import KINDS, assert_close, tiny_config, tiny_model, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
-from hf_fwp.modeling import LORA_TARGETS, FwpForCausalLM
+from hf_fwp.hosts import student_config
+from hf_fwp.hosts.table import HEADS
+from hf_fwp.modeling import (
+    LORA_TARGETS,
+    FwpForCausalLM,
+    FwpForQuestionAnswering,
+    FwpForSequenceClassification,
+    FwpForTokenClassification,
+)
 
 LENGTH = 64
 
@@ -61,13 +77,60 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    whole, accumulated = byte_model("gated_delta_net").double(), byte_model("gated_delta_net").double()
-    trainer(whole, tmp_path, blocks(32), max_steps=2, optim="sgd").train()
+def labelled(**labels: object) -> list[dict[str, object]]:
+    return [{"input_ids": row, **labels} for row in tokens(8, 6)]
+
+
+def labelled_series() -> list[dict[str, object]]:
+    values = torch.randn(8, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return [{"inputs_embeds": row, "labels": 1} for row in values]
+
+
+def host_head(head: str, family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return getattr(transformers, HEADS[head]).from_config(student_config(host_config(family), layers=[0, 2]))
+
+
+CLASSES = {"num_labels": 2, "dtype": torch.float32}
+EACH = [1, 0, 1, 1, 0, 1]
+ACCUMULATED = {  # head: (its model, its data)
+    "causal": (lambda: byte_model("gated_delta_net"), blocks(32)),
+    "sequence": (lambda: tiny_model(model_class=FwpForSequenceClassification, **CLASSES), labelled(labels=1)),
+    "series": (
+        lambda: tiny_model(model_class=FwpForSequenceClassification, input_size=3, **CLASSES),
+        labelled_series(),
+    ),
+    "token": (lambda: tiny_model(model_class=FwpForTokenClassification, **CLASSES), labelled(labels=EACH)),
+    "answer": (
+        lambda: tiny_model(model_class=FwpForQuestionAnswering, dtype=torch.float32),
+        labelled(start_positions=1, end_positions=3),
+    ),
+    "llama sequence": (lambda: host_head("ForSequenceClassification", "llama"), labelled(labels=1)),
+    "llama token": (lambda: host_head("ForTokenClassification", "llama"), labelled(labels=EACH)),
+    "gpt2 sequence": (lambda: host_head("ForSequenceClassification", "gpt2"), labelled(labels=1)),
+}
+
+
+@pytest.mark.parametrize("head", ACCUMULATED)
+def test_accumulated_gradients_are_those_of_the_whole_batch(head, tmp_path):
+    make, data = ACCUMULATED[head]
+    before, whole, accumulated = (without_dropout(make().double()) for _ in range(3))
+    settings = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0}
+    trainer(whole, tmp_path, data, **settings).train()
     changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    trainer(accumulated, tmp_path, blocks(32), max_steps=2, optim="sgd", **changes).train()
-    for a, b in zip(whole.parameters(), accumulated.parameters(), strict=True):
+    trainer(accumulated, tmp_path, data, **settings, **changes).train()
+    moved = 0.0
+    for start, a, b in zip(before.parameters(), whole.parameters(), accumulated.parameters(), strict=True):
         assert (a - b).norm() <= 1e-7 * (1 + a.norm())
+        moved += (a - start).norm().item()
+    assert moved > 1e-4
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def test_the_flattening_collator_packs():
