@@ -1,6 +1,7 @@
 """What a model is worth: measured on held-out tokens, next to the teacher it was made from.
 
 scores     perplexity, KL, agreement (scores.py), of the model and of parts of it (baselines.py)
+followed   how far the model writes what its teacher writes (greedy.py)
 residual   sum_t ||y_t - A_t||^2 / sum_t ||A_t||^2, mixer output y and attention output A on the teacher's inputs
 speed      seconds to read a context, tokens per second after it, bytes that are kept
 samples    what both answer
@@ -29,6 +30,7 @@ from hf_fwp.weights import check_weights
 
 from .baselines import parts_off
 from .composite import text_config_of
+from .greedy import GIVEN, TEXTS, WRITTEN, followed
 from .hooks import hooked
 from .positions import check_positions, positions_of
 from .recall import LENGTHS, recall
@@ -59,7 +61,8 @@ def evaluate(
     progress: bool = True,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL and agreement; recall of both.
+    """Perplexity of `model`, and with `against` the teacher's on the same tokens, KL, agreement and how far
+    the teacher's greedy text is followed; recall of both.
 
     `model` and `against` are models, folders, Hub ids or GGUF files; `device` and `dtype` are for what is loaded.
     `data` is held-out text as in `convert`, or token ids [N, T]; without it the demo's held-out corpus. parts: measure
@@ -70,7 +73,7 @@ def evaluate(
     if dry_run:
         models = [without_weights(each, dtype) for each in (model, against) if each is not None]
         _check_lengths(models, data, sequence_length)
-        _show_plan(models, data, tokens=tokens, recalled=needles * sum(LENGTHS))
+        _show_plan(models, data, tokens=tokens, recalled=needles * sum(LENGTHS) + TEXTS * (GIVEN + WRITTEN))
         return {}
     model, words = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
     opened = {"model": model}
@@ -83,6 +86,8 @@ def evaluate(
     models = {"model": forward_of(model), **(parts_off(model) if parts else {})}
     teacher = forward_of(opened["teacher"]) if against is not None else None
     found: dict[str, Any] = compare(models, teacher, ids_NT, progress=progress)
+    if against is not None:
+        found["model"]["followed"] = followed(model, opened["teacher"], ids_NT, progress=progress)
     if needles and words is not None:
         found["recall"] = recall(opened, words, needles=needles, progress=progress)
     return {**found.pop("model"), **found}

@@ -59,15 +59,17 @@ TEMPLATE = """<!doctype html>
 <div class="card scroll">
 {% if plots.quality %}<img alt="perplexity relative to the teacher" src="{{ plots.quality }}">{% endif %}
 <table><tr><th></th><th>perplexity</th><th>of the teacher's</th><th>KL (nats)</th><th>same next token</th>
-<th>tokens</th></tr>
+<th>same greedy text</th><th>tokens</th></tr>
 {% for row in rows %}<tr{% if row.key == "model" %} class="ours"{% endif %}><td>{{ row.name }}</td>
 <td>{{ number(row.perplexity) }}</td><td>{{ number(row.ratio) }}{% if row.ratio is not none %} &times;{% endif %}</td>
-<td>{{ number(row.kl) }}</td><td>{{ percent(row.agreement) }}</td><td>{{ row.tokens }}</td></tr>
+<td>{{ number(row.kl) }}</td><td>{{ percent(row.agreement) }}</td><td>{{ percent(row.followed) }}</td>
+<td>{{ row.tokens }}</td></tr>
 {% endfor %}</table>
-<p class="quiet">KL: how much the next-token distribution differs from the teacher's. Baselines are compared with the
-teacher on the tokens they were measured on. The sliding window is in the layers that are converted here, and needs no
-conversion at all; fast weights off shows what the rest of this model does alone, window off what its fast weights do
-without the window beside them.</p></div>
+<p class="quiet">Same greedy text: of what the teacher writes after a held-out beginning, the share before the first
+token that this model would not have written. KL: how much the next-token distribution differs from the teacher's.
+Baselines are compared with the teacher on the tokens they were measured on. The sliding window is in the layers that
+are converted here, and needs no conversion at all; fast weights off shows what the rest of this model does alone,
+window off what its fast weights do without the window beside them.</p></div>
 {% endif %}
 {% if recall %}
 <h2>What they find again in their context</h2>
@@ -133,7 +135,10 @@ def page(report: Mapping[str, Any]) -> str:
         "seconds": lambda value: "-" if value is None else f"{number(value)} s",
         "shown": _shown,
     }
-    rows = [{"ratio": None, "kl": None, "agreement": None, "tokens": "-", **row} for row in quality_rows(report)]
+    rows = [
+        {"ratio": None, "kl": None, "agreement": None, "followed": None, "tokens": "-", **row}
+        for row in quality_rows(report)
+    ]
     return environment.from_string(TEMPLATE).render(
         style=PAGE,
         report=report,

@@ -51,6 +51,7 @@ from hf_fwp.files import write_whole
 
 from .baselines import baselines
 from .evaluate import PROMPTS, decode_speed, residuals, samples
+from .greedy import TEXTS, followed
 from .recall import recall
 from .scores import compare, forward_of, heldout_blocks
 
@@ -72,13 +73,16 @@ def measure(
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 40,
     needles: int = 4,
+    texts: int = TEXTS,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """All that a report says about quality and speed; a part with 0 tokens or needles, no lengths, no prompts is left
-    out."""
+    """All that a report says about quality and speed; a part with 0 tokens, needles or texts (to write greedily), no
+    lengths, no prompts is left out."""
     ids_NT = heldout_blocks(data, tokenizer, tokens=tokens, sequence_length=sequence_length)
     models = {"model": forward_of(student)}
     found: dict[str, Any] = {"evaluation": compare(models, forward_of(teacher), ids_NT, progress=progress)["model"]}
+    if texts:
+        found["evaluation"]["followed"] = followed(student, teacher, ids_NT, texts=texts, progress=progress)
     if baseline_tokens:
         part = _first(ids_NT, baseline_tokens)
         found["baselines"] = baselines(teacher, part, student=student, progress=progress)

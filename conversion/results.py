@@ -22,6 +22,7 @@ from hf_fwp.files import write_whole
 from .convert import convert
 from .data import brown, state_of_the_union
 from .evaluate import evaluate
+from .greedy import GIVEN, TEXTS, WRITTEN
 from .recall import COLUMNS, EXPLAINED, cells
 from .teacher import smollm2_gguf
 
@@ -46,7 +47,7 @@ GOALS = {
     ("quick", 0.25): 1.25,
     ("quick", 0.5): 1.08,
 }
-MEASURED = ("perplexity", "of the teacher's", "on speeches", "KL", "agreement", "minutes", "peak memory")
+MEASURED = ("perplexity", "of the teacher's", "on speeches", "KL", "agreement", "same text", "minutes", "peak memory")
 NEEDLES = 8  # texts of each kind
 HEADER = ("recipe", "kept softmax", *MEASURED, *COLUMNS, "threads", "commit")
 
@@ -129,8 +130,10 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
             f"the Congress (State of the Union), which are another kind of text; {', '.join(dates)}, "
             f"{' and '.join(devices)}, torch {on['versions']['torch']}, transformers {on['versions']['transformers']}; "
             f"minutes and memory of the conversion, without measuring it (the teacher's weights take "
-            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); {EXPLAINED}, in {NEEDLES} texts each (the "
-            f"teacher: {theirs}); window: {WINDOW['window']} tokens and {WINDOW['sinks']} sinks beside the fast "
+            f"{rows[0]['teacher_bytes'] / 2**30:.1f} GiB in float32); same text: of {WRITTEN} tokens that the teacher "
+            f"writes greedily after {GIVEN}, those before the student's first other one, over {TEXTS} texts; "
+            f"{EXPLAINED}, in {NEEDLES} texts each (the teacher: {theirs}); window: {WINDOW['window']} tokens and "
+            f"{WINDOW['sinks']} sinks beside the fast "
             "weights; printed by `make results`.",
         ]
     )
@@ -163,6 +166,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         *_ratios(row),
         f"{measured['kl']:.3f}",
         f"{measured['agreement']:.2f}",
+        f"{measured['followed']:.2f}" if "followed" in measured else "-",
         f"{row['seconds'] / 60:.1f}",
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
         *cells(measured.get("recall", {}).get("model")),

@@ -63,6 +63,7 @@ def quality_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     if measured.get("teacher_perplexity") is not None:
         teacher = {"perplexity": measured["teacher_perplexity"], "ratio": 1.0, "kl": 0.0, "agreement": 1.0}
+        teacher |= {"followed": 1.0} if "followed" in measured else {}
         rows.append({"name": "teacher", "tokens": measured.get("tokens"), **teacher})
     if measured:
         rows.append({"key": "model", **measured, "name": "this model"})
@@ -225,11 +226,12 @@ tokenizer = AutoTokenizer.from_pretrained("{words}")
 def _quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
-    lines = ["| model | perplexity | of the teacher's | KL | same next token | tokens |", "|---|---|---|---|---|---|"]
+    lines = ["| model | perplexity | of the teacher's | KL | same next token | same greedy text | tokens |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
-        share = "-" if row.get("agreement") is None else f"{row['agreement']:.0%}"
+        alike = ["-" if row.get(name) is None else f"{row[name]:.0%}" for name in ("agreement", "followed")]
         ratio = "-" if row.get("ratio") is None else f"{number(row['ratio'])} {TIMES}"
-        cells = (row["name"], number(row.get("perplexity")), ratio, number(row.get("kl")), share, row.get("tokens"))
+        cells = (row["name"], number(row.get("perplexity")), ratio, number(row.get("kl")), *alike, row.get("tokens"))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
