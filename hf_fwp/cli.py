@@ -75,7 +75,7 @@ def convert(
     output: Annotated[Path | None, typer.Option(help="New folder for the model, its report and its card.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Most memory to use, as 8GiB; a larger teacher is converted layer by layer.")
@@ -127,7 +127,7 @@ def ablate(
     needles: Annotated[int, typer.Option(help="Texts of each kind to recall from; 0: none.")] = 0,
     output: Annotated[Path, typer.Option(help="Results; what is there is not run again.")] = Path("out/ablation"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default the fastest there is.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs with an estimate and stop.")] = False,
     json: AsJson = False,
