@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused(said, told, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "teacher")
     said = {"keep": [], "recipe": "closed-form", "max_memory": "1MiB", "output": tmp_path / "made", **said}
     with pytest.raises(ValueError, match=told):
-        convert(tmp_path / "teacher", data=TEXTS, **said)
+        convert(tmp_path / "teacher", data={"train": TEXTS, "test": TEXTS}, **said)
     assert not (tmp_path / "made.partial").exists()
 
 
