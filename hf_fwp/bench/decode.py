@@ -8,7 +8,8 @@ their floor reads the weights of the projections too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cache import MixerInputs
-from ..decoding import can_decode, decode
+from ..decoding import ERASES, can_decode, decode
 from ..layer import FastWeightLayer
 from ..options import MixerOptions
 from ..rules import RULES
 from . import device
 from .device import Ceilings, Row, Run, Work
-from .kernels import NORMALIZED, OPERATORS, OURS, SAME, Operator, inputs
+from .kernels import DIMENSIONS_OF_G, GATES, NORMALIZED, OURS, SAME, Operator, inputs
+from .traffic import with_bytes
 
 # sequences, heads, K = V
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((1, 16, 128), (64, 16, 128), (256, 16, 128), (256, 8, 64))
 CONTEXT = 4096
 MANY = "hf_fwp, many launches"
-RULE_OF = {"delta_rule": "delta_net", "gated_delta_rule": "gated_delta_net", "linear_attention": "linear_attention"}
+MIXER = "whole mixer"
+WHAT = ("one token", MIXER)
+RULE_OF = {name: name for name in GATES} | {"delta_rule": "delta_net", "gated_delta_rule": "gated_delta_net"}
 FLA: dict[str, tuple[str, str, dict[str, Any]]] = {
     "delta_rule": ("fla.ops.delta_rule", "fused_recurrent_delta_rule", NORMALIZED),
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule", NORMALIZED),
     "linear_attention": ("fla.ops.linear_attn", "fused_recurrent_linear_attn", {"normalize": False}),
+    "kimi_delta": ("fla.ops.kda", "fused_recurrent_kda", NORMALIZED),
+}
+STOCK = {
+    "gated_delta_rule": ("transformers.models.qwen3_next.modeling_qwen3_next", "torch_recurrent_gated_delta_rule"),
+    "kimi_delta": ("transformers.models.kimi_linear.modeling_kimi_linear", "recurrent_kimi_delta_attention"),
 }
 
 
@@ -53,13 +62,14 @@ def bench_decode(
     """
     if dry_run:
         device.check_dtypes(dtypes)
-        alone = sum(make(operator) is not None for operator in OPERATORS for make in IMPLEMENTATIONS.values())
-        mixers = len((OURS, MANY)) * len(OPERATORS)
+        alone = sum(make(operator) is not None for operator in GATES for make in IMPLEMENTATIONS.values())
+        mixers = len(GATES) + sum(rule in ERASES for rule in RULE_OF.values())  # in many launches, and in one
         return device.say_plan(len(dtypes) * len(shapes) * (alone + mixers), "decode step")
     device.check_request(dtypes, plot)
     rows: list[Row] = []
     for dtype in dtypes:
         rows += measured(shapes, dtype, measure_in_graph, device.ceilings(dtype))
+    rows = with_bytes(rows, "decode")
     result = {"machine": device.about(commit), "context": CONTEXT, "rows": rows}
     device.write(result, json=json, plot=plot, title="decode step")
     device.refuse_failed(rows, (OURS, MANY))
@@ -71,46 +81,55 @@ def measured(
 ) -> list[Row]:
     """One row for every operator, shape and implementation that is installed."""
     rows = []
-    for shape in shapes:
-        for operator in OPERATORS:
-            tensors = token(shape, dtype, place)
-            for name, make in IMPLEMENTATIONS.items():
-                compute = make(operator)
-                if compute is None:
-                    continue
-                row = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": "one token"}
-                found = row | {"implementation": name} | measure(without_gradient(compute, tensors))
-                rows.append(device.judged(found, work_of(name, operator, shape, dtype), limits))
-            rows += mixer_rows(operator, shape, dtype, measure, limits, tensors["state"].device)
+    for shape, operator, what in product(shapes, GATES, WHAT):
+        for name, run in runs(operator, shape, dtype, what, place):
+            work = work_of(name, operator, shape, dtype)
+            if what == MIXER:
+                work = Work(work.bytes + weights_of(mixer(operator, shape, dtype, "meta")), work.flops)
+            row = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": what}
+            rows.append(device.judged(row | {"implementation": name} | measure(run), work, limits))
     return device.with_ratios(rows, OURS, SAME)
 
 
-def mixer_rows(
-    operator: str, shape: Shape, dtype: str, measure: Callable[[Run], Row], limits: Ceilings, place: str | torch.device
-) -> list[Row]:
-    """The rule's default mixer, values as wide as keys: in one launch where the kernel serves it, and in many."""
-    sequences, heads, size = shape
+def runs(operator: str, shape: Shape, dtype: str, what: str, place: str = "cuda") -> Iterator[tuple[str, Run]]:
+    """(name, call) of every implementation; of a whole mixer ours alone."""
+    if what == MIXER:
+        yield from mixer_runs(operator, shape, dtype, place)
+        return
+    tensors = token(shape, dtype, place, operator)
+    for name, make in IMPLEMENTATIONS.items():
+        compute = make(operator)
+        if compute is not None:
+            yield name, without_gradient(compute, tensors)
+
+
+def mixer(operator: str, shape: Shape, dtype: str, place: str) -> FastWeightLayer:
+    """The rule's default mixer, values as wide as keys."""
+    _, heads, size = shape
     options = MixerOptions(rule=RULE_OF[operator], hidden_size=heads * size, num_attention_heads=heads)
-    layer = FastWeightLayer(options, 0).to(place, device.DTYPES[dtype]).requires_grad_(False)
-    x_BTD = torch.randn(sequences, 1, heads * size, device=place).to(device.DTYPES[dtype])
-    given = MixerInputs(x_BTD)
+    return FastWeightLayer(options, 0).to(place, device.DTYPES[dtype]).requires_grad_(False)
+
+
+def weights_of(layer: FastWeightLayer) -> int:
+    """Bytes of the weights that stand before what o_proj reads."""
+    return sum(x.numel() * x.element_size() for name, x in layer.named_parameters() if "o_proj" not in name)
+
+
+def mixer_runs(operator: str, shape: Shape, dtype: str, place: str) -> Iterator[tuple[str, Run]]:
+    """In one launch where the kernel serves the mixer, and in many."""
+    layer = mixer(operator, shape, dtype, place)
+    given = MixerInputs(torch.randn(shape[0], 1, layer.options.hidden_size, device=place).to(device.DTYPES[dtype]))
     states = layer._mix(given, {})[1]
-    calls: dict[str, Operator] = {MANY: lambda states: layer._mix(given, states, in_place=True)[0]}
     if can_decode(layer, given, states):
-        calls = {OURS: lambda states: decode(layer, given, states), **calls}
-    weights = sum(x.numel() * x.element_size() for n, x in layer.named_parameters() if "o_proj" not in n)
-    step = work_of(OURS, operator, shape, dtype)
-    work = Work(step.bytes + weights, step.flops)
-    alike = {"operator": operator, "shape": list(shape), "dtype": dtype, "what": "whole mixer"}
-    measured_calls = {name: measure(without_gradient(run, states)) for name, run in calls.items()}
-    return [device.judged(alike | {"implementation": n} | found, work, limits) for n, found in measured_calls.items()]
+        yield OURS, without_gradient(lambda states: decode(layer, given, states), states)
+    yield MANY, without_gradient(lambda states: layer._mix(given, states, in_place=True)[0], states)
 
 
-def token(shape: Shape, dtype: str, place: str) -> dict[str, Tensor]:
+def token(shape: Shape, dtype: str, place: str, operator: str = "gated_delta_rule") -> dict[str, Tensor]:
     """q, k, v, beta, g of one token and the state of every sequence."""
     sequences, heads, size = shape
     state = torch.randn(sequences, heads, size, size, device=place)
-    return inputs((sequences, 1, heads, size), dtype, place) | {"state": state}
+    return inputs((sequences, 1, heads, size), dtype, place, operator) | {"state": state}
 
 
 def without_gradient(compute: Operator, tensors: dict[str, Tensor]) -> Run:
@@ -146,7 +165,7 @@ def captured(run: Run) -> Run:
 
 
 def ours(operator: str) -> Operator:
-    apply, gates = RULES[RULE_OF[operator]].apply, OPERATORS[operator]
+    apply, gates = RULES[RULE_OF[operator]].apply, GATES[operator]
     options = {"normalize": False} if not gates else None
 
     def compute(x: dict[str, Tensor]) -> Tensor:
@@ -164,7 +183,7 @@ def fla(operator: str) -> Operator | None:
         return None
 
     def compute(x: dict[str, Tensor]) -> Tensor:
-        given = {gate: x[gate] for gate in OPERATORS[operator]}
+        given = {gate: x[gate] for gate in GATES[operator]}
         carried = {"initial_state": x["state"], "output_final_state": True}
         return function(x["q"], x["k"], x["v"], **given, **carried, **keywords)[0]
 
@@ -172,14 +191,13 @@ def fla(operator: str) -> Operator | None:
 
 
 def transformers_fallback(operator: str) -> Operator | None:
-    """transformers has one for the gated delta rule alone."""
-    if OPERATORS[operator] != ("g", "beta"):
+    """transformers has them for the gated delta rules alone, the one with a decay per channel since Kimi Linear."""
+    if operator not in STOCK:
         return None
-    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
-
-    stock = theirs.torch_recurrent_gated_delta_rule
-    carried = {"output_final_state": True, **NORMALIZED}
-    return lambda x: stock(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["state"], **carried)[0]
+    stock, carried = device.peer(*STOCK[operator]), {"output_final_state": True, **NORMALIZED}
+    return stock and (
+        lambda x: stock(x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["state"], **carried)[0]
+    )
 
 
 def softmax(operator: str) -> Operator:
@@ -207,7 +225,8 @@ def work_of(name: str, operator: str, shape: Shape, dtype: str) -> Work:
     """The states once in and once out in float32 (or the cache once in), and three products of a vector with them."""
     sequences, heads, size = shape
     pairs, word = sequences * heads, device.DTYPES[dtype].itemsize
-    small = pairs * (4 * size * word + sum({"beta": word, "g": 4}[gate] for gate in OPERATORS[operator]))
+    decays = size if DIMENSIONS_OF_G.get(operator) == 4 else 1
+    small = pairs * (4 * size * word + sum({"beta": word, "g": 4 * decays}[gate] for gate in GATES[operator]))
     if name == "SDPA":
         return Work(2 * pairs * CONTEXT * size * word + 4 * pairs * size * word, 4 * pairs * CONTEXT * size)
-    return Work(2 * pairs * size * size * 4 + small, (6 if OPERATORS[operator] else 4) * pairs * size * size)
+    return Work(2 * pairs * size * size * 4 + small, (6 if GATES[operator] else 4) * pairs * size * size)

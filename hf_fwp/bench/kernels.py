@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .. import ops
 from . import device
 from .device import Ceilings, Row, Run, Work
-from .traffic import counted_bytes
+from .traffic import with_bytes
 
 # B, T, H, D
 Shape = tuple[int, int, int, int]
@@ -31,7 +31,6 @@ CHUNK = 64
 WHAT = ("forward", "forward + backward")
 OURS = "hf_fwp"
 OUR_BACKENDS = (OURS, "hf_fwp, backend torch")
-COUNTED = (OURS, "flash-linear-attention", "SDPA")
 SAME = ("operator", "shape", "dtype", "what")
 OPERATORS = {"delta_rule": ("beta",), "gated_delta_rule": ("g", "beta"), "linear_attention": ()}
 # what is timed here only: the gated delta rule with a decay for every channel
@@ -88,19 +87,11 @@ def bench_kernels(
     with _compiled_anew():
         for dtype in dtypes:
             rows += measured(shapes, dtype, device.measure, device.ceilings(dtype))
-    rows = with_bytes(rows)
+    rows = with_bytes(rows, "kernels")
     result = {"machine": device.about(commit), "rows": rows} | ({} if tuned is None else {"tuned": tuned})
     device.write(result, json=json, plot=plot, title="chunked operators")
     device.refuse_failed(rows, OUR_BACKENDS)
     return result
-
-
-def with_bytes(rows: Sequence[Row]) -> list[Row]:
-    """The rows with the bytes that the hardware counts; not of the slow fallbacks, which would take minutes."""
-    chosen = [row for row in rows if row["implementation"] in COUNTED and row["ms"] is not None]
-    counts = counted_bytes([[row[name] for name in (*SAME, "implementation")] for row in chosen])
-    found = {id(row): count for row, count in zip(chosen, counts, strict=True)}
-    return [row | {"bytes": found.get(id(row))} for row in rows]
 
 
 def measured(shapes: Sequence[Shape], dtype: str, measure: Callable[[Run], Row], limits: Ceilings) -> list[Row]:

@@ -1,11 +1,13 @@
 """Bytes between a GPU and its memory, counted by the hardware, in a process of its own.
 
 The counters need rights that a machine may not give, and a profiler without them can end the process: where nothing is
-counted the bytes are None and the reason is printed. Run as `python -m hf_fwp.bench.traffic CALLS`, CALLS in JSON.
+counted the bytes are None and the reason is printed. Run as `python -m hf_fwp.bench.traffic BENCH CALLS`, these in
+JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,13 +19,25 @@ from typing import Any
 import torch
 from torch._C._profiler import _ExperimentalConfig
 
+from .device import Row
+
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 LIMIT_S = 150
+CALL = ("operator", "shape", "dtype", "what", "implementation")
+SLOW = ("hf_fwp, backend torch", "transformers")
 
 
-def counted_bytes(calls: Sequence[Sequence[Any]]) -> list[int | None]:
-    """Bytes read and written by each call (operator, shape, dtype, what, implementation) of hf_fwp.bench.kernels."""
-    command = [sys.executable, "-m", "hf_fwp.bench.traffic", json.dumps(list(calls))]
+def with_bytes(rows: Sequence[Row], bench: str) -> list[Row]:
+    """The rows with the bytes that the hardware counts; not of the slow fallbacks, which would take minutes."""
+    chosen = [row for row in rows if row["implementation"] not in SLOW and row["ms"] is not None]
+    counts = counted_bytes(bench, [[row[name] for name in CALL] for row in chosen])
+    found = {id(row): count for row, count in zip(chosen, counts, strict=True)}
+    return [row | {"bytes": found.get(id(row))} for row in rows]
+
+
+def counted_bytes(bench: str, calls: Sequence[Sequence[Any]]) -> list[int | None]:
+    """Bytes read and written by each CALL of the module hf_fwp.bench.`bench`."""
+    command = [sys.executable, "-m", "hf_fwp.bench.traffic", bench, json.dumps(list(calls))]
     with tempfile.TemporaryFile("w+") as found, tempfile.TemporaryFile("w+") as told:
         try:
             subprocess.run(command, stdout=found, stderr=told, timeout=LIMIT_S, check=True)
@@ -57,10 +71,9 @@ def bytes_in(trace: dict[str, Any]) -> int | None:
     return sum(int(args.get(name, 0)) for args in counts for name in COUNTERS) if counts else None
 
 
-def main(calls: str) -> None:
+def main(bench: str, calls: str) -> None:
     """A line for every call as soon as it is counted: what comes before an early end is not lost."""
-    from .kernels import runs
-
+    runs = importlib.import_module(f"hf_fwp.bench.{bench}").runs
     for operator, shape, dtype, what, implementation in json.loads(calls):
         run = dict(runs(operator, tuple(shape), dtype, what))[implementation]
         try:
@@ -72,4 +85,4 @@ def main(calls: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -71,25 +71,27 @@ def test_the_whole_bench_of_kernels(on_cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(device, "require_gpu", lambda: None)
     monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
     monkeypatch.setattr(device, "measure", measure)
-    monkeypatch.setattr(kernels, "counted_bytes", lambda calls: list(range(len(calls))))
+    monkeypatch.setattr(traffic, "counted_bytes", lambda bench, calls: list(range(len(calls))))
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     result = kernels.bench_kernels(json=tmp_path / "x.json", shapes=[(1, 8, 1, 16)], commit="abc")
     assert json.loads((tmp_path / "x.json").read_text()) == result
-    counted = [row["bytes"] for row in result["rows"] if row["implementation"] in kernels.COUNTED]
+    counted = [row["bytes"] for row in result["rows"] if row["implementation"] not in traffic.SLOW]
     assert counted == list(range(len(counted)))
     assert {row["bytes"] for row in result["rows"] if row["implementation"] == "transformers"} == {None}
 
 
 def test_the_whole_bench_of_decode(monkeypatch, tmp_path):
-    token = decode.token
+    runs = decode.runs
     monkeypatch.setattr(decode, "CONTEXT", 32)
-    monkeypatch.setattr(decode, "token", lambda shape, dtype, place: token(shape, dtype, "cpu"))
+    monkeypatch.setattr(decode, "runs", lambda *given: runs(*given[:4], "cpu"))
+    monkeypatch.setattr(traffic, "counted_bytes", lambda bench, calls: [len(bench)] * len(calls))
     monkeypatch.setattr(decode, "measure_in_graph", measure)
     monkeypatch.setattr(device, "require_gpu", lambda: None)
     monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
     result = decode.bench_decode(json=tmp_path / "x.json", shapes=[(2, 1, 16)], commit="abc")
     assert json.loads((tmp_path / "x.json").read_text()) == result
     assert result["machine"]["commit"] == "abc"
+    assert {row["bytes"] for row in result["rows"] if row["implementation"] not in traffic.SLOW} == {len("decode")}
 
 
 def test_what_runs_on_a_gpu_machine_needs_no_datasets():
@@ -158,17 +160,23 @@ def test_the_decay_of_a_channel_is_timed_as_it_is_called():
 def test_decode_rows(monkeypatch):
     monkeypatch.setattr(decode, "CONTEXT", 32)
     rows = decode.measured([(2, 3, 16)], "float32", measure, LIMITS, place="cpu")
-    assert {row["operator"] for row in rows} == set(kernels.OPERATORS)
+    assert {row["operator"] for row in rows} == set(kernels.GATES)
     assert {"hf_fwp", "transformers", "SDPA"} <= {row["implementation"] for row in rows}
     whole = [row for row in rows if row["what"] == "whole mixer"]
     assert {row["implementation"] for row in whole} == {decode.MANY}  # the kernel of one launch needs a GPU
+    alone = next(row for row in rows if row["operator"] == whole[0]["operator"])
+    assert whole[0]["bandwidth_floor_ms"] > alone["bandwidth_floor_ms"]  # it reads weights, too
 
 
-def test_decode_implementations_compute_the_same():
-    tensors = decode.token((2, 3, 16), "float32", "cpu")
-    theirs = decode.transformers_fallback("gated_delta_rule")(tensors)
+@pytest.mark.parametrize("operator", decode.STOCK)
+def test_decode_implementations_compute_the_same(operator):
+    tensors = decode.token((2, 3, 16), "float32", "cpu", operator)
+    stock = decode.transformers_fallback(operator)
+    if stock is None:
+        pytest.skip(f"this version of transformers has no {decode.STOCK[operator][1]}")
+    theirs = stock(tensors)
     before = tensors["state"].clone()
-    ours = decode.without_gradient(decode.ours("gated_delta_rule"), tensors)()
+    ours = decode.without_gradient(decode.ours(operator), tensors)()
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.equal(before, tensors["state"])
 
@@ -240,7 +248,7 @@ def test_counters_are_read_out_of_a_trace():
 @without_gpu
 def test_without_counters_there_are_no_bytes(capsys):
     calls = [["delta_rule", [1, 64, 1, 16], "float32", "forward", "hf_fwp"]]
-    assert traffic.counted_bytes(calls) == [None]
+    assert traffic.counted_bytes("kernels", calls) == [None]
     assert "not every byte was counted" in capsys.readouterr().err
 
 
@@ -287,7 +295,7 @@ def test_a_peer_that_fails_leaves_a_note_and_the_other_rows(on_cpu, monkeypatch,
     monkeypatch.setattr(device, "launches", lambda run: 3)
     monkeypatch.setattr(device, "require_gpu", lambda: None)
     monkeypatch.setattr(device, "ceilings", lambda dtype: LIMITS)
-    monkeypatch.setattr(kernels, "counted_bytes", lambda calls: [1] * len(calls))
+    monkeypatch.setattr(traffic, "counted_bytes", lambda bench, calls: [1] * len(calls))
     pytest.importorskip("triton", reason="Triton is published for Linux only")
     monkeypatch.setitem(kernels.IMPLEMENTATIONS, "flash-linear-attention", lambda operator: fails)
     rows = kernels.bench_kernels(json=tmp_path / "x.json", shapes=[(1, 8, 1, 16)])["rows"]
