@@ -82,7 +82,8 @@ def delta_rule(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The delta rule S ← S + k ⊗ β(v - Sᵀk). Keys are expected at length 1; `use_qk_l2norm_in_kernel` sees to it."""
+    """The delta rule S ← S + k ⊗ β(v - Sᵀk). Keys are expected at length 1; `use_qk_l2norm_in_kernel` sees to it. With
+    β‖k‖² > 2 states grow without bound, and kernels with inputs in 16 bits overflow first."""
     out, states = RULES["delta_net"].apply(
         q,
         k,
