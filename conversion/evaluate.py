@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.architecture import refuse_named_heads
 from hf_fwp.dtypes import parse_dtype
 from hf_fwp.estimates import duration, peak_memory, seconds_per_token, size
 from hf_fwp.hosts import HOSTS
@@ -128,6 +129,7 @@ def open_model(
     config = None if str(model).endswith(".gguf") else find_config(model)
     if config is None or (text_config_of(config) or config).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)
+    refuse_named_heads(config, model)
     folder = Path(model)
     if folder.is_dir():
         check_weights(folder)

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from hf_fwp.architecture import refuse_named_heads
 from hf_fwp.dtypes import parse_dtype
 from hf_fwp.estimates import empty_model
 from hf_fwp.hosts import find_host
@@ -203,6 +204,8 @@ def _checked(source: str, *, weights: bool = True) -> str:
         raise ValueError(f"{source} is not a model folder: it has no config.json; give the one save_pretrained wrote")
     config = find_config(source)
     check_family(text_config_of(config) or config)
+    if text_config_of(config) is None:
+        refuse_named_heads(config, source)
     if folder.is_dir() and weights:
         check_weights(folder)
     return source

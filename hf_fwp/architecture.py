@@ -49,3 +49,10 @@ def refuse_other_heads(config: Any, names: Iterable[str], *, told: str) -> None:
             f"{told} ({config.model_type}); give a causal language model, or the folder in which save_pretrained wrote "
             "one"
         )
+
+
+def refuse_named_heads(config: Any, source: str | os.PathLike[str]) -> None:
+    """The same for a folder or Hub id whose config names a model with another head; one that names none is let pass."""
+    names = config.architectures or []
+    if head_of(config, names) not in (None, CAUSAL):
+        refuse_other_heads(config, names, told=f"{os.fspath(source)} holds {names}")

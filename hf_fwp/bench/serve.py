@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..architecture import refuse_named_heads
 from ..estimates import duration, empty_model, seconds_per_token, size
 from ..telling import say, tell
 from .cpu import machine
@@ -93,6 +94,7 @@ def told(source: str | Path) -> str:
 def with_weights(source: str | Path) -> Any:
     if str(source).endswith(".gguf"):
         return _from_gguf(source)
+    refuse_named_heads(AutoConfig.from_pretrained(str(source)), source)
     return AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
 
 

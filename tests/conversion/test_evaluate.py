@@ -10,9 +10,10 @@ from teachers import tiny_teacher
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from hf_fwp import FwpConfig, FwpForCausalLM
+from hf_fwp import FwpConfig, FwpForCausalLM, FwpForSequenceClassification
+from hf_fwp.bench import serve as serving
 from hf_fwp.conversion.baselines import (
     baselines,
     fast_weights_off,
@@ -22,6 +23,7 @@ from hf_fwp.conversion.baselines import (
     window_off,
 )
 from hf_fwp.conversion.calibrate import attention_heads
+from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.evaluate import (
     PROMPTS,
     answer,
@@ -131,6 +133,28 @@ def test_folders_converted_or_not_are_opened_with_their_tokenizer(tmp_path):
     assert measured["tokens"] == 128
     assert measured["kl"] > 0
     assert measured["teacher_perplexity"] == pytest.approx(alone["perplexity"])
+
+
+@pytest.mark.parametrize("kind", ["own", "converted", "teacher"])
+def test_a_classifier_is_not_measured_as_a_language_model(kind, tmp_path):
+    if kind == "own":
+        model = FwpForSequenceClassification(FwpConfig(vocab_size=67, hidden_size=16, num_hidden_layers=2, num_heads=2))
+    else:
+        model = LlamaForSequenceClassification(tiny_llama().config)
+    model.save_pretrained(tmp_path / "model")
+    if kind == "converted":
+        student = copy_teacher(tiny_llama(), layers=[1])
+        config = student.config
+        config.architectures = ["FwpLlamaForSequenceClassification"]
+        config.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"ForSequenceClassification.*give a causal language model"):
+        evaluate(tmp_path / "model", data=TEXTS)
+    if kind == "teacher":
+        with pytest.raises(ValueError, match=r"ForSequenceClassification.*give a causal language model"):
+            convert(tmp_path / "model", data=TEXTS, dry_run=True)
+    with pytest.raises(ValueError, match=r"ForSequenceClassification.*give a causal language model"):
+        serving.with_weights(tmp_path / "model")
 
 
 def test_what_cannot_be_measured_is_said(teacher, ids_NT, tmp_path):
