@@ -24,6 +24,11 @@ def config_of(source: str | os.PathLike[str]) -> Any:
     return AutoConfig.from_pretrained(str(source))
 
 
+def is_adapter(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder or Hub id holds an adapter of peft."""
+    return find_adapter_config_file(str(source)) is not None
+
+
 def head_of(config: Any, names: Iterable[str]) -> str | None:
     """The Auto class whose model for this config is called by one of the names; None where there is none."""
     names = set(names)

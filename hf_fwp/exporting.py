@@ -14,13 +14,14 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .architecture import config_of, refuse_other_heads
+from .architecture import config_of, is_adapter, refuse_other_heads
 from .estimates import empty_model, size
 from .options import refuse_unknown
 from .telling import say
 
 # format -> the module whose `write(model, folder)` writes it, and whose `check(model)` refuses what it cannot
 FORMATS = {"fla": "hf_fwp.interop.to_fla", "onnx": "hf_fwp.interop.onnx"}
+WHOLE = ("fla",)  # formats without a place for an adapter beside the weights
 # What goes along from the folder of a model, by name.
 COMPANIONS = (
     "tokenizer*",
@@ -47,6 +48,8 @@ def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: s
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; name a new one")
     _refuse_other_heads(model)
+    if format in WHOLE and _adapted(model):
+        raise ValueError(f"format={format!r} holds no adapter; merge it first: model.merge_and_unload()")
     if dry_run:
         planned = model if isinstance(model, PreTrainedModel) else empty_model(config_of(model))
         importlib.import_module(FORMATS[format]).check(planned)
@@ -62,6 +65,13 @@ def export(model: PreTrainedModel | str | Path, output: str | Path, *, format: s
                 if file.is_file() and not (output / file.name).exists():
                     shutil.copyfile(file, output / file.name)
     return output
+
+
+def _adapted(model: PreTrainedModel | str | Path) -> bool:
+    """Whether weights of an adapter stand beside those of the model."""
+    if isinstance(model, PreTrainedModel):
+        return any(hasattr(module, "base_layer") for module in model.modules())
+    return is_adapter(model)
 
 
 def _refuse_other_heads(model: PreTrainedModel | str | Path) -> None:

@@ -268,6 +268,11 @@ def test_an_adapter_is_what_its_base_model_is(tmp_path, capsys):
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     hf_fwp.export(tmp_path / "adapter", tmp_path / "out", format="onnx", dry_run=True)
     assert "would write FwpForCausalLM" in capsys.readouterr().err
+    for given in (tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")):
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=r"format='fla' holds no adapter; merge it first"):
+                hf_fwp.export(given, tmp_path / "out", format="fla", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_from_outside_has_no_code_to_export(monkeypatch):
