@@ -76,8 +76,7 @@ $(RESULTS)/tests-%.xml: | $(RESULTS)/machine.json
 	mv $@.part $@
 
 $(RESULTS)/%.json: | $(RESULTS)/machine.json
-	$(PYTHON) -m hf_fwp.cli bench $* --json $@.part $(COMMIT:%=--commit %)
-	mv $@.part $@
+	$(PYTHON) -m hf_fwp.cli bench $* --json $@ $(COMMIT:%=--commit %)
 
 define FAILED_TESTS
 import sys, xml.etree.ElementTree as trees

@@ -1,6 +1,7 @@
 """The benches for a GPU on a machine without one: who is called with what, floors, ratios, table and picture."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_few_files_come_back_from_a_gpu_machine(tmp_path):
         ["make", "-n", "gpu", f"RESULTS={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     files = {line.split()[-1] for line in told.splitlines() if line.strip().startswith("mv ")}
+    files |= set(re.findall(r"--json (\S+)", told))
     assert {Path(file).name for file in files} >= {"machine.json", "kernels.json", "decode.json"}
     assert len(files) <= 8
     assert "--plot" not in told
