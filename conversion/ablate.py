@@ -289,7 +289,8 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         said_of = runs[0]["run"] | {"teacher": Path(runs[0]["run"]["teacher"]).name}
         row |= {"environment": runs[0]["environment"], "run": said_of}
         row |= {"recall": [run["recall"]["student"] for run in runs if "recall" in run]}
-        without = [run["baselines"]["window_off"]["kl"] for run in runs if "baselines" in run]
+        parts = [run.get("baselines", {}) for run in runs]
+        without = [each["window_off"]["kl"] for each in parts if "window_off" in each]  # none where all layers are kept
         row |= {"kl_without_windows": mean(without)} if without else {}
         first = next((before for before in rows if before["recipe"] == recipe), (rows or [row])[0])
         row["outcome"] = outcome(row["kl"], first["kl"])

@@ -19,7 +19,7 @@ from hf_fwp.files import write_whole
 from .ablate import ablate, as_table
 from .data import brown
 from .recipes import Recipe, find_recipe
-from .results import ROOT, quote
+from .results import ROOT, WINDOW, quote
 from .teacher import smollm2_gguf
 
 ROWS = ROOT / "conversion" / "comparisons.json"
@@ -33,7 +33,6 @@ def _stepping(name: str, sequences: int) -> Recipe:
 
 
 QUICK = _stepping("quick", 4)  # as many as the others take
-WINDOW = {"window": 64, "sinks": 4}
 # name: arguments of ablate
 TABLES: dict[str, Mapping[str, Any]] = {
     # on the student's stream, where the teacher's is a choice

@@ -23,12 +23,12 @@ import rich.table
 import torch
 
 from ..card import commit as commit_of_checkout
+from ..dtypes import DTYPES
 from ..files import write_whole
 from ..look import FIGURES
 from ..telling import say, tell
 from .plots import bars
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARMUP_MS, REPEAT_MS = 25, 100  # of every row
 OUT_OF_MEMORY = "out of memory"
 FAULTS = (

@@ -60,10 +60,11 @@ def apply_form(
     factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
     in_place = in_place and backend == "step" and not torch.is_grad_enabled()
     kernel = backend == "triton" or (backend == "step" and decodes(*tensors))
-    given = {name: value_of(x) for name, x in gates.items()} if backend != "triton" or not renames else {}
+    computed = renames and backend == "triton"  # by the kernels
+    given: dict[str, Any] = gates if computed else {name: value_of(x) for name, x in gates.items()}
     if renames and kernel:
         assert make_form is not None
-        form = make_form(q=q, k=k, v=v, **(given or gates), **chosen)
+        form = make_form(q=q, k=k, v=v, **given, **chosen)
         call: dict[str, Any] = {"mask": mask, "scale": factor, "l2norm": qk_l2norm}
         if backend == "step":
             out, state = run_decode(form, states.get("state"), in_place=in_place, **call)

@@ -227,6 +227,12 @@ def test_a_student_with_windows_is_measured_without_them_too(teacher, tmp_path):
     assert [line.strip(" |").split(" | ")[at] for line in lines[:3]] == ["-", f"{first:.4f}", f"{second:.4f}"]
 
 
+def test_where_all_layers_are_kept_there_is_no_window_to_be_without(teacher, tmp_path):
+    (row,) = ablated(teacher, tmp_path, recipe=WINDOWED, choices=[AS_IT_IS], keep=LAYERS)
+    assert row["kl"] == 0
+    assert "kl_without_windows" not in row
+
+
 def test_recipes_side_by_side_and_training_that_was_interrupted(teacher, tmp_path, monkeypatch):
     verb = importlib.import_module("hf_fwp.conversion.convert")
     with monkeypatch.context() as patch:
