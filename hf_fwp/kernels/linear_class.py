@@ -20,7 +20,7 @@ from ..rules.chunked_op import new_gradients, new_outputs
 from ..rules.gating import Decay, Rate
 from .linear_class_backward import gradients, scan_backward
 from .linear_class_forward import invert_chunks, scan_forward
-from .linear_class_launches import SOLVE, TABLE, Call, Launch, Launches, Sizes, only_if, padded, readers_of, sizes_of
+from .linear_class_launches import SOLVE, TABLE, Call, Launch, Launches, Sizes, only_if, padded, sizes_of
 from .linear_class_segments import carry, map_segments
 from .tiles import dot
 
@@ -176,10 +176,10 @@ def linear_class_backward(
     q, k, v, d_out, d_final, *gates = contiguous(q, k, v, d_out, d_final, beta, g, a_log, dt_bias, mask, cu_seqlens)
     call = prepare(q, k, v, gates, beta_range, erase, l2norm)
     (dq, dk, dv, d_beta, d_g), d_initial = new_gradients(q, k, v, beta, g, cu_seqlens)
-    per_reader = {name: readers_of(call, x) for name, x in (("q", dq), ("k", dk), ("g", d_g))}
-    readers, launches, sizes = call.readers, call.sizes.launches, call.sizes
+    launches, sizes = call.sizes.launches, call.sizes
     # zeros: some slots may stay empty
-    d_rates = torch.zeros(sizes.chunks if a_log is not None else 0, readers, 2, dtype=torch.float32, device=v.device)
+    rates = (sizes.chunks if a_log is not None else 0, v.shape[2], 2)
+    d_rates = torch.zeros(rates, dtype=torch.float32, device=v.device)
     d_states = torch.empty_like(states)
     # without β what was written is v, and its gradient that of v
     d_written = dv if beta is None else torch.empty_like(v)
@@ -191,21 +191,17 @@ def linear_class_backward(
             scan_backward, launches.backward, *inputs, end, d_initial, *outputs, HAS_FINAL=end is not None, KEEP=True
         )  # fmt: skip
         call.run(
-            gradients, sizes.chunks * readers, launches.gradients, q, k, v, *gates, solve, states, d_states, d_written,
-            d_out, per_reader["q"], per_reader["k"], dv, d_beta, per_reader["g"], d_rates, scale,
-            BV=call.width(launches.gradients),
+            gradients, sizes.chunks * k.shape[2], launches.gradients, q, k, v, *gates, solve, states, d_states,
+            d_written, d_out, dq, dk, dv, d_beta, d_g, d_rates, scale, BV=call.width(launches.gradients),
         )  # fmt: skip
-    for total, parts in ((dq, per_reader["q"]), (dk, per_reader["k"]), (d_g, per_reader["g"])):
-        if parts is not total:
-            total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
     return dq, dk, dv, d_beta, d_g, *rate_gradients(d_rates, a_log, dt_bias), d_initial
 
 
 def rate_gradients(d_rates: Tensor, a_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients [HV] of A and d from the parts of all chunks and readers."""
+    """Gradients [HV] of A and d from the parts [slots, HV, 2] of all chunks."""
     if a_log is None or dt_bias is None:
         return d_rates.new_empty(0), d_rates.new_empty(0)
-    d_a_log, d_dt_bias = d_rates.sum(0).unflatten(0, (a_log.shape[0], -1)).sum(1).unbind(-1)
+    d_a_log, d_dt_bias = d_rates.sum(0).unbind(-1)
     return d_a_log.to(a_log.dtype, copy=True), d_dt_bias.to(dt_bias.dtype, copy=True)
 
 

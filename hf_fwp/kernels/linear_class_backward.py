@@ -92,6 +92,14 @@ def scan_backward(
         store_matrix(d_initial, pair.to(tl.int64), keys, values, K, V, d_state)
 
 
+@triton.jit
+def _through_length(gradient, x, norm):
+    """The gradient of x from that of x / |x|; `norm` is 1 / |x|."""
+    x = x.to(tl.float32)
+    along = norm * norm * tl.sum(x * gradient, 1)
+    return (gradient - x * along[:, None]) * norm[:, None]
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
     q, k, v, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, d_out,
@@ -101,113 +109,128 @@ def gradients(
     RANGE: tl.constexpr, HAS_G: tl.constexpr, RAW_G: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk and one query head; those of k and g are summed over a state's readers later.
+    """Gradients of one chunk and one key head, from its readers (query heads) one after the other.
 
-    What does not depend on the query is added by the first reader of a state. With RAW_G, `d_rates` [slots, HV R, 2]
+    What does not depend on the query is added by the first reader of a state. With RAW_G, `d_rates` [slots, HV, 2]
     gets this chunk's part of the gradients of A and d.
     """
-    slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
-    hv = reader // R
-    h = hv // (HV // H)
-    leads = reader % R == 0
-    hq, heads = query_head(reader, h, HV * R, H, SHARE)
+    readers: tl.constexpr = HV // H * R
+    slot, h = tl.program_id(0) // H, tl.program_id(0) % H
     n, i, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, keys = tl.arange(0, C), tl.arange(0, BK)
     here = rows < left
     valid = valid_rows(mask, at, rows, here, HAS_MASK)
-    k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
-    q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
-    k_norm, q_norm = inverse_length(k_tile, L2NORM), inverse_length(q_tile, L2NORM)
-    step, slope = load_step(g, a_log, dt_bias, at, hv, HV, rows, valid, HAS_G, RAW_G)
-    coarse, fine, decay, remaining, after = decay_of(step, rows)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
-    share = tl.where(leads, 1.0, 0.0)
-    index = slot.to(tl.int64) * HV + hv
-
+    earlier = rows[:, None] > tl.arange(0, C)[None, :]
     d_q = tl.zeros([C, BK], tl.float32)
     d_k = tl.zeros([C, BK], tl.float32)
-    omega = tl.zeros([C, C], tl.float32)
-    erased = tl.zeros([C, C], tl.float32)
-    along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ V
-    along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
-    along_state = 0.0  # ⟨S0, dS1⟩
-    if ERASE:
-        t = load_solve(solve, n, at - i * C, length, i, hv, HV, C, PACKED)
-    for part in tl.range(0, V, BV, disable_licm=True):
-        values = part + tl.arange(0, BV)
-        s = load_matrix(states, index, keys, values, K, V)
-        ds = load_matrix(d_states, index, keys, values, K, V)
-        v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
-        dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
-        do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid)
-        written = v_tile
-        if ERASE:
-            old = (decay * k_norm)[:, None] * dot(k_tile, s, DOT, PRECISION)
-            written -= old
-            along_key += tl.sum(dw * old, 1)
-        if HAS_BETA:
-            written *= rate[:, None]
-        if ERASE:
-            written = fine_dot(t, written, DOT, PRECISION)
-            erased += dot(dw, tl.trans(written), DOT, PRECISION)
-            d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
-        omega += dot(do, tl.trans(written), DOT, PRECISION)
-        d_q += decay[:, None] * dot(do, tl.trans(s), DOT, PRECISION)
-        d_k += dot((share * remaining)[:, None] * written, tl.trans(ds), DOT, PRECISION)
-        along_value += tl.sum(dw * v_tile, 1)
-        along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
-        if HAS_BETA:
-            store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
+    d_step = tl.zeros([C], tl.float32)  # dg of a state, over its readers
+    for member in tl.range(0, readers, disable_licm=True):
+        reader = h * readers + member
+        hv = reader // R
+        leads, ends = member % R == 0, member % R == R - 1
+        hq, heads = query_head(reader, h, HV * R, H, SHARE)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+        q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+        k_norm, q_norm = inverse_length(k_tile, L2NORM), inverse_length(q_tile, L2NORM)
+        step, slope = load_step(g, a_log, dt_bias, at, hv, HV, rows, valid, HAS_G, RAW_G)
+        coarse, fine, decay, remaining, after = decay_of(step, rows)
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
+        share = tl.where(leads, 1.0, 0.0)
+        index = slot.to(tl.int64) * HV + hv
 
-    # loaded again: kept over the loop they would take registers from the sums
-    k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
-    q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
-    gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
-    omega *= scale * gamma
-    earlier = rows[:, None] > tl.arange(0, C)[None, :]
-    along_end = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
-    along_state = share * along_state * after + tl.sum(along_end, 0)
-    along_state += share * tl.sum(rate * along_key, 0)
-    if HAS_G and tl.float32 != DOT:
-        later = scale * q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - along_end - 2.0 * share * rate * along_key
-        met = omega * dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * q_norm[:, None] * k_norm[None, :]
-        met = tl.where(earlier, met, 0.0)
-        later += tl.sum(met, 1) - tl.sum(met, 0)
-    d_q = scale * d_q + dot(omega * k_norm[None, :], k_tile, DOT, PRECISION)
-    d_k += dot(tl.trans(omega * q_norm[:, None]), q_tile, DOT, PRECISION)
-    eta = -along_key
-    if ERASE:
-        erased *= tl.where(earlier, gamma, 0.0)
-        similar = dot(k_tile, tl.trans(k_tile), DOT, PRECISION) * k_norm[:, None] * k_norm[None, :]
-        eta -= tl.sum(erased * similar, 1)
-        erased *= (share * rate)[:, None]
+        if not SHARE:
+            d_q = tl.zeros([C, BK], tl.float32)
+        # what readers before this one have left
+        along_q_before = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1)
+        along_k_before = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
+        omega = tl.zeros([C, C], tl.float32)
+        erased = tl.zeros([C, C], tl.float32)
+        along_value = tl.zeros([C], tl.float32)  # Σ_v dY ⊙ V
+        along_key = tl.zeros([C], tl.float32)  # exp(G) Σ_v dY ⊙ (K S0)
+        along_state = 0.0  # ⟨S0, dS1⟩
+        if ERASE:
+            t = load_solve(solve, n, at - i * C, length, i, hv, HV, C, PACKED)
+        for part in tl.range(0, V, BV, disable_licm=True):
+            values = part + tl.arange(0, BV)
+            s = load_matrix(states, index, keys, values, K, V)
+            ds = load_matrix(d_states, index, keys, values, K, V)
+            v_tile = load_tile(v, at, hv, HV, V, rows, values, valid).to(tl.float32)
+            dw = load_tile(d_written, at, hv, HV, V, rows, values, valid).to(tl.float32)
+            do = load_tile(d_out, at, reader, HV * R, V, rows, values, valid)
+            written = v_tile
+            if ERASE:
+                old = (decay * k_norm)[:, None] * dot(k_tile, s, DOT, PRECISION)
+                written -= old
+                along_key += tl.sum(dw * old, 1)
+            if HAS_BETA:
+                written *= rate[:, None]
+            if ERASE:
+                written = fine_dot(t, written, DOT, PRECISION)
+                erased += dot(dw, tl.trans(written), DOT, PRECISION)
+                d_k -= dot((share * rate * decay)[:, None] * dw, tl.trans(s), DOT, PRECISION)
+            omega += dot(do, tl.trans(written), DOT, PRECISION)
+            d_q += (scale * decay)[:, None] * dot(do, tl.trans(s), DOT, PRECISION)
+            d_k += dot((share * remaining)[:, None] * written, tl.trans(ds), DOT, PRECISION)
+            along_value += tl.sum(dw * v_tile, 1)
+            along_state += tl.sum(s.to(tl.float32) * ds.to(tl.float32))
+            if HAS_BETA:
+                store_tile(dv, at, hv, HV, V, rows, values, here & leads, rate[:, None] * dw)
+
+        # loaded again: kept over the loop they would take registers from the sums
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+        q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid)
+        gamma = decay_between(coarse, fine, coarse, fine, rows[:, None] >= tl.arange(0, C)[None, :])
+        omega *= scale * gamma
+        along_end = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1) - along_k_before
+        along_state = share * along_state * after + tl.sum(along_end, 0)
+        along_state += share * tl.sum(rate * along_key, 0)
         if HAS_G and tl.float32 != DOT:
-            later += tl.sum(erased * similar, 0) - tl.sum(erased * similar, 1)
-        d_k -= dot((erased + tl.trans(erased)) * k_norm[None, :], k_tile, DOT, PRECISION)
-    along_q = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1)
-    along_k = k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1)
-    if HAS_BETA:
-        at_row = at * HV + hv + rows * HV
-        found = tl.where(valid, eta + along_value, 0.0)
-        if RANGE > 0.0:
-            found *= rate * (1.0 - rate / RANGE)
-        tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
-    if HAS_G:
-        # dG: in float32 by the identity Σ Q dQ - K dK + 2 ε; where operands are rounded, by what exp(G) multiplies, one
-        # after the other, since the identity would keep what rounding leaves of dQ and dK
-        if tl.float32 == DOT:
-            later = along_q - along_k + 2.0 * share * rate * eta
-        found = tl.where(valid, tl.sum(later, 0) - tl.cumsum(later, 0) + later + along_state, 0.0)
-        if RAW_G:
-            at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * 2
-            tl.store(at_rates, tl.sum(found * step, 0))
-            found = tl.where(valid, found * slope, 0.0)
-            tl.store(at_rates + 1, tl.sum(found, 0))
-        tl.store(d_g + at * (HV * R) + reader + rows * (HV * R), found.to(d_g.dtype.element_ty), mask=here)
+            later = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - along_q_before
+            later -= along_end + 2.0 * share * rate * along_key
+            met = omega * dot(q_tile, tl.trans(k_tile), DOT, PRECISION) * q_norm[:, None] * k_norm[None, :]
+            met = tl.where(earlier, met, 0.0)
+            later += tl.sum(met, 1) - tl.sum(met, 0)
+        d_q += dot(omega * k_norm[None, :], k_tile, DOT, PRECISION)
+        d_k += dot(tl.trans(omega * q_norm[:, None]), q_tile, DOT, PRECISION)
+        eta = -along_key
+        if ERASE:
+            erased *= tl.where(earlier, gamma, 0.0)
+            similar = dot(k_tile, tl.trans(k_tile), DOT, PRECISION) * k_norm[:, None] * k_norm[None, :]
+            eta -= tl.sum(erased * similar, 1)
+            erased *= (share * rate)[:, None]
+            if HAS_G and tl.float32 != DOT:
+                later += tl.sum(erased * similar, 0) - tl.sum(erased * similar, 1)
+            d_k -= dot((erased + tl.trans(erased)) * k_norm[None, :], k_tile, DOT, PRECISION)
+        if HAS_BETA:
+            at_row = at * HV + hv + rows * HV
+            found = tl.where(valid, eta + along_value, 0.0)
+            if RANGE > 0.0:
+                found *= rate * (1.0 - rate / RANGE)
+            tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
+        if HAS_G:
+            # dG: in float32 by the identity Σ Q dQ - K dK + 2 ε; where operands are rounded, by what exp(G) multiplies,
+            # one after the other, since the identity would keep what rounding leaves of dQ and dK
+            if tl.float32 == DOT:
+                later = q_norm * tl.sum(q_tile.to(tl.float32) * d_q, 1) - along_q_before
+                later -= k_norm * tl.sum(k_tile.to(tl.float32) * d_k, 1) - along_k_before
+                later += 2.0 * share * rate * eta
+            found = tl.where(valid, tl.sum(later, 0) - tl.cumsum(later, 0) + later + along_state, 0.0)
+            d_step = tl.where(leads, found, d_step + found)
+            found = d_step
+            if RAW_G:
+                at_rates = d_rates + (slot.to(tl.int64) * HV + hv) * 2
+                tl.store(at_rates, tl.sum(found * step, 0), mask=ends)
+                found = tl.where(valid, found * slope, 0.0)
+                tl.store(at_rates + 1, tl.sum(found, 0), mask=ends)
+            tl.store(d_g + at * HV + hv + rows * HV, found.to(d_g.dtype.element_ty), mask=here & ends)
+        # a query of this reader alone, or of all of them
+        if not SHARE or member == readers - 1:
+            if L2NORM:
+                d_q = _through_length(d_q, q_tile, q_norm)
+            store_tile(dq, at, hq, heads, K, rows, keys, here, d_q)
     if L2NORM:
-        d_q = (d_q - q_tile.to(tl.float32) * (q_norm * along_q)[:, None]) * q_norm[:, None]
-        d_k = (d_k - k_tile.to(tl.float32) * (k_norm * along_k)[:, None]) * k_norm[:, None]
-    store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q)
-    store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k)
+        k_tile = load_tile(k, at, h, H, K, rows, keys, valid)
+        d_k = _through_length(d_k, k_tile, inverse_length(k_tile, L2NORM))
+    store_tile(dk, at, h, H, K, rows, keys, here, d_k)

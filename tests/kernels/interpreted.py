@@ -99,6 +99,13 @@ def test_kernels_agree_with_the_recurrence(problem, way, monkeypatch):
     agrees(problem, raw=way.raw)
 
 
+@pytest.mark.parametrize(("dtype", "raw"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 3, 6), (2, 4, 2), (1, 1, 3)], ids=str)
+def test_a_key_has_the_gradients_of_all_its_readers(dtype, raw, heads):
+    """Value heads that share a key, several queries of one state, and both."""
+    agrees(Problem("gated_delta_net", dtype, 66, layout="padded", heads=heads, qk_l2norm=True), raw=raw)
+
+
 def test_large_heads_in_float32(monkeypatch):
     """As the table has them: chunks of 16 tokens; two segments of two."""
     monkeypatch.setattr(table, "segment_chunks", lambda *_: 2)
