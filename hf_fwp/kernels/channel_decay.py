@@ -25,7 +25,7 @@ from .channel_decay_backward import gradients, scan_backward
 from .channel_decay_forward import invert_chunks, scan_across, scan_forward
 from .channel_decay_segments import map_segments
 from .linear_class import INVERSE, call_of, contiguous, device_of
-from .linear_class_launches import Call, Launch, Launches, Sizes, only_if, padded, readers_of, sizes_of
+from .linear_class_launches import Call, Launch, Launches, Sizes, only_if, padded, sizes_of
 from .linear_class_segments import carry
 
 # By bytes per number and padded head size. Chosen by the memory and registers that the compiler reports for sm_90; not
@@ -189,14 +189,14 @@ def channel_decay_backward(
     call = prepare(q, k, v, gates, form)
     dq, dk, dv, *d_gates, d_initial = new_results_backward(q, k, v, gates, across)
     d_erase, d_write, d_beta, d_g = d_gates
-    shares = [readers_of(call, x) for x in (dq, dk, d_erase, d_g)]
+    parts = [shared_parts(call, x) for x in (dq, dk, d_erase, d_g)]
     # zeros: some slots may stay empty
     rates = (call.sizes.chunks if a_log is not None else 0, call.readers, 2, k.shape[3])
     d_rates = torch.zeros(rates, dtype=torch.float32, device=v.device)
     query, d_read = (d_out, q) if across else (q, d_out)
     d_states = torch.empty_like(states)
-    # R of wider heads: kept on the chip, at 128 in bf16, 808 bytes per thread would be spilled instead of 208, and what
-    # is spilled lies in device memory too: 150 KiB more of 256 threads, where R itself takes 16
+    # R of wider heads: kept on the chip, at 128 in bf16, 872 bytes per thread would be spilled instead of 160, and what
+    # is spilled lies in device memory too: 178 KiB more of 256 threads, where R itself takes 16
     room = torch.empty_like(d_read) if call.width(call.sizes.launches.gradients) < v.shape[3] else None
     # without rates and gates the gradient of what was written is that of v
     d_written = dv if beta is None and write is None else torch.empty_like(v)
@@ -210,13 +210,10 @@ def channel_decay_backward(
             scan_backward, launches.backward, *inputs, end, d_initial, *outputs, HAS_FINAL=end is not None, KEEP=True
         )
         call.run(
-            gradients, call.sizes.chunks * call.readers, launches.gradients, query, k, v, *gates, solve, states,
-            d_states, d_written, out, d_read, room, shares[0], shares[1], dv, shares[2], d_write, d_beta, shares[3],
+            gradients, call.sizes.chunks * k.shape[2], launches.gradients, query, k, v, *gates, solve, states, d_states,
+            d_written, out, d_read, room, dq, dk, dv, d_erase, d_write, d_beta, d_g, *parts,
             d_rates, scale, BV=call.width(launches.gradients), KB=KEYS,
         )  # fmt: skip
-    for total, parts in zip((dq, dk, d_erase, d_g), shares, strict=True):
-        if parts is not total:
-            total.copy_(parts.unflatten(2, (total.shape[2], -1)).sum(3))
     return dq, dk, dv, d_erase, d_write, d_beta, d_g, *rate_gradients(d_rates, a_log, dt_bias), d_initial
 
 
@@ -229,6 +226,12 @@ def new_results_backward(
     d_erase, d_write = (v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (erase, write))
     d_initial = d_initial.new_empty(d_initial.mT.shape) if across else d_initial
     return dq, dk, dv, d_erase, d_write, d_beta, d_g, d_initial
+
+
+def shared_parts(call: Call, gradient: Tensor) -> Tensor | None:
+    """Room for the sum in float32 of a gradient [B, T, heads, size] to which several query heads give."""
+    shared = gradient.ndim == 4 and gradient.shape[2] < call.readers and gradient.shape[3] > 1
+    return torch.empty_like(gradient, dtype=torch.float32) if shared else None
 
 
 def rate_gradients(d_rates: Tensor, a_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:

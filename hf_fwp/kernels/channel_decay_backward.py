@@ -12,8 +12,8 @@ The gradient of a factor exp(Σ g) times the factor belongs to every g of the su
 q̂ ⊙ dq̂ + ê ⊙ dê - k ⊙ dk from the end of the chunk would give the same, but most of it cancels.
 The projections that the gradient of a unit vector needs are sums over the values, known before:
     Σ_k q̂ ⊙ dq̂ = Σ_v dO ⊙ O         Σ_k ê ⊙ dê = Σ_v dY ⊙ (R - βU)       Σ_k k ⊙ dk = Σ_v dY ⊙ R
-What pairs of tokens give is multiplied with 11 bits: with the 8 of bf16 `gradients` would spill more (at 128, 272 bytes
-per thread instead of 208; sm_90, Triton 3.7.1), and be a third less exact (5.6e-3 instead of 4.2e-3 for dk).
+What pairs of tokens give is multiplied with 11 bits: with the 8 of bf16 `gradients` would spill more (at 128, 208 bytes
+per thread instead of 160; sm_90, Triton 3.7.1), and be a third less exact (5.6e-3 instead of 4.2e-3 for dk).
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .channel_decay_tiles import (
+    add_tile,
     chunk_decay,
     computed_step,
     inverse_lengths,
@@ -172,19 +173,19 @@ def _store_rates(at_rates, d_step, gate, at, hv, HV, rows, columns, valid, K: tl
 
 
 @triton.jit
-def _store_erase(
-    d_erase, d_e, erase, k_tile, at, reader, readers, hv, HV, rows, columns, valid, here,
+def _add_erase(
+    d_erase, parts, d_e, erase, k_tile, at, hv, HV, rows, columns, valid, here, begins, ends,
     K: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `erase` is stored; what is left is that of k."""
     d_k = d_e
     if ERASE == 1:
-        store_tile(d_erase, at, reader, readers, K, rows, columns, here, d_e)
+        add_tile(d_erase, parts, at, hv, HV, K, rows, columns, here, begins, ends, d_e)
         d_k = d_e * 0.0
     elif ERASE == 2:
         gate_tile = load_gate(erase, at, hv, HV, K, rows, columns, valid, ERASE_RANGE)
         d_gate = sigmoid_backward(d_e * k_tile, gate_tile, ERASE_RANGE)
-        store_tile(d_erase, at, reader, readers, K, rows, columns, here, d_gate)
+        add_tile(d_erase, parts, at, hv, HV, K, rows, columns, here, begins, ends, d_gate)
         d_k = d_e * gate_tile
     return d_k
 
@@ -286,102 +287,114 @@ def _written_again(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradients(
     q, k, v, erase, write, beta, g, a_log, dt_bias, mask, cu, solve, states, d_states, d_written, out, d_out, room,
-    dq, dk, dv, d_erase, d_write, d_beta, d_g, d_rates, scale, length, span, sequences, halvings,
+    dq, dk, dv, d_erase, d_write, d_beta, d_g, q_parts, k_parts, erase_parts, g_parts, d_rates, scale,
+    length, span, sequences, halvings,
     H: tl.constexpr, HV: tl.constexpr, R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, KB: tl.constexpr, LEVELS: tl.constexpr, GK: tl.constexpr, RAW_G: tl.constexpr,
     LOWER: tl.constexpr, ERASE: tl.constexpr, ERASE_RANGE: tl.constexpr, HAS_WRITE: tl.constexpr,
     WRITE_RANGE: tl.constexpr, HAS_BETA: tl.constexpr, RANGE: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, L2NORM: tl.constexpr, ACROSS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk and one query head; those of k, e and g are summed over a state's readers later,
-    those of A and d, `d_rates` [slots, HV R, 2, K], over the tokens too.
+    """Gradients of one chunk and one key head, from its readers (query heads) one after the other. What several of them
+    give to is added up in float32, in the `parts` of each gradient; those of A and d, `d_rates` [slots, HV R, 2, K],
+    are summed later.
 
     What does not depend on the query is added by the first reader of a state. R stays on the chip where BV is all of V;
     otherwise there is `room` for it. With ACROSS, `q` is the gradient of the outputs and `d_out` the query, and `dq`
     gets the outputs for that.
     """
-    slot, reader = tl.program_id(0) // (HV * R), tl.program_id(0) % (HV * R)
-    hv = reader // R
-    h = hv // (HV // H)
+    readers: tl.constexpr = HV // H * R
+    slot, h = tl.program_id(0) // H, tl.program_id(0) % H
     gate = (g, a_log, dt_bias)
-    leads = reader % R == 0
-    hq, heads = query_head(reader, h, HV * R, H, SHARE)
     _, _, at, left = chunk_in_slot(slot.to(tl.int64), cu, length, sequences, halvings, C, PACKED)
     if left <= 0:
         return
     rows, others = tl.arange(0, C), tl.arange(0, C)
     here = rows < left
     valid = valid_rows(mask, at, rows, here, HAS_MASK)
-    rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
     k_norm = inverse_lengths(k, at, h, H, rows, valid, K, KB, L2NORM)
-    q_norm = inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
-    share = tl.where(leads, 1.0, 0.0)
-    index = slot.to(tl.int64) * HV + hv
+    d_steps = tl.zeros([C], tl.float32)  # dg of a state with one decay, over its readers
+    for member in tl.range(0, readers, disable_licm=True):
+        reader = h * readers + member
+        hv = reader // R
+        hq, heads = query_head(reader, h, HV * R, H, SHARE)
+        first, last = member == 0, member == readers - 1
+        leads, ends = member % R == 0, member % R == R - 1
+        rate = load_rate(beta, at, hv, HV, rows, valid, HAS_BETA, RANGE)
+        q_norm = inverse_lengths(q, at, hq, heads, rows, valid, K, KB, L2NORM)
+        share = tl.where(leads, 1.0, 0.0)
+        index = slot.to(tl.int64) * HV + hv
 
-    p = None
-    if ACROSS:
-        p, same = pair_products(
-            q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
-            PRECISION,
+        p = None
+        if ACROSS:
+            p, same = pair_products(
+                q, k, gate, at, hq, heads, h, H, hv, HV, rows, valid, K, KB, LEVELS, GK, RAW_G, LOWER, False, 0.0, DOT,
+                PRECISION,
+            )  # fmt: skip
+            p = scale * with_diagonal(p, same)
+        d_a, d_p, along_value, along_written, along_read, written = _written_again(
+            q, k, v, erase, write, gate, solve, states, d_written, out, d_out, room, dq, dv, d_write, p, rate, k_norm,
+            scale, index, at, leads, reader, HV * R, hq, heads, h, H, hv, HV, rows, valid, here,
+            K, V, BV, C, KB, GK, RAW_G, LOWER, ERASE, ERASE_RANGE, HAS_WRITE, WRITE_RANGE, HAS_BETA, L2NORM, ACROSS,
+            DOT, PRECISION,
         )  # fmt: skip
-        p = scale * with_diagonal(p, same)
-    d_a, d_p, along_value, along_written, along_read, written = _written_again(
-        q, k, v, erase, write, gate, solve, states, d_written, out, d_out, room, dq, dv, d_write, p, rate, k_norm,
-        scale, index, at, leads, reader, HV * R, hq, heads, h, H, hv, HV, rows, valid, here,
-        K, V, BV, C, KB, GK, RAW_G, LOWER, ERASE, ERASE_RANGE, HAS_WRITE, WRITE_RANGE, HAS_BETA, L2NORM, ACROSS, DOT,
-        PRECISION,
-    )  # fmt: skip
-    tl.debug_barrier()  # what is in the `room` is read by other threads than wrote it
+        tl.debug_barrier()  # what is in the `room` is read by other threads than wrote it
 
-    met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
-    d_a, d_p = _both_ways(share * d_a), _both_ways(scale * d_p)
-    eta = along_value
-    d_steps = tl.zeros([C], tl.float32)
-    for piece in tl.range(0, K, KB, disable_licm=True):
-        keys = piece + tl.arange(0, KB)
-        d_q, d_e, d_k, along_state = _through_states(
-            states, d_states, index, written, room, d_written, d_out, at, reader, HV * R, hv, HV, rows, keys, valid,
-            K, V, C, KB, BV, DOT, PRECISION,
-        )  # fmt: skip
-        k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
-        q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
-        e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
-        step = load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER)
-        decay, remaining, after = chunk_decay(step)
-        d_e *= share * decay
-        d_k *= share * remaining
-        along_state *= share * after
-        d_q *= scale * decay
-        later = rate[:, None] * e_tile
-        d_step = tl.cumsum(q_tile * d_q + later * d_e, 0, reverse=True)
-        d_step += tl.cumsum(k_tile * d_k, 0) - k_tile * d_k + along_state[None, :]
-        d_q, d_e, d_k, d_step = _add_pairs(
-            d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
-        )
-        d_q += met_itself[:, None] * k_tile
-        d_k += met_itself[:, None] * q_tile
-        eta += tl.sum(e_tile * d_e, 1)
-        d_e *= rate[:, None]
+        met_itself = scale * tl.sum(tl.where(rows[:, None] == others[None, :], d_p, 0.0), 1)
+        d_a, d_p = _both_ways(share * d_a), _both_ways(scale * d_p)
+        eta = along_value
+        d_steps = tl.where(leads, 0.0, d_steps)
+        for piece in tl.range(0, K, KB, disable_licm=True):
+            keys = piece + tl.arange(0, KB)
+            d_q, d_e, d_k, along_state = _through_states(
+                states, d_states, index, written, room, d_written, d_out, at, reader, HV * R, hv, HV, rows, keys, valid,
+                K, V, C, KB, BV, DOT, PRECISION,
+            )  # fmt: skip
+            k_tile = load_tile(k, at, h, H, K, rows, keys, valid).to(tl.float32) * k_norm[:, None]
+            q_tile = load_tile(q, at, hq, heads, K, rows, keys, valid).to(tl.float32) * q_norm[:, None]
+            e_tile = load_erase(erase, k_tile, at, hv, HV, rows, keys, valid, K, ERASE, ERASE_RANGE)
+            step = load_steps(gate, at, hv, HV, rows, keys, valid, K, GK, RAW_G, LOWER)
+            decay, remaining, after = chunk_decay(step)
+            d_e *= share * decay
+            d_k *= share * remaining
+            along_state *= share * after
+            d_q *= scale * decay
+            later = rate[:, None] * e_tile
+            d_step = tl.cumsum(q_tile * d_q + later * d_e, 0, reverse=True)
+            d_step += tl.cumsum(k_tile * d_k, 0) - k_tile * d_k + along_state[None, :]
+            d_q, d_e, d_k, d_step = _add_pairs(
+                d_q, d_e, d_k, d_step, d_a, d_p, q_tile, later, k_tile, step, LEVELS, C, DOT, PRECISION
+            )
+            d_q += met_itself[:, None] * k_tile
+            d_k += met_itself[:, None] * q_tile
+            eta += tl.sum(e_tile * d_e, 1)
+            d_e *= rate[:, None]
+            if GK == 1:
+                d_steps += tl.sum(d_step, 1)
+            elif GK > 1:
+                d_step = tl.where(valid[:, None], d_step, 0.0)
+                if RAW_G:
+                    at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * (2 * K) + keys
+                    d_step = _store_rates(at_rates, d_step, gate, at, hv, HV, rows, keys, valid, K, LOWER)
+                add_tile(d_g, g_parts, at, hv, HV, K, rows, keys, here, leads, ends, d_step)
+            d_k += _add_erase(
+                d_erase, erase_parts, d_e, erase, k_tile, at, hv, HV, rows, keys, valid, here, leads, ends,
+                K, ERASE, ERASE_RANGE,
+            )  # fmt: skip
+            if L2NORM:
+                d_q -= q_tile * along_read[:, None]
+                d_k -= k_tile * (share * (2.0 * along_written - rate * along_value))[:, None]
+            if not ACROSS:
+                d_q *= q_norm[:, None]
+                if SHARE:
+                    add_tile(dq, q_parts, at, h, H, K, rows, keys, here, first, last, d_q)
+                else:
+                    store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q)
+            add_tile(dk, k_parts, at, h, H, K, rows, keys, here, first, last, d_k * k_norm[:, None])
+        at_row = at * HV + hv + rows * HV
         if GK == 1:
-            d_steps += tl.sum(d_step, 1)
-        elif GK > 1:
-            d_step = tl.where(valid[:, None], d_step, 0.0)
-            if RAW_G:
-                at_rates = d_rates + (slot.to(tl.int64) * (HV * R) + reader) * (2 * K) + keys
-                d_step = _store_rates(at_rates, d_step, gate, at, hv, HV, rows, keys, valid, K, LOWER)
-            store_tile(d_g, at, reader, HV * R, K, rows, keys, here, d_step)
-        d_k += _store_erase(
-            d_erase, d_e, erase, k_tile, at, reader, HV * R, hv, HV, rows, keys, valid, here, K, ERASE, ERASE_RANGE
-        )  # fmt: skip
-        if L2NORM:
-            d_q -= q_tile * along_read[:, None]
-            d_k -= k_tile * (share * (2.0 * along_written - rate * along_value))[:, None]
-        if not ACROSS:
-            store_tile(dq, at, reader, HV * R, K, rows, keys, here, d_q * q_norm[:, None])
-        store_tile(dk, at, reader, HV * R, K, rows, keys, here, d_k * k_norm[:, None])
-    at_row = at * (HV * R) + reader + rows * (HV * R)
-    if GK == 1:
-        tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here)
-    if HAS_BETA:
-        found = sigmoid_backward(tl.where(valid, eta, 0.0), rate, RANGE)
-        tl.store(d_beta + at * HV + hv + rows * HV, found.to(d_beta.dtype.element_ty), mask=here & leads)
+            tl.store(d_g + at_row, tl.where(valid, d_steps, 0.0).to(d_g.dtype.element_ty), mask=here & ends)
+        if HAS_BETA:
+            found = sigmoid_backward(tl.where(valid, eta, 0.0), rate, RANGE)
+            tl.store(d_beta + at_row, found.to(d_beta.dtype.element_ty), mask=here & leads)
+        tl.debug_barrier()  # so are the parts, by the next reader

@@ -24,6 +24,7 @@ from .tiles import (
     softplus,
     split_sum,
     store_matrix,
+    store_tile,
 )
 
 LOWEST = tl.constexpr(-104.0)  # exp is 0 in float32 from here on; -inf would make NaN of a sum
@@ -276,3 +277,13 @@ def inverse(a, LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr)
         part = tl.where(meets(level, a.shape[0]), a, 0.0)
         x -= tl.dot(x, tl.dot(part, x, input_precision=how), input_precision=how)
     return x
+
+
+@triton.jit
+def add_tile(x, parts, at, head, heads, size, rows, columns, here, begins, ends, tile):
+    """The first of several readers `begins` a sum in `parts`, the last one stores it in x. Without parts x gets the
+    tile itself."""
+    if parts is not None:
+        tile += load_tile(parts, at, head, heads, size, rows, columns, here & (begins == 0))
+        store_tile(parts, at, head, heads, size, rows, columns, here & (ends == 0), tile)
+    store_tile(x, at, head, heads, size, rows, columns, here & ends, tile)

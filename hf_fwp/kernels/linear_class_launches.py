@@ -209,10 +209,3 @@ class Call(NamedTuple):
 def only_if(keep: bool, solve: Tensor, states: Tensor, transitions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the backward needs, or nothing; of the states there is nothing then."""
     return (solve, states, transitions) if keep else (solve.new_empty(0), states, transitions.new_empty(0))
-
-
-def readers_of(call: Call, gradient: Tensor) -> Tensor:
-    """Room for every query head's share in a gradient [B, T, heads, ...]; the gradient itself if each has its own."""
-    if gradient.ndim < 3 or gradient.shape[2] == call.readers:
-        return gradient
-    return gradient.new_empty(*gradient.shape[:2], call.readers, *gradient.shape[3:], dtype=torch.float32)

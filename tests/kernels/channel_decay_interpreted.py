@@ -67,10 +67,15 @@ def test_several_steps_a_token_are_one_sequence():
     agrees(Problem("delta_product", torch.float32, 20, layout="padded", heads=(1, 1, 1)))
 
 
-@pytest.mark.parametrize(("rule", "raw"), [("gated_delta_net_2", True), ("kimi_delta", -5.0)])
-def test_several_queries_of_length_1_read_a_state(rule, raw):
-    """Of the gradient of a key's length every query would take all, if not only the first did."""
-    agrees(Problem(rule, torch.float32, 20, heads=(1, 1, 2), sizes=(4, 4), qk_l2norm=True), raw=raw)
+@pytest.mark.parametrize("heads", [(1, 1, 2), (1, 2, 4), (1, 2, 1), (2, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "raw"), [("gated_delta_net_2", True), ("kimi_delta", -5.0), ("precond_delta", False), ("comba", False)]
+)
+def test_a_key_has_the_gradients_of_all_its_readers(rule, raw, heads):
+    """Value heads that share a key, several queries of one state, and both. Of the gradient of a key's length every
+    query would take all, if not only the first did."""
+    length_1 = RULES[rule].shape("g") == ("HV", "K")
+    agrees(Problem(rule, torch.float32, 20, heads=heads, sizes=(4, 4), qk_l2norm=length_1), raw=raw)
 
 
 def kimi(length: int = 65, **changes) -> problems.Tensors:
