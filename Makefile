@@ -72,11 +72,17 @@ $(RESULTS)/machine.json:
 # pytest gives 1 when tests failed: that is a result too.
 $(RESULTS)/tests-%.xml: | $(RESULTS)/machine.json
 	$(PYTHON) -m pytest -q tests/gpu/test_$*.py --junitxml=$@.part \
-		$$($(PYTHON) -c 'import xdist; print("-n 8")' 2> /dev/null) || test $$? = 1
+		$$($(PYTHON) -c "$$WORKERS" 2> /dev/null) || test $$? = 1
 	mv $@.part $@
 
 $(RESULTS)/%.json: | $(RESULTS)/machine.json
 	$(PYTHON) -m hf_fwp.cli bench $* --json $@ $(COMMIT:%=--commit %)
+
+# Compiling takes longest: more than 1100 kernels, half an hour of one core.
+define WORKERS
+import os, xdist
+print('-n', min(16, len(os.sched_getaffinity(0))))
+endef
 
 define FAILED_TESTS
 import sys, xml.etree.ElementTree as trees
@@ -84,7 +90,7 @@ suites = [(file, suite) for file in sys.argv[1:] for suite in trees.parse(file).
 failed = [file for file, suite in suites if int(suite.get('failures')) + int(suite.get('errors'))]
 sys.exit('tests failed: ' + ', '.join(failed) if failed else 0)
 endef
-export FAILED_TESTS
+export FAILED_TESTS WORKERS
 
 lint: $(STAMP)
 	$(BIN)/ruff check hf_fwp conversion tests examples
