@@ -54,8 +54,8 @@ comparisons: $(STAMP)
 	$(BIN)/python -m hf_fwp.conversion.comparisons
 
 # The Python on PATH, as it is: GPU machines carry their own build of torch, and often no network, and no history of the
-# checkout (then: make gpu COMMIT=...). A piece whose file is there is not run again. Under 10 minutes on one GPU. The
-# files are few and small; their pictures: hf-fwp bench page FILES.
+# checkout (then: make gpu COMMIT=...). A piece whose file is there is not run again. Meant to take less than 10 minutes
+# on one GPU beside 16 cores; that is not proved yet. The files are few and small; their pictures: hf-fwp bench page FILES.
 RESULTS ?= out/gpu
 COMMIT ?=
 gpu:
