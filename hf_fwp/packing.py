@@ -65,19 +65,26 @@ def packed_segments(
 ) -> Tensor | None:
     """cu_seqlens of a packed batch, counted over the flattened [batch * length] tokens; None when nothing is packed.
 
-    Read from `cu_seq_lens_q`, else from changes of `seq_idx`, else from `position_ids` that do not go up by one.
-    The last two depend on values, so a traced graph must be given `cu_seq_lens_q`.
+    Read from `cu_seq_lens_q`, else from changes of `seq_idx`, else from `position_ids` that do not go up by one. The
+    last two depend on values: a compiled graph breaks there, and one that is exported must be given `cu_seq_lens_q`.
     """
     if cu_seq_lens_q is not None:
         return cu_seq_lens_q
-    if torch.compiler.is_compiling() or length < 2:
+    if length < 2 or torch.compiler.is_exporting():
         return None
     if seq_idx is not None:
-        starts_BT = seq_idx[:, 1:] != seq_idx[:, :-1]
-    elif position_ids is not None and position_ids.ndim == 2:
-        starts_BT = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    else:
-        return None
+        return _bounds(seq_idx, 0, batch=batch, length=length)
+    if position_ids is not None and position_ids.ndim == 2:
+        return _bounds(position_ids, 1, batch=batch, length=length)
+    return None
+
+
+@torch.compiler.disable(
+    reason="where packed sequences begin depends on values; give cu_seq_lens_q to stay in one graph"
+)
+def _bounds(numbers_BT: Tensor, step: int, *, batch: int, length: int) -> Tensor | None:
+    """cu_seqlens where each number is not the one before plus `step`; None if all are."""
+    starts_BT = numbers_BT[:, 1:] != numbers_BT[:, :-1] + step
     if not bool(starts_BT.any()):
         return None
     first_B1 = starts_BT.new_ones(starts_BT.shape[0], 1)
@@ -109,6 +116,8 @@ def packed_batch(
         raise ValueError(
             f"seq_idx has shape {list(seq_idx.shape)}; it must be [B, T] = {[batch, length]}: a number per token"
         )
+    if cached and torch.compiler.is_compiling():
+        position_ids = None  # generate() gives them with every prompt
     cu_seqlens = packed_segments(
         batch=batch, length=length, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx, position_ids=position_ids
     )

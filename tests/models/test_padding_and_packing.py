@@ -74,6 +74,22 @@ def test_packed_equals_separate(kind, batch, signal):
         assert (packed_grad - separate_grad).norm() <= 1e-9 * (1 + separate_grad.norm())
 
 
+@pytest.mark.parametrize("signal", ["position_ids", "seq_idx"])
+def test_packed_equals_separate_when_compiled(signal):
+    """What depends on values is asked between two graphs; with cu_seq_lens_q there is one."""
+    model = tiny_model()
+    ids = tokens(1, sum(LENGTHS))
+    compiled = torch.compile(model, backend="eager")
+    separate = torch.cat([model(part).logits for part in ids.split(LENGTHS, dim=1)], dim=1)
+    assert_close(compiled(ids, **signals(1)[signal]).logits, separate)
+    assert_close(compiled(ids, position_ids=torch.arange(ids.shape[1])[None]).logits, model(ids).logits)
+    torch.compiler.reset()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(whole(ids, **signals(1)["cu_seq_lens_q"]).logits, separate)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="give cu_seq_lens_q to stay in one graph"):
+        whole(ids, **signals(1)[signal])
+
+
 def test_ordinary_positions_are_not_packing(model):
     ids = tokens()
     assert_close(model(ids, position_ids=torch.arange(13).expand(2, -1)).logits, model(ids).logits)
