@@ -118,6 +118,8 @@ def delta_product(
     """n = `num_householder` steps of the delta rule per token, after a decay by exp(g) unless g is None.
 
     k [B,T·n,H,K], v [B,T·n,HV,V], beta [B,T·n,HV] with the steps of a token side by side; q and g have T tokens."""
+    if not isinstance(num_householder, int):
+        raise ValueError(f"num_householder is {num_householder!r}; it must be a whole number of at least 1")
     if num_householder < 1 or any(x.shape[1] != q.shape[1] * num_householder for x in (k, v, beta)):
         raise ValueError(
             f"k, v and beta have {k.shape[1]}, {v.shape[1]} and {beta.shape[1]} steps; with {q.shape[1]} queries and "
@@ -158,7 +160,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """The gated delta rule S ← exp(g) S, then S ← S + k ⊗ β(v - Sᵀk). g ≤ 0 is the logarithm of the decay, one per
     value head, or one per channel [B,T,HV,K]: then row i of S decays by exp(g_i)."""
-    out, states = RULES["kimi_delta" if g.ndim == 4 else "gated_delta_net"].apply(
+    out, states = RULES["kimi_delta" if g is not None and g.ndim == 4 else "gated_delta_net"].apply(
         q,
         k,
         v,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .tiles import (
     EPS,
+    LOWEST,
     dot,
     fine_dot,
     inverse_length,
@@ -26,8 +27,6 @@ from .tiles import (
     store_matrix,
     store_tile,
 )
-
-LOWEST = tl.constexpr(-104.0)  # exp is 0 in float32 from here on; -inf would make NaN of a sum
 
 
 @triton.jit

@@ -13,6 +13,9 @@ import triton.language as tl
 from ..rules.blocks import L2NORM_EPS
 
 EPS = tl.constexpr(L2NORM_EPS)
+LOWEST = tl.constexpr(
+    -104.0
+)  # exp is 0 in float32 from here on; sums of lower steps lose digits, those of -inf are NaN
 
 
 @triton.jit
@@ -178,6 +181,7 @@ def load_step(
             a = step + tl.load(dt_bias + head).to(tl.float32)
             step = tl.where(valid, speed * softplus(a), 0.0)
             slope = speed * tl.sigmoid(a)
+        step = tl.where(step < LOWEST, LOWEST, step)
     return step, slope
 
 

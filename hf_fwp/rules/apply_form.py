@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from .base import BACKENDS, Rule, States, keep_valid, recurrence
-from .checks import check_arguments, sequence_bounds
+from .checks import check_arguments, scale_of, sequence_bounds
 from .gating import Gate, tensors_of, value_of
 from .general import Form, run_decode, run_form, run_kernels, run_token
-from .linear_class import LinearClassCall, choose_backend, computing_dtype, decodes, l2_normalize, split_queries
+from .linear_class import (
+    LinearClassCall,
+    choose_backend,
+    computing_dtype,
+    decodes,
+    l2_normalize,
+    refuse_tangents,
+    split_queries,
+)
 
 MakeForm = Callable[..., Form]
 Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]
@@ -57,7 +65,9 @@ def apply_form(
     backend = pick_backend(rule, backend, cu_seqlens, *tensors, kernels=make_form is not None)
     if ran is not None:
         ran.append(backend)
-    factor = float(k.shape[-1] ** -0.5 if scale is None else scale)
+    factor = scale_of(scale, k.shape[-1])
+    if backend == "triton":
+        refuse_tangents(*tensors)
     in_place = in_place and backend == "step" and not torch.is_grad_enabled()
     kernel = backend == "triton" or (backend == "step" and decodes(*tensors))
     computed = renames and backend == "triton"  # by the kernels
@@ -178,7 +188,7 @@ def check_inputs(
 
 def of_states(rule: Rule, given: Mapping[str, Tensor], mask: Tensor | None, l2norm: bool) -> dict[str, Tensor]:
     """In the computing dtype, zero where the mask is, one per state: q [B,T,HV,R,K], the others [B,T,HV,...]."""
-    compute = computing_dtype(*given.values())
+    compute = computing_dtype(given["q"], given["k"], given["v"])
     tokens = {name: x.to(compute) for name, x in given.items()}
     if mask is not None:
         tokens = {name: keep_valid(x, mask) for name, x in tokens.items()}

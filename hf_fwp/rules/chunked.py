@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Block, Inputs, Kept, Scratch, Segment, segments, store
+from .gating import LOWEST
 
 SOLVE = 32  # rows of a triangle that are solved by substitution
 TINY = 1e-20  # stands for a smaller β: the backward divides by it
@@ -70,7 +71,8 @@ def prepare(x: Inputs, block: Block, segment: Segment, kept: Kept, scratch: Scra
 
     decay = decay_q = remaining = gamma = weights = None
     if x.g is not None:
-        total = scratch.load(x.g.unsqueeze(-1), *at).cumsum_(1)
+        total = scratch.load(x.g.unsqueeze(-1), *at)
+        total.clamp_min_(LOWEST[total.dtype]).cumsum_(1)
         gamma = torch.sub(total, total.mT, out=scratch.empty(*total.shape[:2], total.shape[1])).exp_().tril_()
         remaining = (total[:, -1:] - total).exp_()
         decay = total.exp_()

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from .base import Gates
 
+# exp is 0 from here on. Sums of lower steps would lose the digits of all others, and differences of -inf are NaN.
+LOWEST = {torch.float32: -104.0, torch.float64: -746.0}
+
 
 @dataclass(frozen=True)
 class Rate:

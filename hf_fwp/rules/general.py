@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from . import blocks
 from .channel_decay import mix, products
+from .gating import LOWEST
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
     chunk = min(longest, 1 << (length - 1).bit_length())
     q, w, e, u = (in_chunks(x, chunk) for x in (form.q, form.w, *form.rated()))
     state = (state_BHKV.mT if form.transposed else state_BHKV).flatten(0, 1)
-    total = None if form.g is None else in_chunks(form.g, chunk).cumsum(-2)
+    total = None if form.g is None else summed(in_chunks(form.g, chunk))
     scores = decayed(e if form.transposed else torch.cat([e, q], dim=2), w, total)
     decay = None if total is None else total.exp()
     erased = e if decay is None else e * decay
@@ -77,7 +78,7 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         met = q if decay is None else q * decay
         out = met @ before.unsqueeze(2) + scores[:, :, 1:] @ written.unsqueeze(2)
     state_BHKV = state.view(*state_BHKV.shape[:2], *state.shape[1:])
-    out_BTHRV = from_chunks(out, state_BHKV.shape[0], length)
+    out_BTHRV = from_chunks(out, *state_BHKV.shape[:2], length)
     return out_BTHRV, state_BHKV.mT if form.transposed else state_BHKV
 
 
@@ -145,13 +146,18 @@ def run_decode(
 def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tensor, Tensor]:
     """h_t = exp(g_t) h_{t-1} + x_t for every token, and the last one; 64 tokens at once."""
     batch, length = x_BTHD.shape[:2]
-    x, total = in_chunks(x_BTHD, 64), in_chunks(g_BTH.unsqueeze(-1), 64).cumsum(-2)
+    x, total = in_chunks(x_BTHD, 64), summed(in_chunks(g_BTH.unsqueeze(-1), 64))
     within, decay = gamma(total) @ x, total.exp()
     last, parts = start_BHD.flatten(0, 1)[:, None, None], []
     for own, left in zip(within.unbind(), decay.unbind(), strict=True):
         parts.append(own + left * last)
         last = parts[-1][..., -1:, :]
-    return from_chunks(torch.stack(parts), batch, length).squeeze(3), last.reshape(start_BHD.shape)
+    return from_chunks(torch.stack(parts), batch, x_BTHD.shape[2], length).squeeze(3), last.reshape(start_BHD.shape)
+
+
+def summed(g: Tensor) -> Tensor:
+    """G, the sum of g over the tokens of a chunk."""
+    return g.clamp_min(LOWEST[g.dtype]).cumsum(-2)
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
@@ -159,15 +165,16 @@ def in_chunks(x: Tensor, chunk: int) -> Tensor:
     x = x.unsqueeze(3) if x.ndim == 4 else x
     batch, length, heads, queries, size = x.shape
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, -length % chunk))
-    x = x.view(batch, -1, chunk, heads, queries, size).permute(1, 0, 3, 4, 2, 5)
-    return x.reshape(-1, batch * heads, queries, chunk, size)
+    chunks = x.shape[1] // chunk
+    x = x.view(batch, chunks, chunk, heads, queries, size).permute(1, 0, 3, 4, 2, 5)
+    return x.reshape(chunks, batch * heads, queries, chunk, size)
 
 
-def from_chunks(x: Tensor, batch: int, length: int) -> Tensor:
+def from_chunks(x: Tensor, batch: int, heads: int, length: int) -> Tensor:
     """[chunks, B * H, R, C, D] as [B, T, H, R, D]."""
-    chunks, pairs, queries, chunk, size = x.shape
-    x = x.view(chunks, batch, pairs // batch, queries, chunk, size).permute(1, 0, 4, 2, 3, 5)
-    return x.reshape(batch, chunks * chunk, pairs // batch, queries, size)[:, :length]
+    chunks, _, queries, chunk, size = x.shape
+    x = x.view(chunks, batch, heads, queries, chunk, size).permute(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, chunks * chunk, heads, queries, size)[:, :length]
 
 
 def decayed(x: Tensor, y: Tensor, total: Tensor | None) -> Tensor:

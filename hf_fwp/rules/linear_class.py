@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .base import BACKENDS, States, keep_valid, recurrence
 from .blocks import L2NORM_EPS
-from .checks import check_arguments, sequence_bounds
+from .checks import check_arguments, scale_of, sequence_bounds
 from .chunked_op import chunked
 from .gating import Decay, Rate, tensors_of, value_of
 from .triton_fit import DEVICES, HAS_TRITON, say_once, why_not_triton
@@ -60,13 +61,16 @@ def apply_linear_class(
     backend = choose_backend(call, q, k, v, *gates["beta"], *gates["g"], *states.values())
     if call.ran is not None:
         call.ran.append(backend)
-    factor: float = k.shape[-1] ** -0.5 if scale is None else scale
+    factor = scale_of(scale, k.shape[-1])
+    if backend in ("torch", "triton"):
+        refuse_tangents(q, k, v, *gates["beta"], *gates["g"], *states.values())
     if backend == "triton":
         out, state = _triton(call, q, k, v, beta=beta, g=g, state=states.get("state"), scale=factor)
         return out, {"state": state}
     rates = {"beta": value_of(beta), "g": value_of(g)}
     if backend == "reference":
-        return _reference(call, q, k, v, **rates, states=states, scale=factor, **constants)
+        with torch.autocast(v.device.type, enabled=False):
+            return _reference(call, q, k, v, **rates, states=states, scale=factor, **constants)
     run = _decode if backend == "step" else _chunked
     out, state = run(call, q, k, v, **rates, state=states.get("state"), scale=factor)
     return out, {"state": state}
@@ -96,6 +100,16 @@ def choose_backend(
             + "; use 'torch', or leave the backend out"
         )
     return call.backend
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives would be lost in an operator, without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "forward-mode derivatives (jvp, jacfwd) do not pass through the chunked forms; use backend='reference'"
+        )
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -166,6 +166,14 @@ def test_long_sums_of_a_strong_decay_stay_exact():
     problems.assert_agrees(result, problems.truth(given, RULES["gated_delta_net"]), 2e-6)
 
 
+@pytest.mark.parametrize("g", [-1e6, -torch.inf])
+def test_a_decay_to_nothing_leaves_the_digits_of_the_others(g):
+    given = problems.tensors(Problem("gated_delta_net", torch.float32, 64, heads=(1, 1, 1)))
+    given.leaves["g"][:, [8, 40]] = g
+    result = problems.outcome(RULES["gated_delta_net"].apply, given.copy(torch.float32), "triton")
+    problems.assert_agrees(result, problems.truth(given, RULES["gated_delta_net"]), 2e-6)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("erase", [False, True])
 def test_opcheck(packed, erase):

@@ -184,6 +184,42 @@ def test_autocast_does_not_reach_the_state():
     problems.assert_agrees(result, expected, 1e-5)
 
 
+@pytest.mark.parametrize("rule", ["linear_attention", "gated_delta_net", "kimi_delta", "comba", "oja"])
+def test_autocast_does_not_reach_the_recurrence(rule):
+    given = problems.tensors(Problem(rule, torch.float32, 10)).copy(torch.float32)
+    call = {**given.leaves, **given.keywords, "states": given.states or None, "backend": "reference"}
+    expected, _ = RULES[rule].apply(**call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(RULES[rule].apply(**call)[0], expected)
+
+
+@pytest.mark.parametrize("g", [-1e3, -1e6, -torch.inf])
+@pytest.mark.parametrize("rule", ["gated_delta_net", "kimi_delta", "comba"])
+def test_a_decay_to_nothing_leaves_the_digits_of_the_others(rule, g):
+    """A chunk holds sums of g."""
+    given = problems.tensors(Problem(rule, torch.float32, 70))
+    given.leaves["g"][:, [8, 40]] = g
+    result = problems.outcome(RULES[rule].apply, given.copy(torch.float32), "torch")
+    problems.assert_agrees(result, problems.truth(given, RULES[rule]), 1e-5)
+
+
+def test_an_empty_batch_gives_empty_outputs():
+    for rule in ("gated_delta_net", "kimi_delta"):
+        given = problems.tensors(Problem(rule, torch.float32, 5, initial=False))
+        nothing = {name: x[:0] for name, x in given.leaves.items()}
+        shapes = [RULES[rule].apply(**nothing, backend=b, **given.keywords)[0].shape for b in ("torch", "reference")]
+        assert shapes == [(0, 5, *given.leaves["v"].shape[2:])] * 2
+
+
+def test_a_decay_of_more_digits_does_not_change_the_state():
+    given = problems.tensors(Problem("kimi_delta", torch.float32, 5)).copy(torch.float32)
+    given.leaves["g"] = given.leaves["g"].double()
+    apply = RULES["kimi_delta"].apply
+    _, states = apply(**given.leaves, states=given.states, **given.keywords)
+    assert states["state"].dtype == torch.float32
+    apply(**given.leaves, states=states, **given.keywords)
+
+
 def test_bf16_inputs_at_1024_tokens():
     given = problems.tensors(Problem("gated_delta_net", torch.float32, 1024, sizes=(16, 16), heads=(1, 1, 1)))
     with torch.no_grad():

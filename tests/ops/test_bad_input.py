@@ -36,6 +36,9 @@ BAD = {
     "packed floats": (PACKED | {"cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
     "packed end": (PACKED | {"cu_seqlens": torch.tensor([0, 3])}, "end with T = 5"),
     "packed order": (PACKED | {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never decrease"),
+    "no decay": ({"g": None}, "g .* was not given|g is"),
+    "scale 0": ({"scale": 0.0}, "scale is 0.0; it must be a number other than 0"),
+    "scale to learn": ({"scale": torch.tensor(0.5, requires_grad=True)}, "multiply the outputs"),
     "empty": ({name: x[:, :0] for name, x in GOOD.items()}, "T = 0"),
 }
 
@@ -57,6 +60,21 @@ def test_refused_with_a_sentence(case):
     change, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         ops.gated_delta_rule(**(GOOD | change))
+
+
+@pytest.mark.parametrize("rule", ["linear_attention", "gated_delta_net"])
+def test_forward_mode_derivatives_are_refused_where_they_would_be_lost(rule):
+    given = problems.tensors(Problem(rule, length=5))
+
+    def out(q, backend):
+        return RULES[rule].apply(**given.leaves | {"q": q}, backend=backend, **given.keywords)[0]
+
+    q = given.leaves["q"].detach()
+    found = torch.func.jvp(lambda x: out(x, "reference"), (q,), (torch.ones_like(q),))[1]
+    assert found.norm() > 0
+    for backend in (None, "torch"):
+        with pytest.raises(ValueError, match="use backend='reference'"):
+            torch.func.jvp(lambda x, name=backend: out(x, name), (q,), (torch.ones_like(q),))
 
 
 def test_linear_attention_state_must_fit_normalize():
