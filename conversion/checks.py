@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_fwp.options import refuse_unknown
+from hf_fwp.options import check_counts, refuse_unknown
 
 from .align import align
 from .baselines import check_masks
@@ -19,8 +19,9 @@ from .dropout import rate
 from .extend import extend
 from .keep import rank_layers
 from .plan import Plan
-from .recipes import Recipe
+from .recipes import RATES, TRAINING, Recipe
 from .report import measure
+from .seeds import check_seed
 from .solve import solve
 
 # The functions whose settings a recipe holds, under the name of its field, and what `convert` itself gives them.
@@ -35,7 +36,11 @@ STAGES: dict[str, tuple[Callable[..., Any], ...]] = {
 GIVEN = {"student", "teacher", "ids_NT", "labels_NT", "data", "tokenizer", "seed", "resume", "progress", "settings"}
 GIVEN |= {"output_dir", "checkpoint", "folder", "visit"}
 NOT_OF = {"extend": {"losses"}}
-SEEDS = 2**32  # as many as numpy, which the Trainer seeds too, can be given
+# Settings that count something, and the least of each; those that are 0 or more; those of which one has to be more.
+LEAST = {"batch_size": 1, "save_every": 1, "steps": 1, "search": 1, "heldout": 0, "new_tokens": 1, "needles": 0}
+LEAST |= dict.fromkeys(("tokens", "baseline_tokens", "residual_tokens", "texts"), 0)
+NOT_NEGATIVE = (*RATES, "lr_end", "warmup", "recall")
+LEARNING = {"align": ("lr", "lr_projections"), "distil": ("lr", "lr_rest"), "extend": ("lr", "lr_rest")}
 
 
 def settings_of(stage: str) -> set[str]:
@@ -47,11 +52,8 @@ def settings_of(stage: str) -> set[str]:
 def check_plan(plan: Plan, model: PreTrainedModel, measures: Mapping[str, Any], *, split: bool) -> None:
     """Refuse what cannot be done with this teacher, or with any. measures: settings of the report, whose text is that
     of a `split` of its own, or a part of the other."""
-    recipe, seed = plan.recipe, plan.seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise ValueError(f"seed is {seed!r}; give a whole number from 0 to {SEEDS - 1}")
-    for stage in STAGES:
-        _check_settings(stage, getattr(recipe, stage))
+    recipe = plan.recipe
+    check_seed(plan.seed)
     _check_lengths(recipe)
     _check_window(recipe, recipe.options(plan.rule))
     _check_solve(recipe, ranked=plan.ranked)
@@ -72,30 +74,65 @@ def check_plan(plan: Plan, model: PreTrainedModel, measures: Mapping[str, Any], 
         check_masks(model)
 
 
-def check_ids(model: PreTrainedModel, blocks: Mapping[str, Tensor]) -> None:
-    """Refuse a tokenizer with tokens that the teacher does not know."""
-    known: Any = model.get_input_embeddings()
-    largest = max((int(ids_NT.max()) for ids_NT in blocks.values() if ids_NT.numel()), default=0)
-    if largest >= len(known.weight):
-        raise ValueError(
-            f"the tokenizer gives token {largest}, but the teacher has only {len(known.weight)}; give the tokenizer "
-            "that it was trained with"
-        )
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe, if what it says about its stages can be followed."""
+    for stage in STAGES:
+        _check_settings(stage, getattr(recipe, stage))
+    return recipe
 
 
 def _check_settings(stage: str, settings: Mapping[str, Any]) -> None:
     refuse_unknown(f"setting of {stage}", settings, settings_of(stage))
+    for name, value in settings.items():
+        _check_value(f"the setting {name} of {stage}", name, value)
+    said = {name: settings.get(name, _default(stage, name)) for name in LEARNING.get(stage, ())}
+    if said and not any(said.values()):
+        told = " and ".join(f"{name} is {value}" for name, value in said.items())
+        raise ValueError(f"nothing is learned in {stage}: {told}; give one that is above 0")
     if "window_dropout" in settings:
         schedule: Any = settings["window_dropout"]
         # what has no two ends is refused there as what has three
         rate(schedule if isinstance(schedule, Sequence) else (schedule,), 0, steps=1)
     if "losses" in settings:
-        from .trainer import LOSSES  # 90 MB that most conversions can do without until they are solved
+        _check_losses(settings["losses"])
 
-        refuse_unknown("loss", settings["losses"], LOSSES)
+
+def _check_value(told: str, name: str, value: Any) -> None:
+    """Refuse a setting that is no number of its kind."""
+    if name in LEAST and not (name == "steps" and value is None):
+        least = LEAST[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{told} is {value!r}; give a whole number, {least} or more")
+    if name in NOT_NEGATIVE and not _not_negative(value):
+        raise ValueError(f"{told} is {value!r}; give a number, 0 or more")
+    if name == "lambdas" and not (isinstance(value, Sequence) and all(map(_not_negative, value))):
+        raise ValueError(f"{told} is {value!r}; give numbers of 0 or more to choose from, or none: ()")
+
+
+def _not_negative(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _default(stage: str, setting: str) -> Any:
+    return inspect.signature(STAGES[stage][0]).parameters[setting].default
+
+
+def _check_losses(losses: Any) -> None:
+    from .trainer import LOSSES  # 90 MB that most conversions can do without until they are solved
+
+    refuse_unknown("loss", losses if isinstance(losses, Mapping) else (), LOSSES)
+    if not (isinstance(losses, Mapping) and all(map(_not_negative, losses.values())) and any(losses.values())):
+        raise ValueError(
+            f"the setting losses of distil is {losses!r}; give a weight above 0 to one or more of {', '.join(LOSSES)}: "
+            "{'kl': 1.0}"
+        )
 
 
 def _check_lengths(recipe: Recipe) -> None:
+    if not _not_negative(recipe.solve_more) or recipe.solve_more < 1:
+        raise ValueError(
+            f"solve_more is {recipe.solve_more!r}; give 1, or how many times the text is solved on at most"
+        )
     for name, least in {"sequence_length": 2, "extend_length": 2}.items():
         if getattr(recipe, name) < least:
             raise ValueError(f"{name} is {getattr(recipe, name)}; it must be at least {least}")
@@ -105,7 +142,8 @@ def _check_lengths(recipe: Recipe) -> None:
 
 
 def _check_window(recipe: Recipe, options: Mapping[str, Any]) -> None:
-    seen = options.get("window", 0) + options.get("sinks", 0)
+    check_counts({name: value for name, value in options.items() if value is not None})
+    seen = (options.get("window") or 0) + (options.get("sinks") or 0)
     if options.get("window") and seen >= recipe.sequence_length:
         raise ValueError(
             f"window and sinks are {seen} tokens, and recipe {recipe.name!r} reads sequences of "
@@ -135,10 +173,11 @@ def _check_solve(recipe: Recipe, *, ranked: bool) -> None:
 
 def _check_steps(recipe: Recipe) -> None:
     """Refuse a stage with fewer sequences than a step of it takes."""
-    for stage in ("align", "distil"):
-        tokens, batch = getattr(recipe, f"{stage}_tokens"), recipe.batch(stage)
-        if tokens and -(-tokens // recipe.sequence_length) < batch and "steps" not in getattr(recipe, stage):
+    for stage in TRAINING:
+        tokens, batch, length = getattr(recipe, f"{stage}_tokens"), recipe.batch(stage), recipe.length(stage)
+        again = stage == "align" and getattr(recipe, stage).get("steps")  # reads its sequences more than once
+        if tokens and -(-tokens // length) < batch and not again:
             raise ValueError(
-                f"{stage}_tokens is {tokens}, which is less than a step of {batch} sequences of "
-                f"{recipe.sequence_length}; give at least {batch * recipe.sequence_length}, or a smaller batch_size"
+                f"{stage}_tokens is {tokens}, which is less than a step of {batch} sequences of {length}; give at "
+                f"least {batch * length}, or a smaller batch_size"
             )

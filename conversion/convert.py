@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fwp.dtypes import parse_device
 from hf_fwp.hosts import converted_layers
 from hf_fwp.layer import layers_of
 from hf_fwp.telling import say
@@ -31,7 +32,7 @@ from hf_fwp.telling import say
 from .align import align
 from .baselines import HALF_LIFE, set_plain_rates
 from .checkpoint import told_when_full
-from .checks import check_ids, check_plan
+from .checks import check_plan, checked
 from .data import read_splits
 from .distil import distil
 from .extend import LOSSES, extend
@@ -47,7 +48,7 @@ from .report import environment, measure, peak_memory
 from .run import Run, as_begun, begin, begun, check_output
 from .solve import solve
 from .teacher import Teacher, checked_tokenizer, load_teacher
-from .tokens import IGNORED, TooShort, kept_blocks
+from .tokens import IGNORED, TooShort, check_ids, kept_blocks
 
 REPORT_TOKENS = 4096
 # folders of the unfinished work: token blocks, a file for each split, and large streams while solving
@@ -85,8 +86,9 @@ def convert(
     its weights. The student carries `conversion_report`. Raises ValueError for whatever cannot be done, before it
     starts.
     """
+    device = parse_device(device, here=not dry_run)
     meet(device)
-    options = _shared(find_recipe(recipe).with_mixer(mixer))
+    options = _shared(checked(find_recipe(recipe).with_mixer(mixer)))
     output = None if output is None else Path(output).absolute()
     if for_recall(keep):
         options = replace(options, rank={"recall": 1.0, **options.rank})
@@ -126,7 +128,7 @@ def convert(
     if work is not None and not dry_run:
         _make_way(work, resume=resume)
     plan, blocks, missing = _read(plan, train, heldout, tokenizer, work, dry_run=dry_run)
-    check_ids(model, blocks)
+    check_ids(model, blocks.values(), who="the teacher")
     if is_first():
         say(describe(plan, model, offload=offload, on_disk=on_disk, notes=(lacking, missing)))
     if dry_run:

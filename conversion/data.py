@@ -185,16 +185,17 @@ def opened(data: Any) -> Any:
     """A folder or a table as the `datasets` object in it, streamed where that is possible; all else as it is."""
     if not isinstance(data, Path) or not (data.is_dir() or (data.is_file() and kind_of(data) in TABLES)):
         return data
-    from datasets import load_dataset, load_from_disk  # a second: only for those who ask for it
+    from datasets import load_dataset, load_dataset_builder, load_from_disk  # a second: only for those who ask for it
 
     with _naming(data):
         if data.is_file():
             return load_dataset(TABLES[kind_of(data)], data_files=str(data), split="train", streaming=True)
         if any((data / file).is_file() for file in ON_DISK):
             return load_from_disk(str(data))
-    # a file of text is a document; left to itself, `datasets` takes every line for one
-    whole: Any = {"sample_by": "document"} if any(data.rglob("*.txt")) else {}
     try:
+        # a file of text is a document; left to itself, `datasets` takes every line for one
+        as_text = hasattr(load_dataset_builder(str(data)).config, "sample_by")
+        whole: Any = {"sample_by": "document"} if as_text else {}
         return load_dataset(str(data), streaming=True, **whole)
     except (OSError, ValueError) as fault:
         raise ValueError(f"the folder {data} holds no dataset: {fault}; give a file, or a folder of them") from fault

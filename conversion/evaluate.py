@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fwp.architecture import refuse_named_heads
-from hf_fwp.dtypes import parse_dtype
+from hf_fwp.dtypes import parse_device, parse_dtype
 from hf_fwp.estimates import duration, peak_memory, seconds_per_token, size
 from hf_fwp.hosts import HOSTS
 from hf_fwp.layer import layers_of
@@ -37,6 +37,7 @@ from .positions import check_positions, positions_of
 from .recall import LENGTHS, recall
 from .scores import compare, evaluating, forward_of, heldout_blocks, tokens_shown
 from .teacher import empty_teacher, find_config, load_teacher
+from .tokens import check_ids
 
 Model = PreTrainedModel | str | os.PathLike[str]
 
@@ -84,6 +85,8 @@ def evaluate(
         _check_vocabularies(model, opened["teacher"])
     _check_lengths(opened.values(), data, sequence_length)
     ids_NT = heldout_blocks(data, words, tokens=tokens, sequence_length=sequence_length)
+    for name, each in opened.items():
+        check_ids(each, [ids_NT], who=f"the {name}")
     models = {"model": forward_of(model), **(parts_off(model) if parts else {})}
     teacher = forward_of(opened["teacher"]) if against is not None else None
     found: dict[str, Any] = compare(models, teacher, ids_NT, progress=progress)
@@ -123,9 +126,9 @@ def open_model(
     dtype: torch.dtype | str = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Any model, converted or not, and its tokenizer if it has one. A model object is returned as it is."""
+    device = parse_device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(model, nn.Module):
         return model, _open_tokenizer(tokenizer, model.name_or_path or "")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = None if str(model).endswith(".gguf") else find_config(model)
     if config is None or (text_config_of(config) or config).model_type in HOSTS:
         return load_teacher(model, tokenizer=tokenizer, device=device, dtype=dtype)

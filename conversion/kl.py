@@ -70,7 +70,7 @@ class KLOfHeads(torch.autograd.Function):
             for x, needed in zip((student_ND, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True)
         ]
         total = torch.zeros((), dtype=wide, device=student_ND.device)
-        at_once = min(len(student_ND), max(1, LOGITS // len(weight_VD)))
+        at_once = max(1, min(len(student_ND), LOGITS // len(weight_VD)))  # there may be no token at all
         with torch.autocast(student_ND.device.type, enabled=False):
             weight_VD, teacher_VD = weight_VD.to(narrow), teacher_VD.to(narrow)
             # written to again and again: fresh memory of this size costs more than the matrix products

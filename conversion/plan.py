@@ -81,7 +81,12 @@ class Plan:
         return list(range(self.num_layers)) if self.kept == self.num_layers else []
 
     def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self), default=str))
+        return json.loads(json.dumps(asdict(self), default=_same_everywhere))
+
+
+def _same_everywhere(value: Any) -> Any:
+    """In words, or of a set its members, that do not change from process to process."""
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 @dataclass(frozen=True)
@@ -320,8 +325,8 @@ def within(plan: Plan, budget: int | str | None, model: PreTrainedModel, *, in_a
 
 def _starved(recipe: Recipe, scaled: Recipe) -> str:
     """Which stage of a scaled recipe has no tokens for a step; "" where none has too few."""
-    step = {stage: recipe.batch(stage) * recipe.sequence_length for stage in ("align", "distil")}
-    for stage, least in {**step, "extend": recipe.extend_length}.items():
+    for stage in TRAINING:
+        least = recipe.batch(stage) * recipe.length(stage)
         wanted, left = (getattr(each, f"{stage}_tokens") for each in (recipe, scaled))
         if wanted and left < least:
             return f"{max(0, left)} tokens to {stage} on, and {least} are the least"

@@ -108,7 +108,11 @@ class Recipe:
 
     def batch(self, stage: str) -> int:
         """Sequences in a step of a stage that takes gradient steps."""
-        return getattr(self, stage).get("batch_size", BATCH)
+        return getattr(self, stage).get("batch_size", BATCH[stage])
+
+    def length(self, stage: str) -> int:
+        """Tokens of a sequence of a stage that takes gradient steps."""
+        return self.extend_length if stage == "extend" else self.sequence_length
 
     def for_processes(self, count: int) -> Recipe:
         """The same recipe with as many sequences more in a step as `count` processes need to share it evenly."""
@@ -152,7 +156,7 @@ ELSEWHERE = {
 }
 # Whose residual stream the mixers are solved on.
 STREAMS = ("student", "teacher")
-BATCH = 4  # sequences a step, where the recipe does not say
+BATCH = {"align": 4, "distil": 4, "extend": 1}  # sequences a step, where the recipe does not say
 # Stages that take gradient steps, and the learning rates among their settings.
 TRAINING = ("align", "distil", "extend")
 RATES = ("lr", "lr_projections", "lr_rest")

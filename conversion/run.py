@@ -111,16 +111,25 @@ def begin(work: Path, plan: Plan, *, resume: bool) -> None:
     file = work / PLAN
     if begun(work, resume=resume):
         saved, given = json.loads(file.read_text()), plan.as_json()
-        changed = [name for name in given if saved.get(name, given[name]) != given[name]]  # an older plan says less
+        # an older plan says less
+        changed = [each for name in given for each in _changed(saved.get(name, given[name]), given[name], name)]
         if changed:
-            told = ", ".join(f"{name} was {saved.get(name)!r}, is {given[name]!r}" for name in changed)
             raise ValueError(
-                f"{work} holds a run with other arguments ({told}); give the same ones, or delete the folder"
+                f"{work} holds a run with other arguments ({', '.join(changed)}); give the same ones, or delete the "
+                "folder"
             )
         return
     wait()  # until all have looked
     if is_first():
         write_whole(file, json.dumps(plan.as_json(), indent=2))
+
+
+def _changed(saved: Any, given: Any, name: str) -> list[str]:
+    """What was and is another argument, in words; of a recipe its settings: "recipe.align.lr"."""
+    if not (isinstance(saved, dict) and isinstance(given, dict)):
+        return [] if saved == given else [f"{name} was {saved!r}, is {given!r}"]
+    names = dict.fromkeys([*saved, *given])
+    return [told for each in names for told in _changed(saved.get(each), given.get(each), f"{name}.{each}")]
 
 
 def _save_whole(folder: Path, model: PreTrainedModel, files: dict[str, str]) -> None:

@@ -43,6 +43,8 @@ def heldout_blocks(
                 f"token ids have the shape {tuple(data.shape)} and dtype {data.dtype}; give [N, T] of ints, T at least "
                 "2: the first token of a sequence is not foretold"
             )
+        if int(data.min()) < 0:
+            raise ValueError(f"token {int(data.min())} is among the token ids; give ids of 0 and more, without padding")
         return data
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}; give at least one to measure on")

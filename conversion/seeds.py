@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+SEEDS = 2**32  # as many as numpy, which the Trainer seeds too, can be given
 
 
 @contextmanager
@@ -15,3 +18,9 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed for all that draw."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ValueError(f"seed is {seed!r}; give a whole number from 0 to {SEEDS - 1}")

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_fwp.architecture import refuse_named_heads
-from hf_fwp.dtypes import parse_dtype
+from hf_fwp.dtypes import parse_device, parse_dtype
 from hf_fwp.estimates import empty_model
 from hf_fwp.hosts import find_host
 from hf_fwp.loading import align_weights
@@ -54,8 +54,9 @@ def load_teacher(
     Everything else is loaded in `dtype`, float32 by default. Of a vision-language model it is the language part.
     Without `weights` what would be loaded is on the device "meta": it has shapes, and takes no memory.
     """
-    dtype = parse_dtype(dtype)
+    dtype, device = parse_dtype(dtype), parse_device(device, here=weights)
     if isinstance(teacher, PreTrainedModel):
+        _check_object(teacher)
         teacher = teacher if text_config_of(teacher.config) is None else language_part(teacher)
         check_family(teacher.config)
         return _as_asked(teacher, dtype=dtype, device=device), _tokenizer_of(teacher, tokenizer)
@@ -80,6 +81,16 @@ def load_teacher(
     if device is not None:
         model = model.to(device)
     return model.eval(), _tokenizer_at(source, tokenizer)
+
+
+def _check_object(model: PreTrainedModel) -> None:
+    """Refuse an adapter inside of a model, which no student would have, and weights that are not finite."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"the teacher is a {type(model).__name__} with an adapter of peft inside; give the model itself (load the "
+            "adapter by PeftModel.from_pretrained, then merge_and_unload())"
+        )
+    check_finite(model, "the teacher")
 
 
 def empty_teacher(source: str, *, dtype: torch.dtype | None) -> PreTrainedModel:

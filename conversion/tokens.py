@@ -263,6 +263,17 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(found["input_ids"])
 
 
+def check_ids(model: Any, blocks: Iterable[Tensor], *, who: str = "the model") -> None:
+    """Refuse token ids that the model does not know."""
+    known: Any = model.get_input_embeddings()
+    largest = max((int(ids_NT.max()) for ids_NT in blocks if ids_NT.numel()), default=0)
+    if largest >= len(known.weight):
+        raise ValueError(
+            f"the tokenizer gives token {largest}, but {who} has only {len(known.weight)}; give the tokenizer that it "
+            "was trained with"
+        )
+
+
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without a chat template."""
     if not tokenizer.chat_template:

@@ -29,6 +29,7 @@ from .evaluate import Model, open_model, without_weights
 from .plan import token_count
 from .positions import check_positions
 from .scores import evaluating
+from .seeds import check_seed
 from .tokens import labelled_blocks
 
 SETTINGS, TEXTS = "settings.json", "texts.jsonl"
@@ -65,7 +66,8 @@ def write_text(
     output = Path(output)
     work = output.with_name(f"{output.name}.partial")
     count = token_count(tokens, what="tokens")
-    _check(output, work, length=length, prompt_tokens=prompt_tokens, resume=resume)
+    _check(output, work, length=length, prompt_tokens=prompt_tokens, batch_size=batch_size, resume=resume)
+    check_seed(seed)
     if dry_run:
         empty = without_weights(model, dtype)
         check_positions(empty, length, what="length")
@@ -105,7 +107,7 @@ def _show_plan(model: PreTrainedModel, output: Path, tokens: int, *, length: int
     say(f"{told}, {batch_size} at a time; {held}, and a cache for so many texts")
 
 
-def _check(output: Path, work: Path, *, length: int, prompt_tokens: int, resume: bool) -> None:
+def _check(output: Path, work: Path, *, length: int, prompt_tokens: int, batch_size: int, resume: bool) -> None:
     if output.suffix != ".jsonl":
         raise ValueError(f"{output} is no .jsonl file; name it so, for --data takes it as that")
     if output.exists():
@@ -114,6 +116,8 @@ def _check(output: Path, work: Path, *, length: int, prompt_tokens: int, resume:
         raise ValueError(f"{work} holds an earlier run; give resume=True (--resume) to continue it, or delete it")
     if not 2 <= prompt_tokens < length:
         raise ValueError(f"prompts of {prompt_tokens} tokens in texts of {length}: give at least 2, and less than that")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; give how many texts are written at a time, 1 or more")
 
 
 def _write(

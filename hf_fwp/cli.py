@@ -76,7 +76,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --output.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, the default: solving and training need it.")] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Most memory to use, as 8GiB; a larger teacher is converted layer by layer.")
     ] = None,
@@ -128,7 +128,7 @@ def ablate(
     output: Annotated[Path, typer.Option(help="Results; what is there is not run again.")] = Path("out/ablation"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; by default cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, the default: solving and training need it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs with an estimate and stop.")] = False,
     json: AsJson = False,
 ) -> None:

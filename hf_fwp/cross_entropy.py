@@ -95,7 +95,7 @@ def cross_entropy_of_head(
     wide, readout = total.dtype, Readout(scale, cap)
     grads = [d if wanted else None for d, wanted in zip((d_hidden, d_weight), learning, strict=True)]
     weight = weight_VD.to(narrow)
-    at_once = min(len(hidden_ND), max(1, LOGITS // len(weight)))
+    at_once = max(1, min(len(hidden_ND), LOGITS // len(weight)))  # there may be no token at all
     # written to again and again: fresh memory of this size costs more than the matrix products
     buffer_NV = hidden_ND.new_empty(at_once, len(weight), dtype=narrow)
     of_chunk_VD = torch.empty_like(weight) if learning[1] and narrow != wide else None

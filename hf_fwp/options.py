@@ -48,6 +48,15 @@ WITHOUT_QKV: dict[str, Any] = {
     "window": 0,
 }
 
+# Options that count something, and what is said of the least of each.
+COUNTS: dict[str, tuple[int, str]] = {
+    **dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_value_heads", "head_dim"), (1, "at least 1")
+    ),
+    **dict.fromkeys(("conv_size", "value_skip", "window", "sinks"), (0, "0 (none) or more")),
+    "time_scales": (1, "at least 1 (fast weights per head)"),
+}
+
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest allowed name, or nothing."""
@@ -61,6 +70,16 @@ def refuse_unknown(kind: str, given: Iterable[str], allowed: Iterable[str]) -> N
     for name in given:
         if name not in allowed:
             raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, allowed)}; allowed: {', '.join(allowed)}")
+
+
+def check_counts(given: Mapping[str, Any]) -> None:
+    """Raise for the first option of COUNTS in `given` that is no whole number, or too small a one."""
+    for option, (least, told) in COUNTS.items():
+        count = given.get(option, least)
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise ValueError(f"{option} is {count!r}; it must be a whole number, {told}")
+        if count < least:
+            raise ValueError(f"{option} is {count}; it must be {told}")
 
 
 def find_rule(name: str) -> Rule:
@@ -171,14 +190,7 @@ class MixerOptions:
         feature_size(self.feature_map, self.head_dim)
 
     def _check_sizes(self) -> None:
-        for option in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_value_heads", "head_dim"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option} is {getattr(self, option)}; it must be at least 1")
-        for option in ("conv_size", "value_skip", "window", "sinks"):
-            if getattr(self, option) < 0:
-                raise ValueError(f"{option} is {getattr(self, option)}; it must be 0 (none) or more")
-        if self.time_scales < 1:
-            raise ValueError(f"time_scales is {self.time_scales}; it must be at least 1 (fast weights per head)")
+        check_counts(vars(self))
         self._check_window()
         query, key, value = self.num_attention_heads, self.num_key_value_heads, self.num_value_heads
         if query % key or value % key or (query != key and query % value):

@@ -178,6 +178,13 @@ def test_info_for_a_person_shows_the_same():
         (("convert", "TEACHER"), "needs --output"),
         (("convert", "TEACHER", "--output", "OUT", "--keep", "many"), "cannot read --keep 'many'"),
         (("convert", "TEACHER", "--output", "OUT", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (
+            ("convert", "TEACHER", "--output", "OUT", "--device", "foo"),
+            "unknown device 'foo'; the devices here are cpu",
+        ),
+        (("convert", "TEACHER", "--output", "OUT", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
+        (("ablate", "TEACHER", "--output", "OUT", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
+        (("convert", "TEACHER", "--output", "OUT", "--mixer", "window=64k"), "window is '64k'; it must be a whole"),
         (("convert", "TEACHER", "--output", "OUT", "--rule", "delta_nett"), "delta_nett"),
         (("convert", "TEACHER", "--output", "OUT", "--data", "nowhere.txt"), "nowhere.txt"),
         (("convert", "nowhere/at/all", "--output", "OUT"), "nowhere"),

@@ -78,7 +78,7 @@ def run_form(form: Form, state_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         met = q if decay is None else q * decay
         out = met @ before.unsqueeze(2) + scores[:, :, 1:] @ written.unsqueeze(2)
     state_BHKV = state.view(*state_BHKV.shape[:2], *state.shape[1:])
-    out_BTHRV = from_chunks(out, *state_BHKV.shape[:2], length)
+    out_BTHRV = from_chunks(out, state_BHKV.shape[0], state_BHKV.shape[1], length)
     return out_BTHRV, state_BHKV.mT if form.transposed else state_BHKV
 
 

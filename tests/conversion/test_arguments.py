@@ -1,5 +1,6 @@
 """Arguments of convert in other words than its own: numpy's numbers, the name of a dtype, the folder one is in."""
 
+import gzip
 import json
 
 import numpy as np
@@ -9,7 +10,9 @@ from tiny import TEXTS, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_fwp.conversion.convert import convert
+from hf_fwp.conversion.data import read_data
 from hf_fwp.conversion.recipes import Recipe
+from hf_fwp.options import COUNTS, MixerOptions
 
 PARTS = {"baseline_tokens": 0, "residual_tokens": 0, "lengths": (), "prompts": (), "needles": 0}
 SMALL = Recipe("small", "small", sequence_length=16, solve_tokens=7 * 16, report={"tokens": 32, **PARTS})
@@ -40,3 +43,21 @@ def test_a_model_may_be_converted_in_a_dtype_by_name():
         convert(tiny_llama(), dtype="bfloat16", **given)
     with pytest.raises(ValueError, match="unknown dtype 'int8'; the dtypes are float32, bfloat16, float16"):
         convert(tiny_llama(), dtype="int8", **given)
+
+
+@pytest.mark.parametrize("files", [["a.jsonl", "LICENSE.txt"], ["a.txt", "b.txt"], ["a.txt.gz"], ["a.txt", "b.txt.gz"]])
+def test_a_document_of_a_folder_is_a_row_or_a_whole_file(files, tmp_path):
+    told = "two\nlines"
+    for name in files:
+        written = gzip.open if name.endswith(".gz") else open
+        with written(tmp_path / name, "wt") as file:
+            file.write(json.dumps({"text": told}) if ".jsonl" in name else told)
+    assert list(read_data(tmp_path)) == [told] * (1 if "a.jsonl" in files else len(files))
+
+
+@pytest.mark.parametrize("count", ["2", 2.0, True], ids=repr)
+@pytest.mark.parametrize("option", [*COUNTS])
+def test_options_that_count_are_whole_numbers(option, count):
+    given = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "num_value_heads": 2, "head_dim": 4}
+    with pytest.raises(ValueError, match=f"{option} is {count!r}; it must be a whole number"):
+        MixerOptions("gated_delta_net", **{**given, "window": 4, "value_head_dim": 4, option: count})

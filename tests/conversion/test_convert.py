@@ -9,6 +9,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import TEXTS, byte_tokenizer, teacher_folder, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, T5Config
 
@@ -23,6 +24,9 @@ calibration = importlib.import_module("hf_fwp.conversion.calibrate")
 
 SMALL = {"sequence_length": LENGTH, "solve_tokens": 7 * LENGTH, "rank_solve_tokens": 5 * LENGTH, "rank_tokens": LENGTH}
 TRAINED = {"align_tokens": 8 * LENGTH, "distil_tokens": 8 * LENGTH}
+LONGER = Recipe(
+    "longer", "x", **SMALL, **TRAINED, extend_tokens=8 * LENGTH, extend_length=2 * LENGTH, extend={"batch_size": 4}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,18 @@ def with_token(word):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([word])
     return tokenizer
+
+
+def spoilt():
+    model = tiny_llama()
+    model.lm_head.weight.data[3, 1] = torch.nan
+    return model
+
+
+def adapted():
+    model = tiny_llama()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    return model
 
 
 def weights_of(model):
@@ -341,6 +357,7 @@ BAD = [
     ({"data": 3}, "cannot read data of type int"),
     ({"budget": "soon"}, "budget is 'soon'; give a number of tokens"),
     ({"budget": 100}, "leaves 50 tokens to align on, and 64 are the least"),
+    ({"budget": 200, "recipe": LONGER}, "leaves 67 tokens to extend on, and 128 are the least"),
     ({"budget": 1000, "recipe": "closed-form"}, "takes no gradient steps"),
     ({"resume": True}, "resume needs the output folder"),
     ({"dtype": torch.bfloat16}, r"give dtype=torch\.float32"),
@@ -349,9 +366,18 @@ BAD = [
     ({"mixer": {"rule": "delta_net"}}, "'rule' is no option of the mixers of a recipe; give rule="),
     ({"mixer": {"layers": [1]}}, "'layers' is no option of the mixers of a recipe; give keep="),
     ({"mixer": {"per_layer": {}}}, "'per_layer' is no option of the mixers of a recipe"),
+    ({"mixer": {"window": "64k"}}, "window is '64k'; it must be a whole number, 0 "),
+    ({"mixer": {"window": 4.5}}, "window is 4.5; it must be a whole number"),
+    ({"mixer": {"window": True}}, "window is True; it must be a whole number"),
+    ({"mixer": {"window": 4, "sinks": "1"}}, "sinks is '1'; it must be a whole number"),
+    ({"mixer": {"window": -4}}, "window is -4; it must be 0"),
+    ({"device": "foo"}, "unknown device 'foo'; the devices here are cpu"),
+    ({"device": "cuda:99"}, "there is no device 'cuda:99' here; the devices here are cpu"),
     ({"mixer": {"window": LENGTH - 1, "sinks": 1}}, "window and sinks are 16 tokens, and recipe 'quick' reads"),
     ({"teacher": tiny_llama().model}, "is a LlamaModel, which does not foretell the next token"),
     ({"teacher": LlamaForSequenceClassification(tiny_llama().config)}, "is a LlamaForSequenceClassification, which"),
+    ({"teacher": spoilt()}, "1 weights of the teacher are NaN or infinite in places"),
+    ({"teacher": adapted()}, "LlamaForCausalLM with an adapter of peft inside; give the model itself"),
     ({"tokenizer": with_token("rewrites.")}, "gives token 257, but the teacher has only 257"),
 ]
 
@@ -367,6 +393,27 @@ BAD_RECIPES = [
     ({"align": {"window_dropout": 2}}, "window_dropout is .*2.*; give two probabilities"),
     ({"distil": {"window_dropout": (0.5, 2)}}, "window_dropout is .*; give two probabilities"),
     ({"distil": {"losses": {"ce": 1.0}}}, "unknown loss 'ce'; allowed: cross_entropy, kl"),
+    ({"distil": {"losses": {"kl": 0}}}, "losses of distil is .'kl': 0.; give a weight above 0 to one or more of kl"),
+    ({"distil": {"losses": {}}}, "losses of distil is ..; give a weight above 0"),
+    ({"distil": {"losses": {"kl": 1.0, "cross_entropy": -1.0}}}, "losses of distil is .*; give a weight above 0"),
+    ({"distil": {"losses": "kl"}}, "losses of distil is 'kl'; give a weight above 0"),
+    ({"distil": {"lr": 0, "lr_rest": 0}}, "nothing is learned in distil: lr is 0 and lr_rest is 0; give one"),
+    ({"extend": {"lr": 0.0, "lr_rest": 0.0}}, "nothing is learned in extend: lr is 0.0 and lr_rest is 0.0"),
+    ({"align": {"lr": 0, "lr_projections": 0}}, "nothing is learned in align: lr is 0 and lr_projections is 0"),
+    ({"distil": {"lr": -1}}, "the setting lr of distil is -1; give a number, 0 or more"),
+    ({"align": {"lr": "x"}}, "the setting lr of align is 'x'; give a number, 0 or more"),
+    ({"align": {"lr": float("nan")}}, "the setting lr of align is nan; give a number"),
+    ({"align": {"batch_size": 0}}, "the setting batch_size of align is 0; give a whole number, 1 or more"),
+    ({"distil": {"save_every": 0}}, "the setting save_every of distil is 0; give a whole number, 1 or more"),
+    ({"distil": {"steps": 2.5}}, "the setting steps of distil is 2.5; give a whole number"),
+    ({"solve": {"lambdas": [-1.0]}}, r"the setting lambdas of solve is \[-1.0\]; give numbers of 0 or more"),
+    ({"report": {"needles": -1}}, "the setting needles of report is -1; give a whole number, 0 or more"),
+    ({"solve_more": 0.5}, "solve_more is 0.5; give 1, or how many times"),
+    (
+        {"extend_tokens": 40, "extend_length": 20, "extend": {"batch_size": 4}},
+        "extend_tokens is 40, which is less than",
+    ),
+    ({"distil_tokens": 3 * LENGTH, "distil": {"steps": 9}}, "distil_tokens is 48, which is less than a step of 4"),
     ({"align_tokens": 3 * LENGTH}, "align_tokens is 48, which is less than a step of 4 sequences"),
     ({"distil_tokens": 3 * LENGTH}, "distil_tokens is 48, which is less than a step of 4 sequences"),
     ({"align_tokens": -1}, "align_tokens is -1; give 0 to leave the stage out"),

@@ -82,6 +82,16 @@ def test_equal_distributions_have_no_loss_and_large_logits_no_overflow():
     torch.testing.assert_close(far, plain_kl(head(1e3 * hidden), head(-1e3 * hidden)).sum())
 
 
+@pytest.mark.parametrize("losses", [{"kl": 1.0}, {"cross_entropy": 1.0}, {"kl": 1.0, "cross_entropy": 1.0}], ids=str)
+def test_a_step_without_labels_changes_nothing(losses, teacher, ids):
+    student = student_of(teacher)
+    before = weights(student)
+    nothing = torch.full_like(ids, -100)
+    (step,) = distil(student, teacher, ids, labels_NT=nothing, losses=losses, steps=1, **SETTINGS)["history"]
+    assert list(step.values()) == [1, 0]
+    assert same(weights(student), before)
+
+
 def test_bf16_only_for_the_matrix_products_and_only_on_request():
     hidden, heads = [torch.randn(9, 8) for _ in range(2)], [nn.Linear(8, 50) for _ in range(2)]
     exact = kl_of_heads(*hidden, *heads)

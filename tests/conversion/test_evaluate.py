@@ -166,6 +166,13 @@ def test_what_cannot_be_measured_is_said(teacher, ids_NT, tmp_path):
         evaluate(teacher, data=ids_NT[0])
     with pytest.raises(ValueError, match="T at least 2: the first token of a sequence is not foretold"):
         evaluate(teacher, data=ids_NT[:, :1])
+    with pytest.raises(ValueError, match="gives token 67, but the model has only 67"):
+        evaluate(teacher, data=ids_NT + 67 - ids_NT.max())
+    with pytest.raises(ValueError, match="token -1 is among the token ids; give ids of 0"):
+        evaluate(teacher, data=ids_NT - 1 - ids_NT.min())
+    for opens in (evaluate, load_teacher, open_model):
+        with pytest.raises(ValueError, match="there is no device 'cuda:99' here; the devices here are cpu"):
+            opens(teacher_folder(tmp_path / "teacher"), device="cuda:99")
     with pytest.raises(ValueError, match="tokens is 0; give at least one to measure on"):
         evaluate(tiny_llama(), data=TEXTS, tokens=0, tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="tokens, but 4096 are needed"):

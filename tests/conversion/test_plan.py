@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import TEXTS, byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -13,6 +14,7 @@ from hf_fwp.conversion.convert import convert
 from hf_fwp.conversion.families import empty_student
 from hf_fwp.conversion.plan import Plan, describe, memory, offloads, stages
 from hf_fwp.conversion.recipes import RECIPES, student_options
+from hf_fwp.conversion.run import begin
 
 GIB = 2**30
 LARGE = {
@@ -134,6 +136,22 @@ def test_what_align_learns_is_in_memory_but_for_a_folder_on_a_processor(large, t
 def test_weights_that_hold_nothing_are_not_converted(large):
     with pytest.raises(ValueError, match='on the device "meta", which hold nothing: plan it with dry_run=True'):
         convert(large, tokenizer=byte_tokenizer(), data=TEXTS, keep=0, recipe="closed-form")
+
+
+def test_sets_of_settings_are_written_in_order():
+    recipe = replace(RECIPES["quick"], distil={"peft_config": LoraConfig(target_modules=["q_proj", "v_proj", "a"])})
+    plan = Plan("x", "gated_delta_net", 0, recipe, 0, 30, 0, "str")
+    assert plan.as_json()["recipe"]["distil"]["peft_config"]["target_modules"] == ["a", "q_proj", "v_proj"]
+
+
+def test_of_another_plan_the_settings_are_named_that_differ(tmp_path):
+    plans = [
+        Plan("x", "gated_delta_net", 0, replace(RECIPES["quick"], align={"lr": lr}), seed, 30, 0, "str")
+        for lr, seed in ((1e-3, 0), (1e-4, 1))
+    ]
+    begin(tmp_path / "work", plans[0], resume=False)
+    with pytest.raises(ValueError, match=r"\(recipe.align.lr was 0.001, is 0.0001, seed was 0, is 1\); give the same"):
+        begin(tmp_path / "work", plans[1], resume=True)
 
 
 # Solved on either stream. The runs on the student's measured every token of 768 to rank on: as long as every fourth of

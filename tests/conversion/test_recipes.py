@@ -10,7 +10,7 @@ from teachers import tiny_teacher
 from hf_fwp import RULES
 from hf_fwp.conversion.families import copy_teacher
 from hf_fwp.conversion.keep import rank_layers
-from hf_fwp.conversion.recipes import RECIPES, STUDENTS, Recipe, find_recipe, student_options
+from hf_fwp.conversion.recipes import RECIPES, STUDENTS, TRAINING, Recipe, find_recipe, student_options
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,9 +56,14 @@ def test_an_unknown_stream_is_refused():
 @pytest.mark.parametrize(("processes", "sequences"), [(1, 1), (2, 2), (3, 3)])
 def test_processes_share_steps_evenly(processes, sequences):
     recipe = find_recipe("quick").for_processes(processes)
-    assert (recipe.batch("align"), recipe.batch("distil")) == (sequences, sequences)
-    assert recipe.batch("extend") == {1: 4, 2: 4, 3: 6}[processes]
+    assert [recipe.batch(stage) for stage in TRAINING] == [sequences] * 3
     assert (recipe.distil["lr"], recipe.distil_tokens) == (find_recipe("quick").distil["lr"], 159744)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_a_step_is_as_large_as_its_stage_takes_it(stage):
+    run = getattr(importlib.import_module(f"hf_fwp.conversion.{stage}"), stage)
+    assert Recipe("x", "x").batch(stage) == inspect.signature(run).parameters["batch_size"].default
 
 
 def test_tokens_are_those_of_all_stages():

@@ -131,6 +131,9 @@ def test_what_cannot_be_written_is_said(tmp_path):
         ("own.jsonl", {"tokens": "many"}, "tokens is 'many'; give a number of tokens"),
         ("own.jsonl", {"tokens": 0}, "at least one token"),
         ("own.jsonl", {"prompt_tokens": 24}, "prompts of 24 tokens in texts of 24"),
+        ("own.jsonl", {"batch_size": 0}, "batch_size is 0; give how many texts are written at a time, 1 or more"),
+        ("own.jsonl", {"seed": -1}, "seed is -1; give a whole number from 0"),
+        ("own.jsonl", {"device": "foo"}, "unknown device 'foo'"),
         ("own.jsonl", {"tokenizer": None}, "without a tokenizer"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -94,6 +94,14 @@ def test_logits_that_a_family_scales_and_caps(scale, cap):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_no_token_is_no_loss():
+    h, head = torch.randn(0, 8, requires_grad=True), torch.nn.Linear(8, VOCAB, bias=False)
+    loss = cross_entropy.summed_loss(h, head, torch.empty(0, dtype=torch.long))
+    grads = torch.autograd.grad(loss, [h, head.weight])
+    assert loss == 0
+    assert (grads[0].shape, float(grads[1].abs().sum())) == (h.shape, 0)
+
+
 def test_a_frozen_head_gets_no_gradient(monkeypatch):
     model = tiny_model()
     model.lm_head.requires_grad_(False)
