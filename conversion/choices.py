@@ -70,6 +70,10 @@ CHOICES: dict[str, Choice] = {
         "better with its windows, worse without: the fast weights are not asked for what is near",
         {"align.window_dropout": NEVER, "distil.window_dropout": NEVER},
     ),
+    "window rates x 10": Choice(
+        "same: it learns as one without windows does, whose rates these are",
+        {"align.lr": 1e-3, "align.lr_projections": 1e-4, "distil.lr": 5e-4, "distil.lr_rest": 2e-4},
+    ),
     "no extend": Choice(
         "better: what is measured is no longer than what distil reads, which gets its tokens", {"extend_tokens": 0}
     ),

@@ -75,6 +75,8 @@ class Recipe:
     extend_length: int = 4096
     extend: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    window_rates: float = 1.0
+    """what its learning rates are multiplied with for mixers that get a window: such a student starts near its teacher"""
 
     def __post_init__(self) -> None:
         refuse_unknown("stream", [self.stream], STREAMS)
@@ -139,8 +141,10 @@ class Recipe:
         return made.with_trained(self.trained()) if made.trained() else made
 
     def with_mixer(self, options: Mapping[str, Any] | None) -> Recipe:
-        """The same recipe with some options of the mixers changed."""
-        return replace(self, fwp={**self.fwp, **(options or {})})
+        """The same recipe with some options of the mixers changed; where these add a window, by its `window_rates`."""
+        changed = replace(self, fwp={**self.fwp, **(options or {})})
+        adds = changed.fwp.get("window") and not self.fwp.get("window")
+        return changed.with_rates(self.window_rates) if adds else changed
 
     def with_rates(self, factor: float) -> Recipe:
         """The same recipe with every learning rate that it names times `factor`."""
@@ -190,6 +194,7 @@ RECIPES: dict[str, Recipe] = {
             align={**_ALIGN, "batch_size": 1},  # with few tokens more steps are worth more than larger ones
             distil_tokens=159744,
             distil={**_DISTIL, "batch_size": 1, "save_every": 40},
+            window_rates=0.1,
         ),
         Recipe(
             "standard",

@@ -66,6 +66,15 @@ def test_a_step_is_as_large_as_its_stage_takes_it(stage):
     assert Recipe("x", "x").batch(stage) == inspect.signature(run).parameters["batch_size"].default
 
 
+def test_rates_are_lower_where_mixers_get_a_window():
+    quick = find_recipe("quick")
+    windowed = quick.with_mixer({"window": 64})
+    assert windowed.distil["lr"] == pytest.approx(0.1 * quick.distil["lr"])
+    assert windowed.align["lr_projections"] == pytest.approx(0.1 * quick.align["lr_projections"])
+    assert windowed.with_mixer({"sinks": 4}).distil["lr"] == windowed.distil["lr"]
+    assert quick.with_mixer({"sinks": 4}).distil == quick.with_mixer({"window": 0}).distil == quick.distil
+
+
 def test_tokens_are_those_of_all_stages():
     recipe = Recipe("x", "x", solve_tokens=7, rank_solve_tokens=30, rank_tokens=200, align_tokens=1000, distil_tokens=9)
     assert recipe.trained() == 1009
