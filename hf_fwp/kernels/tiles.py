@@ -13,9 +13,8 @@ import triton.language as tl
 from ..rules.blocks import L2NORM_EPS
 
 EPS = tl.constexpr(L2NORM_EPS)
-LOWEST = tl.constexpr(
-    -104.0
-)  # exp is 0 in float32 from here on; sums of lower steps lose digits, those of -inf are NaN
+# exp is 0 in float32 from here on; sums of lower steps lose digits, and differences of -inf are NaN
+LOWEST = tl.constexpr(-104.0)
 
 
 @triton.jit

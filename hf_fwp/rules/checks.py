@@ -1,6 +1,5 @@
 """What the operators accept, said in words when something else was given."""
 
-import math
 from itertools import pairwise
 
 import torch
@@ -46,10 +45,10 @@ def check_arguments(
 
 
 def scale_of(scale: float | None, key_size: int) -> float:
-    """K ** -0.5 where none is given. Raises ValueError for 0 and for what is no number."""
+    """K ** -0.5 where none is given. Raises ValueError for 0 and for a tensor."""
     if scale is None:
         return key_size**-0.5
-    if isinstance(scale, Tensor) or not math.isfinite(scale) or scale == 0:
+    if isinstance(scale, Tensor) or scale == 0:
         raise ValueError(f"scale is {scale!r}; it must be a number other than 0 (to learn one, multiply the outputs)")
     return float(scale)
 

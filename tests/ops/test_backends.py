@@ -161,6 +161,14 @@ def test_compiles_without_graph_breaks(operator, packed):
         torch.testing.assert_close(a, b)
 
 
+def test_a_scale_that_changes_compiles_without_graph_breaks():
+    q, k, v, beta = torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2, 4), torch.randn(1, 8, 2, 4), torch.rand(1, 8, 2)
+    compiled = torch.compile(ops.delta_rule, fullgraph=True, backend="aot_eager")
+    for scale in (0.5, 0.25):
+        out, expected = (rule(q, k, v, beta, scale=scale)[0] for rule in (compiled, ops.delta_rule))
+        torch.testing.assert_close(out, expected)
+
+
 def test_decode_step_compiles_without_graph_breaks():
     q, k, v, state = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4), torch.randn(2, 1, 2, 4), torch.zeros(2, 2, 4, 4)
     beta, g = torch.rand(2, 1, 2), -torch.rand(2, 1, 2)
