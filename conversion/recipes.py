@@ -76,7 +76,7 @@ class Recipe:
     extend: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
     window_rates: float = 1.0
-    """what its learning rates are multiplied with for mixers that get a window: such a student starts near its teacher"""
+    """times its learning rates, for mixers that get a window: such a student starts near its teacher"""
 
     def __post_init__(self) -> None:
         refuse_unknown("stream", [self.stream], STREAMS)
