@@ -184,6 +184,7 @@ def test_info_for_a_person_shows_the_same():
         ),
         (("convert", "TEACHER", "--output", "OUT", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
         (("ablate", "TEACHER", "--output", "OUT", "--device", "cuda:99"), "there is no device 'cuda:99' here"),
+        (("bench", "serve", "TEACHER", "--against", "TEACHER", "--device", "foo"), "unknown device 'foo'"),
         (("convert", "TEACHER", "--output", "OUT", "--mixer", "window=64k"), "window is '64k'; it must be a whole"),
         (("convert", "TEACHER", "--output", "OUT", "--rule", "delta_nett"), "delta_nett"),
         (("convert", "TEACHER", "--output", "OUT", "--data", "nowhere.txt"), "nowhere.txt"),

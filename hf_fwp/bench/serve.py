@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..architecture import refuse_named_heads
+from ..dtypes import parse_device
 from ..estimates import duration, empty_model, seconds_per_token, size
 from ..telling import say, tell
 from .cpu import machine
@@ -56,7 +57,7 @@ def bench_serve(
             f"contexts are {list(contexts)}, batch {batch}, new_tokens {new_tokens} and repeats {repeats}; give at "
             "least one context, and numbers of at least 1"
         )
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = parse_device(device, here=not dry_run) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dry_run:
         _say_plan(model, against, tokens=batch * sum(contexts) * (repeats + 1), contexts=contexts, place=place)
         return {}
