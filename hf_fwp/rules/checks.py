@@ -40,6 +40,7 @@ def check_arguments(
         raise ValueError(
             f"mask has shape {list(mask.shape)}; it must be [B, T] = {list(per_head[:2])}: 1 for tokens, 0 for padding"
         )
+    _check_mask(mask)
     _check_packing(q, cu_seqlens)
     _check_states(q, k, v, states, cu_seqlens)
 
@@ -79,6 +80,17 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q has {query_heads} heads with {heads} key heads and {value_heads} value heads; "
             f"allowed are {heads} (as many as k) or a multiple of {value_heads} (several queries read one state)"
+        )
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    """An additive mask has 0 for tokens. On an accelerator the question would wait for the device."""
+    if mask is None or not mask.is_floating_point() or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((mask < 0).any()):
+        raise ValueError(
+            f"mask is of {mask.dtype} with numbers below 0, as one added to scores; it must be 1 for tokens and "
+            "0 for padding: give mask >= 0"
         )
 
 

@@ -30,6 +30,7 @@ BAD = {
     "beta": ({"beta": torch.zeros(2, T, 1)}, r"beta has shape \[2, 5, 1\]"),
     "g": ({"g": torch.zeros(2, T, 2, 5)}, r"g has shape \[2, 5, 2, 5\]"),
     "mask": ({"mask": torch.ones(2, 4)}, r"mask has shape \[2, 4\]"),
+    "additive mask": ({"mask": torch.tensor([[0.0] * T, [0.0] * 4 + [-1e9]])}, "1 for tokens and 0 for padding"),
     "state shape": ({"initial_state": torch.zeros(2, 2, 3, 4)}, r"state has shape .* need \[2, 2, 4, 3\]"),
     "state dtype": ({"initial_state": torch.zeros(2, 2, 4, 3).bfloat16()}, "must be torch.float32"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, T])}, "but B = 2"),
