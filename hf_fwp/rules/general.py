@@ -156,8 +156,9 @@ def decayed_sums(x_BTHD: Tensor, g_BTH: Tensor, start_BHD: Tensor) -> tuple[Tens
 
 
 def summed(g: Tensor) -> Tensor:
-    """G, the sum of g over the tokens of a chunk."""
-    return g.clamp_min(LOWEST[g.dtype]).cumsum(-2)
+    """G, the sum of g over the tokens of a chunk. The backward keeps a mask of g instead of g."""
+    lowest = LOWEST[g.dtype]
+    return g.masked_fill(g < lowest, lowest).cumsum(-2)
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
