@@ -23,7 +23,7 @@ from .linear_class import (
 )
 
 MakeForm = Callable[..., Form]
-Before = Callable[[dict[str, Tensor], States], tuple[dict[str, Tensor], States]]
+Before = Callable[..., tuple[dict[str, Tensor], States]]
 
 
 def apply_form(
@@ -48,7 +48,7 @@ def apply_form(
     ran: list[str] | None = None,
 ) -> tuple[Tensor, States]:
     """Run a rule over [B, T, heads, size]. `make_form(q, k, v, inputs..., **options)` says what its tokens do;
-    without it only the recurrence can be run. What the keys alone decide is found before by `first(tokens, states)`.
+    without it only the recurrence can be run. What the keys alone decide is found before, by `first(tokens, states)`.
     A form that `renames` its tensors and computes nothing leaves everything to the kernels, gates that are not computed
     yet (gating.py) too. `word` is the type of their products, that of q, k and v when left out."""
     chosen = rule.resolve_options(options)
@@ -66,7 +66,7 @@ def apply_form(
     if ran is not None:
         ran.append(backend)
     factor = scale_of(scale, k.shape[-1])
-    if backend == "triton":
+    if backend in ("torch", "triton"):
         refuse_tangents(*tensors)
     in_place = in_place and backend == "step" and not torch.is_grad_enabled()
     kernel = backend == "triton" or (backend == "step" and decodes(*tensors))
@@ -86,27 +86,25 @@ def apply_form(
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     carried = complete_states(rule, states, count, tokens)
 
-    one_by_one = backend != "triton" or first is not None
-
     def run(part: dict[str, Tensor], before: States, valid: Tensor | None) -> tuple[Tensor, States]:
         if backend == "reference":
             return recurrence(rule.step, part, before, mask=valid, **chosen)
         if first is not None:
-            part, before = first(part, before)
+            part, before = first(part, before, cu_seqlens=cu_seqlens, backend=backend)
         assert make_form is not None
         form = make_form(**part, **chosen)
         if backend == "step":
             state = before["state"].clone()
             out = run_token(form, state, kernel=kernel)
         elif backend == "triton":
-            out, state = run_kernels(form, before["state"], word, cu_seqlens=None if one_by_one else cu_seqlens)
+            out, state = run_kernels(form, before["state"], word, cu_seqlens=cu_seqlens)
             out = out.unflatten(2, part["q"].shape[2:4])
         else:
-            out, state = run_form(form, before["state"])
+            out, state = run_form(form, before["state"], cu_seqlens)
         return out, {**before, "state": state}
 
     with torch.autocast(v.device.type, enabled=False):
-        out, after = each_sequence(tokens, carried, cu_seqlens if one_by_one else None, mask, run)
+        out, after = each_sequence(tokens, carried, cu_seqlens if backend == "reference" else None, mask, run)
     if in_place:
         after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
     out = out.flatten(2, 3).to(out_dtype)

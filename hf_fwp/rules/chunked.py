@@ -152,7 +152,7 @@ def forward_block(x: Inputs, block: Block, state: Tensor, out: Tensor, kept: Kep
         found.states[0].copy_(s)
         scratch.release_all()
         c = prepare(x, block, segment, found, scratch, known=False)
-        forward_scan(c, found)
+        forward_scan(found, c.weights, c.k_remaining, c.left)
         o = scratch.bmm(c.q, found.before)
         if c.decay_q is not None:
             o.mul_(c.decay_q)
@@ -162,17 +162,16 @@ def forward_block(x: Inputs, block: Block, state: Tensor, out: Tensor, kept: Kep
     state.copy_(s.view(state.shape))
 
 
-def forward_scan(c: Chunks, kept: Kept) -> None:
+def forward_scan(kept: Kept, weights: Tensor | None, k_remaining: Tensor, left: Tensor | None) -> None:
     """The part that goes from chunk to chunk: U becomes R, and the states after the first are filled."""
-    columns = (kept.written, c.weights, c.k_remaining, c.left, kept.before, kept.after)
-    parts = zip(*(per_chunk(column, len(kept.states) - 1) for column in columns), strict=True)
-    for written, weights, k, left, s, after in parts:
-        if weights is not None:
-            written.baddbmm_(weights, s, alpha=-1)
-        if left is None:
-            torch.baddbmm(s, k.mT, written, out=after)
+    columns = (kept.written, weights, k_remaining, left, kept.before, kept.after)
+    for u, w, k, decay, s, after in zip(*(per_chunk(x, len(kept.states) - 1) for x in columns), strict=True):
+        if w is not None:
+            u.baddbmm_(w, s, alpha=-1)
+        if decay is None:
+            torch.baddbmm(s, k.mT, u, out=after)
         else:
-            torch.mul(s, left, out=after).baddbmm_(k.mT, written)
+            torch.mul(s, decay, out=after).baddbmm_(k.mT, u)
 
 
 def per_chunk(x: Tensor | None, count: int) -> Any:
@@ -195,7 +194,7 @@ def backward_block(
         omega = apply_gamma(scratch.bmm(do, found.written.mT), c.gamma, block.queries)
         if c.decay_q is not None:
             do.mul_(c.decay_q)
-        ds_all = backward_scan(c, segment.count, dr, do, ds, scratch)
+        ds_all = backward_scan(c.q, do, dr, ds, c.weights, c.k_remaining, c.left, scratch)
         ds.copy_(ds_all[:pairs])
         ds_after = ds_all[pairs:]
 
@@ -244,23 +243,31 @@ class Found:
     along_state: Tensor | None  # ⟨S1, dS1⟩
 
 
-def backward_scan(c: Chunks, count: int, dr: Tensor, do: Tensor, ds: Tensor, scratch: Scratch) -> Tensor:
+def backward_scan(
+    q: Tensor,
+    do: Tensor,
+    dr: Tensor,
+    ds: Tensor,
+    weights: Tensor | None,
+    k_remaining: Tensor,
+    left: Tensor | None,
+    scratch: Scratch,
+) -> Tensor:
     """The part that goes from chunk to chunk: dS before the first chunk and after every one, along the first dimension.
 
-    `dr` arrives without its share from dS, `do` multiplied by exp(G).
+    `dr` arrives without its share from dS, and q or `do` multiplied by exp(G).
     """
     pairs = ds.shape[0]
-    ds_all = scratch.empty((count + 1) * pairs, *ds.shape[1:])
-    torch.bmm(c.q.mT, do, out=ds_all[:-pairs])
+    ds_all = scratch.empty(q.shape[0] + pairs, *ds.shape[1:])
+    torch.bmm(q.mT, do, out=ds_all[:-pairs])
     ds = ds_all[-pairs:].copy_(ds)
-    columns = (dr, c.k_remaining, c.weights, c.left, ds_all[:-pairs])
-    for d_written, k, weights, left, before in reversed(
-        list(zip(*(per_chunk(column, count) for column in columns), strict=True))
-    ):
+    columns = (dr, k_remaining, weights, left, ds_all[:-pairs])
+    parts = zip(*(per_chunk(x, q.shape[0] // pairs) for x in columns), strict=True)
+    for d_written, k, w, decay, before in reversed(list(parts)):
         d_written.baddbmm_(k, ds)
-        ds = before.add_(ds) if left is None else before.addcmul_(ds, left)
-        if weights is not None:
-            ds.baddbmm_(weights.mT, d_written, alpha=-1)
+        ds = before.add_(ds) if decay is None else before.addcmul_(ds, decay)
+        if w is not None:
+            ds.baddbmm_(w.mT, d_written, alpha=-1)
     return ds_all
 
 

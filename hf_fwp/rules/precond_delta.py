@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import linear_attention
 from .apply_form import apply_form
 from .base import MODERN_SHELL, Gates, Rule, States, read
 from .gating import softplus, start_rates, start_steps
-from .general import Form, decayed_sums
+from .general import Form
 
 SMALLEST = 1e-12  # log 0; nothing is gained below it, where k̃ = k x within 4 %
 
@@ -54,12 +55,18 @@ def step(
     return {"state": state_BHKV, "moment": moment_BHK}, scale * read(state_BHKV, q)
 
 
-def moments(tokens: dict[str, Tensor], states: States) -> tuple[dict[str, Tensor], States]:
-    """A for every token, which the keys alone decide: found before the state is touched."""
+def moments(tokens: dict[str, Tensor], states: States, **call: Any) -> tuple[dict[str, Tensor], States]:
+    """A for every token, which the keys alone decide: found before the state is touched. A decayed sum is the sum rule
+    with a query and a key of size 1 that are 1."""
     rest = {name: x for name, x in tokens.items() if name not in ("moment_g", "moment_beta")}
     added = tokens["moment_beta"].unsqueeze(-1) * tokens["k"].square()
-    moment, last = decayed_sums(added, tokens["moment_g"], states["moment"])
-    return {**rest, "moment": moment}, {**states, "moment": last}
+    one = torch.ones_like(added[..., :1])
+    before = {"state": states["moment"].unsqueeze(2)}
+    options = {"normalize": False}
+    moment, after = linear_attention.apply(
+        one, one, added, g=tokens["moment_g"], states=before, scale=1.0, options=options, **call
+    )
+    return {**rest, "moment": moment}, {**states, "moment": after["state"].squeeze(2)}
 
 
 def form(

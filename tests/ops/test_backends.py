@@ -4,9 +4,10 @@ import operators as problems
 import pytest
 import torch
 from operators import Problem
+from torch._dynamo.backends.debugging import aot_eager
 
 from hf_fwp import ops
-from hf_fwp.rules import RULES, chunked_op
+from hf_fwp.rules import RULES, chunked_op, general_op
 
 # rules whose fast form solves a triangular system for coefficients that are given
 LINEAR = [rule for rule in RULES if not RULES[rule].own]
@@ -110,6 +111,17 @@ def test_opcheck(packed, erase):
     torch.library.opcheck(chunked_op.linear_class_forward, arguments)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_the_general_rule(packed, transposed):
+    length, count = 70, 2 if packed else 1
+    q, k, v, e = (torch.randn(1, length, 2, 4, requires_grad=True) for _ in range(4))
+    g = (-torch.rand(1, length, 2, 4)).requires_grad_()
+    state = torch.randn(count, 2, 4, 4, requires_grad=True)
+    bounds = torch.tensor([0, 30, length]) if packed else None
+    torch.library.opcheck(general_op.general_forward, (q, k, 0.1 * e, v, g, state, bounds, transposed, True))
+
+
 @pytest.mark.parametrize("rule", ["kimi_delta", "gated_oja"])
 def test_the_backward_keeps_one_state_per_chunk(rule):
     """Numbers kept per token and head do not grow with T and are far fewer than a state has."""
@@ -130,17 +142,28 @@ def test_the_backward_keeps_one_state_per_chunk(rule):
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.shapes])
-def test_rules_with_gates_of_their_own_compile_without_graph_breaks(rule):
-    given = problems.tensors(Problem(rule, torch.float32, 70)).copy(torch.float32)
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_rules_with_gates_of_their_own_compile_without_graph_breaks(rule, layout):
+    """And once for all lengths: the second length is compiled with a length of any size."""
+    graphs = []
 
-    def loss():
-        out, states = RULES[rule].apply(**given.leaves, states=given.states, **given.keywords)
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def loss(leaves, states, keywords):
+        out, states = RULES[rule].apply(**leaves, states=states, **keywords)
         return out.sum() + states["state"].square().sum()
 
-    leaves = (*given.leaves.values(), *given.states.values())
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=remember)
+    for length in (70, 100, 170):
+        given = problems.tensors(Problem(rule, torch.float32, length, layout)).copy(torch.float32)
+        leaves, call = (*given.leaves.values(), *given.states.values()), (given.leaves, given.states, given.keywords)
+        found, expected = (torch.autograd.grad(run(*call), leaves) for run in (compiled, loss))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "gated_delta_rule"])

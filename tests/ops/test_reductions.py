@@ -7,7 +7,7 @@ from operators import BACKENDS, Problem, close, random_inputs, unit
 
 import hf_fwp
 from hf_fwp.rules import RULES
-from hf_fwp.rules.channel_decay import mix, products
+from hf_fwp.rules.decays import ChannelDecay, SharedDecay
 
 
 def per_channel(g, size=6):
@@ -65,19 +65,29 @@ def test_a_channel_may_forget_everything_at_once(backend, decay):
     for found, expected in zip(*results, strict=True):
         assert torch.isfinite(found).all()
         close(found, expected)
+    if decay < -1000:
+        assert not results[0][5][g == decay].any()  # what is exactly 0 cannot learn
 
 
-def test_products_under_channel_decay_are_what_they_say():
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("channels", [0, 1, 5])
+def test_products_under_decay_are_what_they_say(channels, queries):
+    """None, one decay per token, one per channel: against the tensor [C, C, D] that no form may hold."""
     torch.manual_seed(0)
-    x, y = torch.randn(2, 3, 16, 5, dtype=torch.float64), torch.randn(2, 1, 16, 5, dtype=torch.float64)
-    total = -torch.rand(2, 1, 16, 5, dtype=torch.float64).cumsum(-2)
-    decay = (total.unsqueeze(-2) - total.unsqueeze(-3)).exp()
-    weights = torch.einsum("nrid,nkjd,nkijd->nrij", x, y, decay).tril()
-    close(products(x, y, total), weights)
-    close(mix(weights, y, total), torch.einsum("nrij,nkjd,nkijd->nrid", weights, y, decay))
-    leaves = [z.requires_grad_() for z in (x, y, total, weights.clone())]
-    assert torch.autograd.gradcheck(products, leaves[:3])
-    assert torch.autograd.gradcheck(lambda w, b, t: mix(w.tril(), b, t), (leaves[3], *leaves[1:3]))
+    x, y = torch.randn(2, 16, queries, 5, dtype=torch.float64), torch.randn(2, 16, 5, dtype=torch.float64)
+    m = torch.randn(2, 16, queries, 16, dtype=torch.float64)
+    g = -torch.rand(2, 16, max(channels, 1), dtype=torch.float64)
+    total = (g if channels else 0 * g).cumsum(1)
+    gamma = (total[:, :, None] - total[:, None]).exp().expand(-1, -1, -1, 5)
+    gamma = torch.where(torch.ones(16, 16).tril().bool()[..., None], gamma, 0)
+    decay = ChannelDecay(g) if channels > 1 else SharedDecay(g if channels else None, like=y)
+    close(decay.products(x, y), torch.einsum("mird,mjd,mijd->mirj", x, y, gamma))
+    close(decay.mix(m, y), torch.einsum("mirj,mjd,mijd->mird", m, y, gamma))
+    mixed, columns = decay.gradients(m, x, y)
+    close(mixed, decay.mix(m, y))
+    close(columns, torch.einsum("mirj,mird,mijd->mjd", m, x, gamma))
+    close(decay.from_start(x), x * total.exp()[:, :, None])
+    close(decay.to_end(y), y * (total[:, -1:] - total).exp())
 
 
 def steps(count, length=20):
