@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from hf_fwp.rules import RULES, Rule
 from hf_fwp.rules.base import Own
@@ -47,6 +48,18 @@ def random_inputs(
     q, k, v = (torch.randn(batch, length, heads, size, dtype=torch.float64) for _ in range(3))
     beta, g = (torch.rand(batch, length, heads, dtype=torch.float64) for _ in range(2))
     return q, unit(k, dim=-1), v, beta, -g
+
+
+def in_one_graph(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """The function compiled without graph breaks, and the graphs that are made of it."""
+    graphs = []
+
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=remember), graphs
 
 
 def close(a: Tensor, b: Tensor) -> None:

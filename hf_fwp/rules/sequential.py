@@ -229,7 +229,7 @@ def _run(
     if cu_seqlens is None:
         return _whole(form, run, inputs, states, backend)
     length = next(iter(inputs.values())).shape[1]
-    rows, valid, back = _rows(sequence_bounds(cu_seqlens, length), like=cu_seqlens)
+    rows, valid, back = _rows(cu_seqlens, length)
     if run.mask is not None:
         valid = valid & run.mask[0, rows].bool()
     padded = {name: keep_valid(x[0, rows], valid) for name, x in inputs.items()}
@@ -254,12 +254,14 @@ def _recurrence(step: Callable[..., Any], inputs: Inputs, states: States, mask: 
     return recurrence(step, named, states, mask=mask)
 
 
-def _rows(bounds: list[tuple[int, int]], *, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.compiler.disable(reason="how many rows packed sequences make is known from the values of cu_seqlens only")
+def _rows(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each place of a padded batch [N, L] is found in the packed row, which places are real, and the way back."""
+    bounds = sequence_bounds(cu_seqlens, length)
     longest = max(end - start for start, end in bounds)
-    starts = torch.tensor([start for start, _ in bounds], device=like.device)
-    lengths = torch.tensor([end - start for start, end in bounds], device=like.device)
-    place = torch.arange(longest, device=like.device)
+    starts = torch.tensor([start for start, _ in bounds], device=cu_seqlens.device)
+    lengths = torch.tensor([end - start for start, end in bounds], device=cu_seqlens.device)
+    place = torch.arange(longest, device=cu_seqlens.device)
     valid = place < lengths[:, None]
     rows = torch.where(valid, starts[:, None] + place, 0)
     return rows, valid, valid.flatten().nonzero()[:, 0]

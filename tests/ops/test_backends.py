@@ -4,7 +4,6 @@ import operators as problems
 import pytest
 import torch
 from operators import Problem
-from torch._dynamo.backends.debugging import aot_eager
 
 from hf_fwp import ops
 from hf_fwp.rules import RULES, chunked_op, general_op
@@ -145,18 +144,12 @@ def test_the_backward_keeps_one_state_per_chunk(rule):
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 def test_rules_with_gates_of_their_own_compile_without_graph_breaks(rule, layout):
     """And once for all lengths: the second length is compiled with a length of any size."""
-    graphs = []
-
-    def remember(graph, inputs):
-        graphs.append(graph)
-        return aot_eager(graph, inputs)
 
     def loss(leaves, states, keywords):
         out, states = RULES[rule].apply(**leaves, states=states, **keywords)
         return out.sum() + states["state"].square().sum()
 
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend=remember)
+    compiled, graphs = problems.in_one_graph(loss)
     for length in (70, 100, 170):
         given = problems.tensors(Problem(rule, torch.float32, length, layout)).copy(torch.float32)
         leaves, call = (*given.leaves.values(), *given.states.values()), (given.leaves, given.states, given.keywords)

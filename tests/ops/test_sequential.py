@@ -7,7 +7,7 @@ from brute_force import BRUTE_FORCE
 from operators import Problem
 
 from hf_fwp.rules import RULES
-from hf_fwp.rules.walk import segment_length, walk
+from hf_fwp.rules.walk import Loop, segment_length, walk, walked
 
 OWN = [rule for rule in RULES if RULES[rule].own]
 VARIANTS = problems.every_variant(OWN)
@@ -131,6 +131,59 @@ def test_the_loop_keeps_few_states(length):
     assert plain > 2 * length * size * size
     # all segments together record what the plain loop records, one after the other
     assert backward / (-(-length // segment)) <= 1.5 * plain / length * segment
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_a_rule_compiles_once_for_all_lengths(rule):
+    """The loop over time is one operator: unrolled, forty tokens took a minute to compile."""
+
+    def loss(leaves, states, keywords):
+        out, states = RULES[rule].apply(**leaves, states=states, **keywords)
+        return out.square().sum() + sum(x.square().sum() for x in states.values())
+
+    number = problems.WALKS_WITH.get(rule, 0)
+    compiled, graphs = problems.in_one_graph(loss)
+    for length in (20, 30, 50):
+        given = problems.tensors(problem(rule, number, length=length, layout="padded")).copy(torch.float64)
+        leaves = {**given.leaves, **given.keywords.get("weights", {}), **given.states}
+        call = (given.leaves, given.states, given.keywords)
+        found, expected = (torch.autograd.grad(run(*call), list(leaves.values())) for run in (compiled, loss))
+        for name, a, b in zip(leaves, found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+    assert len(graphs) <= 2
+
+
+def test_a_number_that_changes_compiles_without_graph_breaks():
+    given = problems.tensors(problem("fwp_1991", 1)).copy(torch.float64)
+
+    def outputs(tau):
+        keywords = given.keywords | {"options": given.keywords["options"] | {"tau": tau}}
+        return RULES["fwp_1991"].apply(**given.leaves, states=given.states, **keywords)[0]
+
+    compiled, _ = problems.in_one_graph(outputs)
+    for tau in (4.0, 3.0):
+        problems.close(compiled(tau), outputs(tau))
+
+
+@pytest.mark.parametrize("rule", OWN)
+def test_packed_sequences_break_a_compiled_graph(rule):
+    given = problems.tensors(problem(rule, layout="packed")).copy(torch.float64)
+
+    def outputs():
+        return RULES[rule].apply(**given.leaves, states=given.states, **given.keywords)[0]
+
+    torch.compiler.reset()
+    problems.close(torch.compile(outputs, backend="aot_eager")(), outputs())
+    whole, _ = problems.in_one_graph(outputs)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="from the values of cu_seqlens only"):
+        whole()
+
+
+def test_opcheck():
+    x, decay, mask = torch.rand(2, 20, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64), torch.ones(2, 20)
+    tensors = [t.requires_grad_() for t in (x, decay, torch.rand(2, 3, dtype=torch.float64))]
+    loop = Loop(leaky, ("x",), ("decay",), ("state",), {})
+    torch.library.opcheck(walked, (tensors, mask, *loop.written()))
 
 
 @pytest.mark.parametrize("rule", OWN)
