@@ -1,4 +1,4 @@
-"""The gated delta rule on a CPU, beside the fallback that transformers runs there.
+"""The gated delta rule on a CPU, its decay one per head or one per channel, beside what transformers runs there.
 
 Both get the same tensors, in turns, in one process: other work on the machine then slows both alike. The median counts.
 """
@@ -6,6 +6,7 @@ Both get the same tensors, in turns, in one process: other work on the machine t
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import platform
 import statistics
 import time
@@ -19,17 +20,18 @@ import numpy as np
 import rich.table
 import torch
 import transformers
-from torch import Tensor
 
 from ..card import commit
 from ..estimates import duration
-from ..ops import gated_delta_rule
 from ..telling import say, tell
+from . import decode
+from .decode import token
+from .kernels import CHUNK, Shape, backward, forward, inputs, ours, transformers_fallback
 
 # B, T, H, D
-SHAPES = ((1, 2048, 9, 64), (1, 4096, 16, 128))
+SHAPES: tuple[Shape, ...] = ((1, 2048, 9, 64), (1, 4096, 16, 128))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Operator = Callable[..., tuple[Tensor, Any]]
+LARGEST = 2**30  # bytes
 PART = 8  # of a sequence, a dry run times one
 
 
@@ -53,12 +55,14 @@ def bench_cpu(
         raise ValueError(f"repeats is {repeats} and threads {threads}; both must be at least 1")
     if dry_run:
         with threads_of_torch(threads):
-            short = [(batch, -(-length // PART), heads, size) for batch, length, heads, size in shapes]
-            rows = [row for name in dtypes for shape in short for row in time_shape(shape, name, 1)]
+            short = [
+                (op, (batch, -(-length // PART), heads, size)) for op, (batch, length, heads, size) in cases(shapes)
+            ]
+            rows = [row for name in dtypes for case in short for row in time_case(*case, name, 1)]
         say_plan(rows, repeats)
         return {}
     with threads_of_torch(threads):
-        rows = [row for name in dtypes for shape in shapes for row in time_shape(shape, name, repeats)]
+        rows = [row for name in dtypes for case in cases(shapes) for row in time_case(*case, name, repeats)]
     result = {"machine": machine(threads), "repeats": repeats, "rows": rows}
     tell(table(result))
     if json is not None:
@@ -83,61 +87,31 @@ def threads_of_torch(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def time_shape(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> list[dict[str, Any]]:
-    """One row per thing that is timed."""
-    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+def cases(shapes: Sequence[Shape]) -> list[tuple[str, Shape]]:
+    """Operators and shapes. With a decay per channel transformers holds [C, C, K] of every chunk and head, several
+    times: where one of them is too large, or transformers does not know the operator yet, that is left out."""
+    known = transformers_fallback("kimi_delta") is not None
+    small = [shape for shape in shapes if known and 4 * CHUNK * math.prod(shape) <= LARGEST]
+    return [("gated_delta_rule", shape) for shape in shapes] + [("kimi_delta", shape) for shape in small]
 
-    chunked, recurrent = theirs.torch_chunk_gated_delta_rule, theirs.torch_recurrent_gated_delta_rule
-    pairs = {
-        "forward": (forward(gated_delta_rule, shape, dtype), forward(chunked, shape, dtype)),
-        "forward + backward": (backward(gated_delta_rule, shape, dtype), backward(chunked, shape, dtype)),
-        "decode step": (decode(gated_delta_rule, shape, dtype), decode(recurrent, shape, dtype)),
+
+def time_case(operator: str, shape: Shape, dtype: str, repeats: int) -> list[dict[str, Any]]:
+    """One row per thing that is timed."""
+    tensors = inputs(shape, dtype, "cpu", operator)
+    step = token((shape[0], *shape[2:]), dtype, "cpu", operator)
+    chunked = (ours(operator), transformers_fallback(operator))
+    one = (decode.ours(operator), decode.transformers_fallback(operator))
+    makers: dict[str, tuple[Callable[[Any], Callable[[], Any]], tuple[Any, Any]]] = {
+        "forward": (lambda compute: forward(compute, operator, tensors), chunked),
+        "forward + backward": (lambda compute: backward(compute, operator, tensors), chunked),
+        "decode step": (lambda compute: decode.without_gradient(compute, step), one),
     }
     rows = []
-    for what, (ours, stock) in pairs.items():
-        times = in_turns(ours, stock, repeats if what != "decode step" else 20 * repeats)
-        rows.append({"what": what, "shape": list(shape), "dtype": dtype, **times})
+    for what, (make, pair) in makers.items():
+        mine, theirs = (make(compute) for compute in pair)
+        times = in_turns(mine, theirs, repeats if what != "decode step" else 20 * repeats)
+        rows.append({"operator": operator, "what": what, "shape": list(shape), "dtype": dtype, **times})
     return rows
-
-
-def inputs(shape: tuple[int, int, int, int], dtype: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for _ in range(3))
-    beta, g = (torch.rand(shape[:3], generator=generator) for _ in range(2))
-    return {"query": q, "key": k, "value": v, "g": -0.1 * g, "beta": beta.to(DTYPES[dtype])}
-
-
-def forward(operator: Operator, shape: tuple[int, int, int, int], dtype: str) -> Callable[[], None]:
-    tensors = list(inputs(shape, dtype).values())
-
-    def run() -> None:
-        with torch.no_grad():
-            operator(*tensors, use_qk_l2norm_in_kernel=True)
-
-    return run
-
-
-def backward(operator: Operator, shape: tuple[int, int, int, int], dtype: str) -> Callable[[], None]:
-    leaves = [x.requires_grad_() for x in inputs(shape, dtype).values()]
-    d_out = torch.randn(shape).to(DTYPES[dtype])
-
-    def run() -> None:
-        out, _ = operator(*leaves, use_qk_l2norm_in_kernel=True)
-        torch.autograd.grad(out, leaves, d_out)
-
-    return run
-
-
-def decode(operator: Operator, shape: tuple[int, int, int, int], dtype: str) -> Callable[[], None]:
-    batch, _, heads, size = shape
-    tensors = list(inputs((batch, 1, heads, size), dtype).values())
-    state = torch.zeros(batch, heads, size, size)
-
-    def run() -> None:
-        with torch.no_grad():
-            operator(*tensors, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)
-
-    return run
 
 
 def in_turns(ours: Callable[[], None], stock: Callable[[], None], repeats: int) -> dict[str, Any]:
@@ -173,13 +147,14 @@ def cpu_name() -> str:
     return model[0] if model else platform.processor() or platform.machine()
 
 
-HEADER = ("B, T, H, D", "dtype", "what", "hf_fwp ms", "transformers ms", "times faster")
+DECAYS = {"gated_delta_rule": "head", "kimi_delta": "channel"}
+HEADER = ("decay per", "B, T, H, D", "dtype", "what", "hf_fwp ms", "transformers ms", "times faster")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """One row of the table, in the order of HEADER."""
     numbers = (f"{row['ms']:.2f}", f"{row['transformers_ms']:.2f}", f"{row['ratio']:.2f}")
-    return str(row["shape"])[1:-1], row["dtype"], row["what"], *numbers
+    return DECAYS[row["operator"]], str(row["shape"])[1:-1], row["dtype"], row["what"], *numbers
 
 
 def table(result: dict[str, Any]) -> rich.table.Table:
@@ -187,7 +162,7 @@ def table(result: dict[str, Any]) -> rich.table.Table:
     title = f"gated delta rule on {about['cpu']}, {about['threads']} threads, torch {about['torch']}"
     found = rich.table.Table(title=title)
     for column in HEADER:
-        found.add_column(column)
+        found.add_column(column, no_wrap=column == "what")
     for row in result["rows"]:
         found.add_row(*cells(row))
     return found
@@ -201,7 +176,8 @@ def markdown(result: dict[str, Any]) -> str:
         [
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
-            f"Gated delta rule beside `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule` of "
+            "Gated delta rule beside `torch_chunk_gated_delta_rule` and `torch_recurrent_gated_delta_rule`, with a "
+            "decay per channel beside `chunk_kimi_delta_attention` and `recurrent_kimi_delta_attention`, of "
             f"transformers {about['transformers']}, in turns in one process, median of {result['repeats']}; "
             f"{about['date']}, {about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit "
             f"`{about['commit']}`; printed by `hf-fwp bench cpu`.",

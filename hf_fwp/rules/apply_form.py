@@ -94,7 +94,7 @@ def apply_form(
         assert make_form is not None
         form = make_form(**part, **chosen)
         if backend == "step":
-            state = before["state"].clone()
+            state = before["state"] if in_place else before["state"].clone()
             out = run_token(form, state, kernel=kernel)
         elif backend == "triton":
             out, state = run_kernels(form, before["state"], word, cu_seqlens=cu_seqlens)
@@ -106,7 +106,8 @@ def apply_form(
     with torch.autocast(v.device.type, enabled=False):
         out, after = each_sequence(tokens, carried, cu_seqlens if backend == "reference" else None, mask, run)
     if in_place:
-        after = {name: states[name].copy_(x) if name in states else x for name, x in after.items()}
+        changed = {name: x for name, x in after.items() if x is not states.get(name)}
+        after |= {name: states[name].copy_(x) for name, x in changed.items() if name in states}
     out = out.flatten(2, 3).to(out_dtype)
     return out if mask is None else keep_valid(out, mask), after
 

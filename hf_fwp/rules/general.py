@@ -41,10 +41,14 @@ class Form:
     erase: Tensor | None = None  # [B, T, HV, K], multiplies e
     write: Tensor | None = None  # [B, T, HV, V], multiplies u
 
-    def rated(self) -> tuple[Tensor, Tensor]:
-        """e and u at their rate."""
+    def gated(self) -> tuple[Tensor, Tensor]:
+        """e and u as their channels are gated."""
         e = self.e if self.erase is None else self.erase * self.e
-        u = self.u if self.write is None else self.write * self.u
+        return e, self.u if self.write is None else self.write * self.u
+
+    def rated(self) -> tuple[Tensor, Tensor]:
+        """e and u, gated, at their rate."""
+        e, u = self.gated()
         if self.rate is None:
             return e, u
         rate = self.rate.unsqueeze(-1)
@@ -112,8 +116,11 @@ def run_token(form: Form, state_BHKV: Tensor, *, kernel: bool) -> Tensor:
     if kernel and not form.transposed:
         return run_decode(form, state_BHKV, in_place=True)[0].unflatten(2, form.q.shape[2:4])
     state = state_BHKV.mT if form.transposed else state_BHKV
-    w, e, u = (x[:, 0].unsqueeze(2) for x in (form.w, *form.rated()))
+    w, e, u = (x[:, 0].unsqueeze(2) for x in (form.w, *form.gated()))
     if form.g is not None:
         state.mul_(form.g[:, 0].exp().unsqueeze(-1))
-    state.addcmul_(w.mT, u - e @ state)
+    written = u - e @ state
+    if form.rate is not None:
+        written.mul_(form.rate[:, 0, :, None, None])
+    state.addcmul_(w.mT, written)
     return (form.q[:, 0] @ state_BHKV).unsqueeze(1)

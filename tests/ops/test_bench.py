@@ -6,17 +6,27 @@ import pytest
 from transformers import AutoConfig
 
 from hf_fwp.bench import hybrids
-from hf_fwp.bench.cpu import bench_cpu
+from hf_fwp.bench.cpu import bench_cpu, cases
 
 
 def test_bench_cpu_prints_and_writes(tmp_path, capsys):
     file = tmp_path / "cpu.json"
     result = bench_cpu(json=file, shapes=[(1, 70, 2, 8)], dtypes=["bfloat16"], repeats=1, threads=1)
     assert json.loads(file.read_text()) == result
-    assert [row["what"] for row in result["rows"]] == ["forward", "forward + backward", "decode step"]
+    found = [(row["operator"], row["what"]) for row in result["rows"]]
+    whats = ("forward", "forward + backward", "decode step")
+    assert found == [(operator, what) for operator in ("gated_delta_rule", "kimi_delta") for what in whats]
     assert all(row["ratio"] == row["transformers_ms"] / row["ms"] > 0 for row in result["rows"])
     assert {"date", "commit", "cpu", "threads", "torch", "transformers"} <= set(result["machine"])
     assert "decode step" in capsys.readouterr().out
+
+
+def test_what_transformers_could_not_hold_is_left_out():
+    assert cases([(1, 2048, 9, 64), (1, 4096, 16, 128)]) == [
+        ("gated_delta_rule", (1, 2048, 9, 64)),
+        ("gated_delta_rule", (1, 4096, 16, 128)),
+        ("kimi_delta", (1, 2048, 9, 64)),
+    ]
 
 
 def test_bench_cpu_refuses_an_unknown_dtype():
