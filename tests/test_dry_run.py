@@ -83,10 +83,10 @@ def test_the_time_of_a_bench_is_that_of_its_parts(tmp_path, capsys, monkeypatch)
         asked.append(given)
         return [{"ms": 600.0, "transformers_ms": 400.0}]
 
-    monkeypatch.setattr(cpu, "time_shape", one_second)
+    monkeypatch.setattr(cpu, "time_case", one_second)
     assert cpu.bench_cpu(dry_run=True, json=tmp_path / "out", repeats=4) == {}
-    assert asked[0] == ((1, 256, 9, 64), "float32", 1)
-    assert "4 things, ours beside transformers', 4 times each: about 3 minutes" in capsys.readouterr().err
+    assert asked[0] == ("gated_delta_rule", (1, 256, 9, 64), "float32", 1)
+    assert "6 things, ours beside transformers', 4 times each: about 4 minutes" in capsys.readouterr().err
     monkeypatch.setattr(hybrids, "time_family", one_second)
     assert hybrids.bench_hybrids(dry_run=True, json=tmp_path / "out", families=["qwen3_5"], tokens=80) == {}
     assert asked[-1] == ("qwen3_5", 10, 1)
