@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,32 +85,34 @@ def apply_form(
     tokens = of_states(rule, {"q": q, "k": k, "v": v, **given}, mask, qk_l2norm)
     tokens["q"] = tokens["q"] * factor
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    carried = complete_states(rule, states, count, tokens)
-
-    def run(part: dict[str, Tensor], before: States, valid: Tensor | None) -> tuple[Tensor, States]:
-        if backend == "reference":
-            return recurrence(rule.step, part, before, mask=valid, **chosen)
-        if first is not None:
-            part, before = first(part, before, cu_seqlens=cu_seqlens, backend=backend)
-        assert make_form is not None
-        form = make_form(**part, **chosen)
-        if backend == "step":
-            state = before["state"] if in_place else before["state"].clone()
-            out = run_token(form, state, kernel=kernel)
-        elif backend == "triton":
-            out, state = run_kernels(form, before["state"], word, cu_seqlens=cu_seqlens)
-            out = out.unflatten(2, part["q"].shape[2:4])
-        else:
-            out, state = run_form(form, before["state"], cu_seqlens)
-        return out, {**before, "state": state}
-
+    before = complete_states(rule, states, count, tokens)
     with torch.autocast(v.device.type, enabled=False):
-        out, after = each_sequence(tokens, carried, cu_seqlens if backend == "reference" else None, mask, run)
+        if backend == "reference":
+            out, after = each_sequence(partial(recurrence, rule.step, **chosen), tokens, before, cu_seqlens, mask)
+        else:
+            assert make_form is not None
+            if first is not None:
+                tokens, before = first(tokens, before, cu_seqlens=cu_seqlens, backend=backend)
+            start = before["state"].clone() if backend == "step" and not in_place else before["state"]
+            out, state = run_tokens(make_form(**tokens, **chosen), start, backend, word, cu_seqlens, kernel=kernel)
+            after = {**before, "state": state}
     if in_place:
         changed = {name: x for name, x in after.items() if x is not states.get(name)}
         after |= {name: states[name].copy_(x) for name, x in changed.items() if name in states}
     out = out.flatten(2, 3).to(out_dtype)
     return out if mask is None else keep_valid(out, mask), after
+
+
+def run_tokens(
+    form: Form, state: Tensor, backend: str, word: torch.dtype, cu_seqlens: Tensor | None, *, kernel: bool
+) -> tuple[Tensor, Tensor]:
+    """Reads [B, T, HV, R, V] and the state after the last token; "step" changes the given one."""
+    if backend == "torch":
+        return run_form(form, state, cu_seqlens)
+    if backend == "step":
+        return run_token(form, state, kernel=kernel), state
+    out, state = run_kernels(form, state, word, cu_seqlens=cu_seqlens)
+    return out.unflatten(2, form.q.shape[2:4]), state
 
 
 def complete_states(rule: Rule, given: States, count: int, tokens: dict[str, Tensor]) -> States:
@@ -130,21 +133,21 @@ def complete_states(rule: Rule, given: States, count: int, tokens: dict[str, Ten
 
 
 def each_sequence(
+    run: Callable[..., tuple[Tensor, States]],
     tokens: dict[str, Tensor],
     states: States,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
-    run: Callable[[dict[str, Tensor], States, Tensor | None], tuple[Tensor, States]],
 ) -> tuple[Tensor, States]:
-    """`run` over the batch, or over every packed sequence from its own states."""
+    """`run(tokens, states, mask=)` over the batch, or over every packed sequence from its own states."""
     if cu_seqlens is None:
-        return run(tokens, states, mask)
+        return run(tokens, states, mask=mask)
     outs, ends = [], []
     for n, (start, end) in enumerate(sequence_bounds(cu_seqlens, tokens["q"].shape[1])):
         after = {name: x[n : n + 1] for name, x in states.items()}
         if end > start:
             cut = None if mask is None else mask[:, start:end]
-            out, after = run({name: x[:, start:end] for name, x in tokens.items()}, after, cut)
+            out, after = run({name: x[:, start:end] for name, x in tokens.items()}, after, mask=cut)
             outs.append(out)
         ends.append(after)
     return torch.cat(outs, dim=1), {name: torch.cat([after[name] for after in ends]) for name in states}
