@@ -55,16 +55,20 @@ def step(
     return {"state": state_BHKV, "moment": moment_BHK}, scale * read(state_BHKV, q)
 
 
-def moments(tokens: dict[str, Tensor], states: States, **call: Any) -> tuple[dict[str, Tensor], States]:
+def moments(
+    tokens: dict[str, Tensor], states: States, *, backend: str, cu_seqlens: Tensor | None
+) -> tuple[dict[str, Tensor], States]:
     """A for every token, which the keys alone decide: found before the state is touched. A decayed sum is the sum rule
     with a query and a key of size 1 that are 1."""
     rest = {name: x for name, x in tokens.items() if name not in ("moment_g", "moment_beta")}
-    added = tokens["moment_beta"].unsqueeze(-1) * tokens["k"].square()
+    g, added = tokens["moment_g"], tokens["moment_beta"].unsqueeze(-1) * tokens["k"].square()
+    if backend == "step":
+        moment = added.addcmul(g.exp().unsqueeze(-1), states["moment"].unsqueeze(1))
+        return {**rest, "moment": moment}, {**states, "moment": moment[:, 0]}
     one = torch.ones_like(added[..., :1])
-    before = {"state": states["moment"].unsqueeze(2)}
-    options = {"normalize": False}
+    call: dict[str, Any] = {"backend": backend, "cu_seqlens": cu_seqlens, "options": {"normalize": False}, "scale": 1.0}
     moment, after = linear_attention.apply(
-        one, one, added, g=tokens["moment_g"], states=before, scale=1.0, options=options, **call
+        one, one, added, g=g, states={"state": states["moment"].unsqueeze(2)}, **call
     )
     return {**rest, "moment": moment}, {**states, "moment": after["state"].squeeze(2)}
 

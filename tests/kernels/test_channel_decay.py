@@ -41,6 +41,7 @@ def test_chosen_on_a_gpu(rule, monkeypatch):
 
     given = problems.tensors(Problem(rule, torch.bfloat16, 3)).copy(torch.bfloat16)
     monkeypatch.setattr("hf_fwp.rules.apply_form.run_kernels", asked)
+    monkeypatch.setattr("hf_fwp.rules.linear_class._triton", asked)  # finds what the preconditioned rule needs first
     RULES[rule].apply(**given.leaves, **given.keywords)
     monkeypatch.setattr(triton_fit, "DEVICES", ("cpu",))
     ran: list[str] = []
