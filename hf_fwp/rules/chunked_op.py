@@ -80,6 +80,22 @@ def kept_by_block(kept: Tensor, x: Inputs, first: int) -> Iterator[tuple[Block, 
             yield block, keep_in(x.v.new_empty((longest + 1) * pairs * size, dtype=x.dtype), x, pairs)
 
 
+def pieces(kept: Tensor, x: Inputs, cu_seqlens: Tensor | None) -> Iterator[tuple[int, int, slice, Block, Kept]]:
+    """(start, end, rows of the state, block, what it keeps) of all that is worked on, sequence by sequence."""
+    for start, end, rows, first in sequences(x.k, x.v, cu_seqlens):
+        if start < end:
+            for block, found in kept_by_block(kept, x.span(start, end), first):
+                yield start, end, rows, block, found
+
+
+def start_from(state: Tensor | None, final: Tensor) -> None:
+    """Fill `final`, from which a walk through the chunks starts, with a given state or with zeros."""
+    if state is None:
+        final.zero_()
+    else:
+        final.copy_(state)
+
+
 @torch.library.custom_op("hf_fwp::linear_class_forward", mutates_args=())
 def linear_class_forward(
     q: Tensor,
@@ -96,22 +112,16 @@ def linear_class_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, final state, what the backward needs of every chunk)."""
     out, final, kept = new_outputs(q, k, v, cu_seqlens, erase, keep)
-    if state is None:
-        final.zero_()
-    else:
-        final.copy_(state)
+    start_from(state, final)
     if cu_seqlens is not None:
         kept.zero_()  # packed sequences rarely fill it
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     scratch = Scratch(x.dtype, v.device)
     with torch.autocast(v.device.type, enabled=False):
-        for start, end, rows, first in sequences(k, v, cu_seqlens):
-            if start == end:
-                continue
-            part, part_out, part_state = x.span(start, end), out[:, start:end], final[rows]
-            for block, found in kept_by_block(kept, part, first):
-                found.clear_rest()
-                forward_block(part, block, part_state[block.rows, block.value_heads], part_out, found, scratch)
+        for start, end, rows, block, found in pieces(kept, x, cu_seqlens):
+            found.clear_rest()
+            part_state = final[rows][block.rows, block.value_heads]
+            forward_block(x.span(start, end), block, part_state, out[:, start:end], found, scratch)
     return out, final, kept
 
 
@@ -137,21 +147,15 @@ def linear_class_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, g and the initial state; empty for an absent beta or g."""
     grads, d_state = new_gradients(q, k, v, beta, g, cu_seqlens)
-    if d_final is None:
-        d_state.zero_()
-    else:
-        d_state.copy_(d_final)
+    start_from(d_final, d_state)
     x = Inputs(q, k, v, beta, g, scale, erase, l2norm)
     grad = Inputs(*grads[:3], None if beta is None else grads[3], None if g is None else grads[4])
     scratch = Scratch(x.dtype, v.device)
     with torch.autocast(v.device.type, enabled=False):
-        for start, end, rows, first in sequences(k, v, cu_seqlens):
-            if start == end:
-                continue
+        for start, end, rows, block, found in pieces(kept, x, cu_seqlens):
             part, part_grad = x.span(start, end), grad.span(start, end)
-            for block, found in kept_by_block(kept, part, first):
-                d_block = d_state[rows][block.rows, block.value_heads]
-                backward_block(part, block, part_grad, d_out[:, start:end], d_block, found, scratch)
+            d_block = d_state[rows][block.rows, block.value_heads]
+            backward_block(part, block, part_grad, d_out[:, start:end], d_block, found, scratch)
     return *grads, d_state
 
 

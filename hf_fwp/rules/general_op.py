@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Inputs, Scratch
-from .chunked_op import kept_by_block, new_outputs, sequences
+from .chunked_op import new_outputs, pieces, start_from
 from .general_chunks import General, backward_block, forward_block
 
 
@@ -52,22 +52,16 @@ def general_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(reads, final state, what the backward needs of every chunk)."""
     out, final, kept = new_results(q, w, u, cu_seqlens, transposed, keep)
-    if state is None:
-        final.zero_()
-    else:
-        final.copy_(state)
+    start_from(state, final)
     if cu_seqlens is not None:
         kept.zero_()  # packed sequences rarely fill it
     x = General(Inputs(q, w, u, None, g), e, transposed)
     scratch = Scratch(u.dtype, u.device)
     with torch.autocast(u.device.type, enabled=False):
-        for start, end, rows, first in sequences(w, u, cu_seqlens):
-            if start == end:
-                continue
-            part, part_out, part_state = x.span(start, end), out[:, start:end], final[rows]
-            for block, found in kept_by_block(kept, part.x, first):
-                found.clear_rest()
-                forward_block(part, block, part_state[block.rows, block.value_heads], part_out, found, scratch)
+        for start, end, rows, block, found in pieces(kept, x.x, cu_seqlens):
+            found.clear_rest()
+            part_state = final[rows][block.rows, block.value_heads]
+            forward_block(x.span(start, end), block, part_state, out[:, start:end], found, scratch)
     return out, final, kept
 
 
@@ -91,21 +85,15 @@ def general_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, w, e, u, g and the initial state; empty for an absent g."""
     dq, dw, de, du, dg, d_state = new_gradients(q, w, e, u, g, cu_seqlens)
-    if d_final is None:
-        d_state.zero_()
-    else:
-        d_state.copy_(d_final)
+    start_from(d_final, d_state)
     x = General(Inputs(q, w, u, None, g), e, transposed)
     grad = General(Inputs(dq, dw, du, None, None if g is None else dg), de, transposed)
     scratch = Scratch(u.dtype, u.device)
     with torch.autocast(u.device.type, enabled=False):
-        for start, end, rows, first in sequences(w, u, cu_seqlens):
-            if start == end:
-                continue
-            part, part_grad, part_state = x.span(start, end), grad.span(start, end), d_state[rows]
-            for block, found in kept_by_block(kept, part.x, first):
-                d_block = part_state[block.rows, block.value_heads]
-                backward_block(part, block, part_grad, d_out[:, start:end], d_block, found, scratch)
+        for start, end, rows, block, found in pieces(kept, x.x, cu_seqlens):
+            part, part_grad = x.span(start, end), grad.span(start, end)
+            d_block = d_state[rows][block.rows, block.value_heads]
+            backward_block(part, block, part_grad, d_out[:, start:end], d_block, found, scratch)
     return dq, dw, de, du, dg, d_state
 
 
